@@ -1,0 +1,7 @@
+"""Any-precision networks by name, and the switch that sets their bit-width."""
+from models.quan_ops import BIT_WIDTHS, check_bit_widths, set_bit_width, trained_bit_widths
+from models.resnet_quan import resnet20q, resnet50q
+from models.svhn_quan import svhnq
+
+MODELS = {"resnet20q": resnet20q, "resnet50q": resnet50q, "svhnq": svhnq}
+DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}

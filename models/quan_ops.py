@@ -1,0 +1,137 @@
+"""Quantizers and the layers that use them: the only file that knows what a bit is.
+
+Source: Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346), with the
+quantizers of DoReFa-Net (arXiv 1606.06160). Where the published code departs from the paper, this follows the code:
+at 32 bits the activation is ReLU, not a clamp, and weights pass through tanh at every bit-width.
+"""
+import torch
+from torch import nn
+
+FULL_PRECISION = 32
+BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
+
+
+def check_bit_widths(bit_widths):
+    """Return bit_widths as a tuple, highest first; ValueError where it is empty, repeats or names an unknown width."""
+    bit_widths = tuple(bit_widths)
+    if not bit_widths:
+        raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4,8,32")
+    for bits in bit_widths:
+        if isinstance(bits, bool) or bits not in BIT_WIDTHS:
+            raise ValueError(f"bit-width {bits} does not exist: choose from 1 to 8 and 32, such as 1,2,4,8,32")
+    if len(set(bit_widths)) < len(bit_widths):
+        raise ValueError(f"bit-widths {','.join(map(str, bit_widths))} repeat: list each of them once")
+    return tuple(sorted(map(int, bit_widths), reverse=True))
+
+
+class RoundSTE(torch.autograd.Function):
+    """Round half to even; the gradient passes unchanged (straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+round_ste = RoundSTE.apply
+
+
+def clamp_unit(x):
+    """Clamp to [0, 1]; the gradient passes where 0 <= x <= 1, both ends included.
+
+    torch.clamp is not used for the gradient: releases differ at the ends, and low-bit sums land exactly on them.
+    """
+    inside = (x >= 0) & (x <= 1)
+    return torch.where(inside, x, x.detach().clamp(0, 1))
+
+
+def quantize_weight(w, bits):
+    """Quantize a layer's weights, w in (-inf, inf), to 2^bits levels in [-E, E], E = mean |w| (DoReFa-Net's, times E).
+
+        t = tanh(w);  m = max |t|;  n = 2^bits - 1;  E is a constant in the backward pass
+        bits <= 8:  E * (2 * round(n * (t / 2m + 1/2)) / n - 1)
+        bits = 32:  E * t / m
+    """
+    scale = w.abs().mean().detach()
+    t = torch.tanh(w)
+    m = t.abs().max()  # not detached: the largest weight takes its share of the gradient
+    if bits == FULL_PRECISION:
+        return scale * (t / m)
+    n = 2**bits - 1
+    return scale * (2 * round_ste(n * (t / (2 * m) + 0.5)) / n - 1)
+
+
+def quantize_activation(x, bits, rounding=True):
+    """Quantize activations, x in (-inf, inf), to 2^bits levels in [0, 1] (DoReFa-Net's).
+
+        bits <= 8:  round(n * clamp(x, 0, 1)) / n,  n = 2^bits - 1;  without rounding clamp(x, 0, 1)
+        bits = 32:  max(x, 0), in [0, inf)
+    """
+    if bits == FULL_PRECISION:
+        return torch.relu(x)
+    a = clamp_unit(x)
+    n = 2**bits - 1
+    return round_ste(n * a) / n if rounding else a
+
+
+class Conv2dQ(nn.Conv2d):
+    """A convolution whose weight is quantized to self.bits; its bias, if any, is not."""
+
+    bits = FULL_PRECISION
+
+    def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
+        return self._conv_forward(x, quantize_weight(self.weight, self.bits), self.bias)
+
+
+class ActivationQ(nn.Module):
+    """The activation function: quantize_activation at self.bits, or its clamp alone where rounding is False."""
+
+    bits = FULL_PRECISION
+
+    def __init__(self, rounding=True):
+        super().__init__()
+        self.rounding = rounding
+
+    def forward(self, x):
+        return quantize_activation(x, self.bits, self.rounding)
+
+
+class SwitchableBatchNorm2d(nn.Module):
+    """One full BatchNorm2d per bit-width, chosen by self.bits: the only layers that bit-widths do not share."""
+
+    def __init__(self, num_features, bit_widths):
+        super().__init__()
+        self.bn_dict = nn.ModuleDict({str(bits): nn.BatchNorm2d(num_features) for bits in sorted(bit_widths)})
+        self.bits = max(bit_widths)
+
+    @property
+    def bit_widths(self):
+        """The bit-widths it has, lowest first."""
+        return sorted(int(bits) for bits in self.bn_dict)
+
+    def forward(self, x):
+        return self.bn_dict[str(self.bits)](x)
+
+
+def trained_bit_widths(model):
+    """The bit-widths model has BatchNorms for, lowest first; [] where it has no switchable BatchNorm."""
+    for layer in model.modules():
+        if isinstance(layer, SwitchableBatchNorm2d):
+            return layer.bit_widths
+    return []
+
+
+def set_bit_width(model, bits):
+    """Switch model to `bits` bits: write the `bits` attribute of every layer that has one, and nothing else.
+
+    ValueError where the model was not built for that bit-width; the model then stays as it was.
+    """
+    allowed = trained_bit_widths(model) or list(BIT_WIDTHS)
+    if bits not in allowed:
+        raise ValueError(f"{bits} bits was not trained; choose from {', '.join(map(str, allowed))}")
+    for layer in model.modules():
+        if hasattr(layer, "bits"):
+            layer.bits = bits
