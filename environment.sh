@@ -1,0 +1,39 @@
+# Sourced by the recipes and run_tests.sh. Leaves in $PYTHON an interpreter that satisfies requirements.txt: the one
+# PYTHON names, the active one, or that of .venv, which is made on first use (5.5 GB with CUDA libraries, minutes).
+
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+
+satisfied() {  # does this interpreter have everything, in versions that fit each other?
+    "$1" - <<'CHECK' 2>/dev/null
+from importlib.metadata import requires, version
+from packaging.requirements import Requirement
+
+with open("requirements.txt") as file:
+    wanted = [line for line in (line.split("#")[0].strip() for line in file) if line]
+wanted += requires("torchvision")  # it works with one torch release only
+for requirement in map(Requirement, wanted):
+    if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True)
+CHECK
+}
+
+if [ -z "${PYTHON:-}" ]; then
+    for PYTHON in python3 python .venv/bin/python; do
+        if satisfied "$PYTHON"; then break; fi
+    done
+fi
+if ! satisfied "$PYTHON"; then
+    if [ "$PYTHON" != .venv/bin/python ]; then
+        echo "environment.sh: error: $PYTHON does not satisfy requirements.txt: install it there, or unset PYTHON" >&2
+        exit 1
+    fi
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "environment.sh: error: python3 is missing or older than 3.10: install Python 3.10 or newer" >&2
+        exit 1
+    fi
+    echo "First use: installing requirements.txt into .venv" >&2
+    if ! { python3 -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt; } >&2; then
+        echo "environment.sh: error: could not install requirements.txt into .venv (see above)" >&2
+        exit 1
+    fi
+fi

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The tests, on a CPU.    ./run_tests.sh [flags of pytest]
+set -euo pipefail
+. "$(dirname "$0")/environment.sh"
+exec "$PYTHON" -m pytest "$@"

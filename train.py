@@ -1,0 +1,407 @@
+"""Train one network that runs at any precision (Yu et al., Any-Precision Deep Neural Networks, AAAI 2021).
+
+    python train.py                                              # svhnq on digits: 1, 2, 4, 8 and 32 bits, recursive
+    python train.py --loss hard --bit_width_list 2               # a dedicated 2-bit model
+    python train.py --dataset cifar10 --model resnet20q --epochs 200 --lr_decay 100,150,180 --batch-size 128
+    python train.py --resume results/RUN                         # go on where that run stopped
+
+The recipes (train_digits.sh, train_cifar10.sh, train_svhn.sh, train_imagenet.sh) call it with the paper's settings.
+"""
+import argparse
+import bisect
+import math
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+from tensorboardX import SummaryWriter
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import report
+import utils
+from dataset.data import DATASETS, SeededSamples, ShuffledBatches, get_dataset, get_transform
+from models import DEFAULT_WIDTH, MODELS, check_bit_widths, set_bit_width
+from models.losses import LOSSES, any_precision_backward
+from utils import Metrics, UsageError, UserError, log
+
+OPTIMIZERS = ("adam", "sgd")
+# What a resumed run must have in common with the run it goes on from, or it would be another run.
+FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "train_split", "loss", "optimizer",
+                   "batch_size", "seed")
+
+
+# ---- arguments
+
+def whole_number(least):
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one from {least} up") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small: give a whole number from {least} up")
+        return value
+    return parse
+
+
+def real_number(text, zero_allowed=False):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and (value > 0 or zero_allowed and value == 0)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: give a finite number {'from 0 up' if zero_allowed else 'above 0'}")
+    return value
+
+
+def weight_decay(text):
+    return real_number(text, zero_allowed=True)
+
+
+def bit_width_list(text):
+    try:
+        return sorted(check_bit_widths(int(part) if part.strip().isdecimal() else part.strip()
+                                       for part in text.split(",") if text.strip()))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def epoch_list(text):
+    try:
+        epochs = [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        epochs = [0]
+    if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of rising epochs from 1 up, such as 100,150,180")
+    return epochs
+
+
+def device_name(text):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} does not exist: choose auto, cpu, cuda, or one GPU such as cuda:0")
+    return text
+
+
+def one_of(names):
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} does not exist: choose from {', '.join(names)}")
+        return text
+    return parse
+
+
+def parse_args(argv=None):
+    """The arguments, checked, as a namespace; args.given holds the names of those that argv sets.
+
+    One line on stderr and exit code 2 where an argument is wrong.
+    """
+    parser = utils.OneLineParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=utils.HelpFormatter)
+    add = parser.add_argument
+    add("--dataset", type=one_of(DATASETS), default="digits", metavar="NAME", help=", ".join(DATASETS))
+    add("--train_split", "--train-split", metavar="SPLIT", help="split to train on; unset: train, for svhn train_extra")
+    add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
+    add("--model", type=one_of(MODELS), default="svhnq", metavar="NAME", help=", ".join(MODELS))
+    add("--width", type=whole_number(1), metavar="N",
+        help=f"width multiplier; unset: {', '.join(f'{width} for {name}' for name, width in DEFAULT_WIDTH.items())}")
+    add("--all-conv", action="store_true", help="quantize the weights of the stem and the shortcuts too")
+    add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32], metavar="K,...",
+        help="bit-widths to train, of 1 to 8 and 32; a single one trains a dedicated model")
+    add("--loss", type=one_of(LOSSES), default="recursive", metavar="NAME",
+        help="who teaches the lower bit-widths: hard (labels), soft (the highest), recursive (the next higher)")
+    add("--epochs", type=whole_number(1), default=30, metavar="N", help="passes over the training split")
+    add("--start-epoch", type=whole_number(0), default=0, metavar="N",
+        help="epochs taken as done, for the learning rate too; --resume sets it")
+    add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images a step")
+    add("--optimizer", type=one_of(OPTIMIZERS), default="adam", metavar="NAME", help="adam, or sgd (momentum 0.9)")
+    add("--lr", type=real_number, default=0.001, metavar="X", help="learning rate")
+    add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
+        help='epochs after which the learning rate is divided by 10; "" for never')
+    add("--weight-decay", type=weight_decay, default=0.0, metavar="X", help="L2 penalty; 0 is off")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of weights, data order, augmentation and dropout")
+    add("--pretrain", metavar="PATH", help="start from these weights: a checkpoint, or a folder with model_best.pth.tar")
+    add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
+    add("--results-dir", metavar="DIR", help="where the run is written; unset: results/, named after the run")
+    add("--device", type=device_name, default="auto", metavar="NAME",
+        help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
+    add("--workers", type=whole_number(0), default=0, metavar="N", help="processes that load data; 0 loads in this one")
+    add("--save-every", type=real_number, metavar="MINUTES",
+        help="also save inside an epoch, this often; unset: after every epoch")
+    add("--print-freq", "-p", type=whole_number(1), default=50, metavar="N",
+        help="steps between progress lines where output is not a terminal")
+
+    defaults = vars(parser.parse_args([]))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    args.given = {name for name in defaults if getattr(args, name) is not None}
+    for name in defaults.keys() - args.given:
+        setattr(args, name, defaults[name])
+    if not args.resume:  # a resumed run takes what is unset from its checkpoint first
+        try:
+            complete(args)
+        except UsageError as error:
+            parser.error(str(error))
+    return args
+
+
+def complete(args):
+    """Fill in what depends on other arguments, in place; UsageError where they do not go together."""
+    data = DATASETS[args.dataset]
+    args.train_split = args.train_split or next(iter(data.val_split))
+    if args.train_split not in data.val_split:
+        raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
+                         f"choose from {', '.join(data.val_split)}")
+    if args.model == "svhnq" and data.image_size != 40:
+        raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
+                         f"{data.image_size}: choose --model resnet20q or resnet50q")
+    args.width = args.width or DEFAULT_WIDTH[args.model]
+    if args.start_epoch >= args.epochs:
+        raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: "
+                         f"give less than --epochs {args.epochs}")
+
+
+def run_name(args):
+    """Names a run by what sets it apart: data, model, bit-widths, loss (for more than one bit-width), seed."""
+    parts = [args.dataset, args.model, "-".join(map(str, args.bit_width_list))]
+    if len(args.bit_width_list) > 1:
+        parts.append(args.loss)
+    if args.all_conv:
+        parts.append("allconv")
+    return "_".join([*parts, f"seed{args.seed}"])
+
+
+# ---- data and model
+
+def make_loaders(args, device):
+    """Training and validation DataLoaders, and the number of classes.
+
+    The training loader's batch_sampler is a ShuffledBatches. UserError where the data is missing or does not match.
+    """
+    data = DATASETS[args.dataset]
+    val_split = data.val_split[args.train_split]
+    train_set, val_set = (get_dataset(args.dataset, split, get_transform(args.dataset, train), args.data_dir)
+                          for split, train in ((args.train_split, True), (val_split, False)))
+    if data.num_classes is None and train_set.classes != val_set.classes:
+        odd = sorted(set(train_set.classes) ^ set(val_set.classes))
+        raise UserError(f"{train_set.root} and {val_set.root} must hold the same class folders: "
+                        f"{len(odd)} stand in only one of them, {odd[0]} for one")
+    # The loaders' own generators: making an iterator must not draw from the training's random numbers.
+    shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "persistent_workers": args.workers > 0,
+              "worker_init_fn": utils.ignore_stop_signals}
+    train_loader = DataLoader(
+        SeededSamples(train_set), batch_sampler=ShuffledBatches(len(train_set), args.batch_size, args.seed),
+        generator=torch.Generator(), **shared)
+    val_loader = DataLoader(val_set, args.batch_size, generator=torch.Generator(), **shared)
+    return train_loader, val_loader, data.num_classes or len(train_set.classes)
+
+
+def make_model(args, num_classes):
+    return MODELS[args.model](args.bit_width_list, num_classes=num_classes, width=args.width, all_conv=args.all_conv)
+
+
+def make_optimizer(args, parameters):
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+
+def learning_rate(args, epoch):
+    """The learning rate of epoch 0, 1, ...: a function of the epoch alone, so a resumed run cannot be out of step."""
+    return args.lr * 0.1 ** bisect.bisect_right(args.lr_decay, epoch)
+
+
+# ---- loop and evaluation
+
+def train_one_epoch(model, loader, optimizer, metrics, args, device, after_step):
+    """Train over `loader`, adding to `metrics`; after_step() runs after every step."""
+    model.train()
+    start = time.perf_counter()
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        optimizer.zero_grad()
+        results = any_precision_backward(model, images, labels, args.bit_width_list, args.loss)
+        optimizer.step()
+        metrics.update(results, labels)
+        metrics.seconds += time.perf_counter() - start
+        after_step()
+        start = time.perf_counter()
+
+
+@torch.no_grad()
+def evaluate(model, loader, bit_widths, device, after_batch=lambda: None):
+    """{bit_width: {"loss", "top1", "top5"}} of the model over `loader`, every image counted once."""
+    model.eval()
+    metrics = Metrics(bit_widths, device)
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        results = {}
+        for bits in bit_widths:
+            set_bit_width(model, bits)
+            logits = model(images)
+            results[bits] = torch.nn.functional.cross_entropy(logits, labels), logits
+        metrics.update(results, labels)
+        after_batch()
+    metrics.check_finite("validation")
+    return metrics.averages()
+
+
+# ---- checkpoint
+
+def random_state():
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state()
+    return {"python": [version, list(internal), gauss], "numpy": [name, keys.tolist(), *rest],
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(state):
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def take_up(args, checkpoint):
+    """Give a resumed run's arguments the values of the run it goes on from, in place, where no flag sets them.
+
+    UsageError where a flag contradicts what must stay.
+    """
+    saved = checkpoint.get("arguments", {"model": checkpoint["model"]})  # published files know only their model
+    changed = [f"--{name.replace('_', '-')} was {utils.flag_text(saved[name])} and is now "
+               f"{utils.flag_text(getattr(args, name))}"
+               for name in FIXED_ON_RESUME if name in args.given and name in saved and getattr(args, name) != saved[name]]
+    if changed:
+        raise UsageError(f"--resume {args.resume} goes on with the run as it was started, but {'; '.join(changed)}: "
+                         "leave these flags out, or start a new run from it with --pretrain")
+    for name, value in saved.items():
+        if name not in args.given and name not in ("pretrain", "results_dir"):
+            setattr(args, name, value)
+    args.start_epoch = checkpoint["epoch"]
+    if checkpoint["epoch"] >= args.epochs:
+        raise UsageError(f"--resume {args.resume} has all its {checkpoint['epoch']} epochs: give a larger --epochs")
+
+
+# ---- main
+
+def main(args):
+    """Train as args say (see parse_args), writing the results folder; returns its path."""
+    checkpoint = resumed = None
+    if args.resume:
+        checkpoint_path = utils.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
+        checkpoint = utils.load_checkpoint(checkpoint_path)
+        take_up(args, checkpoint)
+        complete(args)
+        if checkpoint_path.parent.name == "ckpt":
+            resumed = str(checkpoint_path.parent.parent)
+            args.results_dir = args.results_dir or resumed
+
+    device = utils.choose_device(args.device)
+    random.seed(args.seed)
+    numpy.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    utils.exact_float32()
+
+    train_loader, val_loader, num_classes = make_loaders(args, device)
+    model = make_model(args, num_classes).to(device)
+    optimizer = make_optimizer(args, model.parameters())
+    batches = train_loader.batch_sampler
+    bit_widths = args.bit_width_list
+    highest = max(bit_widths)
+    best = -math.inf
+    if args.pretrain:
+        path = utils.find_checkpoint(args.pretrain, "model_best.pth.tar")
+        utils.load_weights(model, utils.load_checkpoint(path)["state_dict"], path)
+    if checkpoint:
+        utils.load_weights(model, checkpoint["state_dict"], checkpoint_path)
+        utils.load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
+        best = float(checkpoint["best_prec1"])
+
+    folder = utils.open_results_folder(args.results_dir, run_name(args), resumed)
+    arguments = {name: value for name, value in vars(args).items() if name != "given"}
+    utils.write_json(folder / "config.json", {
+        "arguments": arguments, "seed": args.seed, "command": sys.argv, **utils.environment(device)})
+    metrics_file = folder / "metrics.jsonl"
+    history = utils.keep_epochs(metrics_file, args.start_epoch)
+    writer = SummaryWriter(str(folder / "summary"), purge_step=args.start_epoch + 1)
+
+    log.info("%s on %s (%s), %s bits, %s loss, on %s%s", args.model, args.dataset, args.train_split,
+             utils.flag_text(bit_widths), args.loss if len(bit_widths) > 1 else "hard", utils.describe(device),
+             " (no GPU found)" if args.device == "auto" and device.type == "cpu" else "")
+    log.info("%s %s", "resuming in" if checkpoint else "writing to", folder)
+
+    def save(epoch, metrics, names=("model_latest",)):
+        """Save a checkpoint of `epoch` epochs done, and metrics.steps steps of the next."""
+        state = {
+            "epoch": epoch, "model": args.model, "state_dict": model.state_dict(), "best_prec1": best,
+            "optimizer": optimizer.state_dict(), "arguments": arguments, "step": metrics.steps,
+            "metrics": metrics.state_dict(), "random_state": random_state()}
+        for name in names:
+            utils.save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", state)
+
+    metrics = Metrics(bit_widths, device)
+    if checkpoint and "random_state" in checkpoint:
+        metrics.load_state_dict(checkpoint["metrics"])
+        set_random_state(checkpoint["random_state"])
+    else:
+        save(args.start_epoch, metrics)  # shows before an hour's work whether it can be saved
+
+    console = utils.Console(bit_widths, args.epochs, len(batches), args.print_freq)
+    last_save = time.monotonic()
+
+    def stop_or_save():
+        """Between steps: save if it is time to or the run is asked to stop."""
+        nonlocal last_save
+        due = args.save_every and time.monotonic() - last_save > 60 * args.save_every
+        if stop.signal or due:
+            metrics.check_finite(f"training (epoch {epoch + 1})")
+            save(epoch, metrics)
+            last_save = time.monotonic()
+        if stop.signal:
+            raise utils.Stopped(stop.signal, f"in epoch {epoch + 1}, after step {metrics.steps} of {len(batches)}; "
+                                f"to go on: python train.py --resume {folder}")
+
+    def after_step():
+        console.step(epoch, metrics)
+        if metrics.steps % args.print_freq == 0:
+            metrics.check_finite(f"training (epoch {epoch + 1})")
+        stop_or_save()
+
+    with utils.StopRequest() as stop:
+        for epoch in range(args.start_epoch, args.epochs):
+            lr = learning_rate(args, epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batches.epoch, batches.start = epoch, metrics.steps
+            train_one_epoch(model, train_loader, optimizer, metrics, args, device, after_step)
+            metrics.check_finite(f"training (epoch {epoch + 1})")
+            record = {"epoch": epoch + 1, "lr": lr, "images_per_second": metrics.count / metrics.seconds,
+                      "train": metrics.averages(),
+                      "val": evaluate(model, val_loader, bit_widths, device, stop_or_save)}
+
+            history.append(record)
+            utils.append_json_line(metrics_file, record)
+            utils.write_summary(writer, record)
+            console.row(record)
+            improved = record["val"][highest]["top1"] > best
+            best = max(best, record["val"][highest]["top1"])
+            metrics = Metrics(bit_widths, device)
+            save(epoch + 1, metrics, ("model_best", "model_latest") if improved else ("model_latest",))
+            last_save = time.monotonic()
+    writer.close()
+
+    report.save_training_figure(folder / "accuracy.png", history, run_name(args))
+    log.info("\n%s\n", report.best_and_last(history))
+    log.info("checkpoints, metrics.jsonl and accuracy.png are in %s", folder)
+    return folder
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args)

@@ -1,0 +1,459 @@
+"""What every run needs around the training: run folder and log, meters, checkpoints, device and process helpers."""
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+log = logging.getLogger("any_precision")
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line on stderr."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A wrong argument."""
+
+    exit_code = 2
+
+
+class Stopped(UserError):
+    """The run ended because a signal asked for it; where it stands has been saved."""
+
+    def __init__(self, number, where):
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}")
+        self.exit_code = 128 + number
+
+
+# ---- process
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells of a wrong argument in one line, without the usage."""
+
+    def error(self, message):
+        self.exit(UsageError.exit_code, f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to the help of an argument that has one."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: {flag_text(action.default)})" if has_default else action.help
+
+
+def run(main, parse_args):
+    """main(parse_args()) as a program: what the user can mend is one line on stderr and a non-zero exit code."""
+    program = Path(sys.argv[0]).name
+    try:
+        main(parse_args())
+    except UserError as error:
+        # From a data worker the message arrives with the worker's traceback before it.
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
+        sys.exit(fail(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{message}", error.exit_code))
+    except OSError as error:  # a full disk, a folder without permission
+        sys.exit(fail(f"{program}: error: {one_line(error)}", 1))
+    except torch.OutOfMemoryError as error:
+        sys.exit(fail(f"{program}: error: the GPU is out of memory, lower --batch-size: {one_line(error)}", 1))
+    except KeyboardInterrupt:
+        sys.exit(fail(f"{program}: interrupted before training began", 128 + signal.SIGINT))
+
+
+def fail(message, code):
+    print(message, file=sys.stderr)
+    return code
+
+
+def one_line(error):
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def flag_text(value):
+    """An argument's value as it is typed: lists with commas."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+class StopRequest:
+    """Remembers SIGTERM or Ctrl-C in `signal` until the step is done; a second one acts at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def remember(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker=None):
+    """For data workers: Ctrl-C reaches the whole process group, but the training process decides when to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---- run folder and log
+
+def open_log(folder):
+    """Log to stdout and to folder/log_<hostname>.txt, which is continued where it exists."""
+    close_log()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    console = logging.StreamHandler(sys.stdout)
+    file = logging.FileHandler(Path(folder, f"log_{socket.gethostname()}.txt"))
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = [console, file]
+
+
+def close_log():
+    for handler in log.handlers:
+        handler.close()
+    log.handlers = []
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; rename it to `path` once it is written and flushed to disk.
+
+    Whatever happens meanwhile, `path` holds its old content or its new one, whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_results_folder(results_dir, name, resumed=None):
+    """Make the results folder and open its log: results_dir, or the first free results/<name>, _2, _3 ...
+
+    UserError where it cannot be written, or holds another run than the folder `resumed`: no run is overwritten.
+    """
+    folder = Path(results_dir or Path("results", name))
+    if not (resumed and folder.resolve() == Path(resumed).resolve()):
+        count = 1
+        while holds_run(folder):
+            if results_dir:
+                raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, "
+                                "or choose another folder with --results-dir")
+            count += 1
+            folder = Path("results", f"{name}_{count}")
+    try:
+        (folder / "ckpt").mkdir(parents=True, exist_ok=True)
+        open_log(folder)
+    except OSError as error:
+        raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
+                        "choose another with --results-dir") from None
+    return folder
+
+
+def holds_run(folder):
+    return any(Path(folder, "ckpt").glob("*.pth.tar"))
+
+
+def append_json_line(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, bit-widths as whole numbers; a line cut short by a kill is passed over."""
+    records = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            for part in ("train", "val"):
+                record[part] = {int(bits): values for bits, values in record[part].items()}
+            records.append(record)
+    return records
+
+
+def keep_epochs(path, epoch):
+    """The records of metrics.jsonl up to `epoch`; later ones, which a resumed run makes again, are dropped from it."""
+    records = [record for record in read_metrics(path) if record["epoch"] <= epoch] if path.exists() else []
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def write_summary(writer, record):
+    """One epoch's record as TensorBoard scalars, tagged as the published code tags them."""
+    epoch = record["epoch"]
+    writer.add_scalar("lr", record["lr"], epoch)
+    for part in ("train", "val"):
+        for bits, values in record[part].items():
+            writer.add_scalar(f"{part}_loss_{bits}", values["loss"], epoch)
+            writer.add_scalar(f"{part}_prec_1_{bits}", values["top1"], epoch)
+            writer.add_scalar(f"{part}_prec_5_{bits}", values["top5"], epoch)
+    writer.flush()
+
+
+class Console:
+    """What a person sees: within an epoch a bar on a terminal, plain lines elsewhere; after it one aligned row."""
+
+    def __init__(self, bit_widths, epochs, steps, print_freq):
+        self.bit_widths, self.epochs, self.steps, self.print_freq = bit_widths, epochs, steps, print_freq
+        self.rows = 0
+        self.started = time.monotonic()
+        self.bar = None
+
+    def step(self, epoch, metrics):
+        """Call after each step; waits for the device every print_freq steps."""
+        due = metrics.steps % self.print_freq == 0
+        if sys.stdout.isatty():
+            if self.bar is None:
+                self.bar = tqdm(desc=f"epoch {epoch + 1}/{self.epochs}", total=self.steps, initial=metrics.steps - 1,
+                                unit="step", leave=False, file=sys.stdout)
+            self.bar.update()
+            if due:
+                self.bar.set_postfix(loss=f"{mean_loss(metrics.averages()):.4f}")
+        elif due:
+            averages = metrics.averages()
+            log.info("epoch %d/%d  step %d/%d  loss %.4f  top-1 %s", epoch + 1, self.epochs, metrics.steps, self.steps,
+                     mean_loss(averages), "  ".join(f"{bits}b {v['top1']:.2f}" for bits, v in averages.items()))
+
+    def row(self, record):
+        """Call after each epoch, with its record of metrics.jsonl."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.rows == 0:
+            names = [f"{bits}b" for bits in self.bit_widths]
+            log.info(self.format("epoch", "lr", "loss", names, names, "images/s", "left"))
+        self.rows += 1
+        left = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
+        top1 = {part: [f"{record[part][bits]['top1']:.2f}" for bits in self.bit_widths] for part in ("train", "val")}
+        log.info(self.format(f"{record['epoch']}/{self.epochs}", f"{record['lr']:.2g}",
+                             f"{mean_loss(record['train']):.4f}", top1["train"], top1["val"],
+                             f"{record['images_per_second']:.0f}", str(datetime.timedelta(seconds=round(left)))))
+
+    @staticmethod
+    def format(epoch, lr, loss, train, val, speed, left):
+        return (f"{epoch:>7} {lr:>7} {loss:>7} | train {' '.join(f'{cell:>6}' for cell in train)}"
+                f" | val {' '.join(f'{cell:>6}' for cell in val)} | {speed:>8} {left:>8}")
+
+
+def mean_loss(averages):
+    return sum(values["loss"] for values in averages.values()) / len(averages)
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def environment(device):
+    """Versions, commit and device, for a results folder's config.json."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn"):
+        versions[package] = importlib.metadata.version(package)
+    if device.type == "cuda":
+        versions["cuda"] = torch.version.cuda
+
+    def git(*command):
+        folder = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+        except OSError:
+            return None  # no git here
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += " with local changes"
+    return {"versions": versions, "commit": commit, "device": describe(device)}
+
+
+# ---- device
+
+def choose_device(name):
+    """The device called `name`: auto, cpu, cuda or cuda:i. auto and cuda take the GPU with the most free memory.
+
+    UserError where there is no such GPU.
+    """
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"device {name} is not here: torch sees no CUDA GPU; choose cpu or auto")
+    count = torch.cuda.device_count()
+    if name in ("auto", "cuda"):
+        return torch.device("cuda", freest_gpu() if count > 1 else 0)
+    device = torch.device(name)
+    if device.index >= count:
+        raise UserError(f"device {name} is not here: choose from {', '.join(f'cuda:{i}' for i in range(count))}, cpu, auto")
+    return device
+
+
+def freest_gpu():
+    """Index, among the GPUs that torch sees, of the one with the most free memory as gpustat tells."""
+    import gpustat
+
+    try:
+        free = {gpu.uuid.removeprefix("GPU-"): gpu.memory_total - gpu.memory_used for gpu in gpustat.new_query()}
+    except Exception as error:  # the driver's library may be missing or refuse
+        print(f"gpustat could not tell which GPU is free ({error}): taking cuda:0", file=sys.stderr)
+        return 0
+    uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    return max(range(len(uuids)), key=lambda index: free.get(uuids[index], -1))
+
+
+def exact_float32():
+    """Keep float32 convolutions float32: torch rounds their inputs to TF32 on recent GPUs where nothing is said."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def describe(device):
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- metrics
+
+class Metrics:
+    """Sums of loss and of top-1 and top-5 hits per bit-width. They stay on the device until they are read."""
+
+    def __init__(self, bit_widths, device):
+        self.sums = torch.zeros(len(bit_widths), 3, dtype=torch.float64, device=device)  # loss, top-1, top-5
+        self.bit_widths = sorted(bit_widths)
+        self.count = 0  # images seen
+        self.steps = 0
+        self.seconds = 0.0  # spent on them
+        self.unread = []  # (len(bit_widths),) losses since the last check_finite
+
+    def update(self, results, labels):
+        """Add a batch: results {bit_width: (mean loss, logits (N, classes))}, labels (N,)."""
+        rows = []
+        for bits in self.bit_widths:
+            loss, logits = results[bits]
+            k = min(5, logits.shape[1])  # fewer than 5 classes: top-5 is always right
+            hits = logits.topk(k, dim=1).indices == labels[:, None]  # (N, k)
+            rows.append(torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum()]))
+        rows = torch.stack(rows).double()
+        self.sums += rows
+        self.unread.append(rows[:, 0])
+        self.count += len(labels)
+        self.steps += 1
+
+    def check_finite(self, what):
+        """UserError naming `what`, the bit-width and the step of the first loss that is not finite. Waits for the device."""
+        if not self.unread:
+            return
+        finite = torch.stack(self.unread).isfinite().tolist()  # a synchronisation point
+        first = self.steps - len(self.unread) + 1
+        self.unread = []
+        for step, row in enumerate(finite, start=first):
+            for bits, good in reversed(list(zip(self.bit_widths, row))):  # in the order they are run
+                if not good:
+                    raise UserError(f"the {what} loss at {bits} bits is not finite, step {step}: "
+                                    "lower --lr, or look at the data; the last good checkpoint is kept")
+
+    def averages(self):
+        """{bit_width: {"loss", "top1", "top5"}}, lowest first, top-k in percent. Waits for the device."""
+        table = (self.sums / self.count).tolist()  # a synchronisation point
+        return {bits: {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+                for bits, (loss, top1, top5) in zip(self.bit_widths, table)}
+
+
+    def state_dict(self):
+        return {"sums": self.sums, "count": self.count, "steps": self.steps, "seconds": self.seconds}
+
+    def load_state_dict(self, state):
+        self.sums.copy_(state["sums"])
+        self.count, self.steps, self.seconds = state["count"], state["steps"], state["seconds"]
+
+
+# ---- checkpoints
+
+def save_checkpoint(path, state):
+    """Write a checkpoint whole or not at all; UserError where the disk is full or cannot be written."""
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose another folder "
+                        "with --results-dir; what was saved before is kept") from None
+
+
+def find_checkpoint(path, *names):
+    """The checkpoint file that `path` means: itself, or in a folder the first of `names` in it or in its ckpt/."""
+    path = Path(path)
+    if path.is_dir():
+        for name in names:
+            for candidate in (path / "ckpt" / name, path / name):
+                if candidate.is_file():
+                    return candidate
+        raise UserError(f"{path} holds no checkpoint: looked there and in its ckpt/ for {', '.join(names)}")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: give a checkpoint file, or a results folder")
+    return path
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU, as data only: code in it is refused. UserError where it is not a checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({one_line(error)}): "
+                        "it may be cut short, not a checkpoint, or hold code") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
+    return checkpoint
+
+
+def load_weights(model, state_dict, path):
+    """Load every entry of state_dict into model; UserError naming those that are missing, unexpected or mis-shaped."""
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # DataParallel's prefix
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state_dict.keys()),
+        "unexpected": sorted(state_dict.keys() - own.keys()),
+        "of another shape": sorted(key for key in own.keys() & state_dict.keys()
+                                   if own[key].shape != state_dict[key].shape)}
+    if any(problems.values()):
+        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                         for what, keys in problems.items() if keys)
+        raise UserError(f"{path} does not fit the model: {told}; check --model, --width and --bit_width_list")
+    model.load_state_dict(state_dict)
+
+
+def load_optimizer(optimizer, state, path):
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds another optimizer's state ({one_line(error)}): check --optimizer") from None
