@@ -1,11 +1,27 @@
-"""Compare runs: their accuracy per bit-width as a Markdown table, a picture and CSV."""
+"""Compare runs: accuracy per bit-width as a Markdown table, a picture and CSV.
+
+    python report.py results/*                           # prints the table, writes results/report.{md,png,csv}
+    python report.py results/* --epoch last --output comparison
+"""
+import argparse
+import csv
+import io
+import json
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import utils
+from utils import UserError
 
-# The figure's colours: one per bit-width or configuration, told apart by colour-blind readers too.
+# Told apart by colour-blind readers too (Okabe and Ito), then by whoever can.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#6a3d9a"]
+# Arguments that do not make another configuration.
+NOT_CONFIGURATION = {"seed", "results_dir", "resume", "start_epoch", "device", "workers", "print_freq", "save_every",
+                     "data_dir"}
 
+
+# ---- one run: the end of train.py
 
 def best_record(history):
     """The epoch whose checkpoint is model_best: the first with the highest val top-1 at the highest bit-width."""
@@ -16,33 +32,33 @@ def best_record(history):
 def best_and_last(history):
     """The closing table of a run: val top-1 per bit-width at its best epoch and its last."""
     widths = sorted(history[0]["val"])
-    rows = [(f"best checkpoint (epoch {best_record(history)['epoch']})", best_record(history)),
-            (f"last (epoch {history[-1]['epoch']})", history[-1])]
+    best, last = best_record(history), history[-1]
+    rows = [("val top-1 (%), by bits", [str(bits) for bits in widths])]
+    for label, record in ((f"best checkpoint (epoch {best['epoch']})", best), (f"last (epoch {last['epoch']})", last)):
+        rows.append((label, [f"{record['val'][bits]['top1']:.2f}" for bits in widths]))
     label_width = max(len(label) for label, _ in rows)
-    lines = [f"{'val top-1, %, at bits':{label_width}} " + " ".join(f"{bits:>6}" for bits in widths)]
-    for label, record in rows:
-        cells = " ".join(f"{record['val'][bits]['top1']:6.2f}" for bits in widths)
-        lines.append(f"{label:{label_width}} {cells}")
-    return "\n".join(lines)
+    return "\n".join(f"{label:{label_width}} {' '.join(f'{cell:>6}' for cell in cells)}" for label, cells in rows)
 
 
 def save_training_figure(path, history, title):
     """PNG of one run: val top-1 against bit-width (best and last epoch), and against epoch per bit-width."""
     figure, (by_width, by_epoch) = new_figure(2)
     widths = sorted(history[0]["val"])
-    for name, record in (("best checkpoint", best_record(history)), ("last epoch", history[-1])):
-        by_width.plot(range(len(widths)), [record["val"][bits]["top1"] for bits in widths], marker="o",
-                      label=f"{name} ({record['epoch']})")
-    label_bit_widths(by_width, widths)
+    for name, record in (("best checkpoint, epoch", best_record(history)), ("last epoch,", history[-1])):
+        plot_by_width(by_width, widths, {bits: record["val"][bits]["top1"] for bits in widths},
+                      label=f"{name} {record['epoch']}")
+    by_width.legend()
     for bits, colour in zip(widths, COLOURS):
         by_epoch.plot([record["epoch"] for record in history], [record["val"][bits]["top1"] for record in history],
-                      color=colour, label=f"{bits} bits")
+                      color=colour, label=f"{bits} bits", marker="." if len(history) < 3 else None)
     by_epoch.set_xlabel("epoch")
     by_epoch.set_ylabel("val top-1 (%)")
     by_epoch.legend()
     figure.suptitle(title)
     save_figure(figure, path)
 
+
+# ---- figures
 
 def new_figure(columns):
     from matplotlib.figure import Figure  # without pyplot: no display is asked for
@@ -54,13 +70,148 @@ def new_figure(columns):
     return figure, axes
 
 
-def label_bit_widths(axis, widths):
+def plot_by_width(axis, widths, top1, spread=None, **style):
+    """A line of top1 {bits: %} over the evenly spaced `widths`, with error bars where spread is given."""
+    present = [bits for bits in widths if bits in top1]
+    axis.errorbar([widths.index(bits) for bits in present], [top1[bits] for bits in present],
+                  yerr=spread and [spread[bits] for bits in present], marker="o", capsize=3, **style)
     axis.set_xticks(range(len(widths)), [str(bits) for bits in widths])
     axis.set_xlabel("bits (weights and activations)")
     axis.set_ylabel("val top-1 (%)")
-    axis.legend()
 
 
 def save_figure(figure, path):
-    with utils.replacing(Path(path)) as temporary:
+    with utils.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+# ---- several runs
+
+def load_run(folder):
+    """(arguments, records) of a results folder; UserError where it is not one, or has no finished epoch."""
+    folder = Path(folder)
+    try:
+        arguments = json.loads((folder / "config.json").read_text())["arguments"]
+        history = utils.read_metrics(folder / "metrics.jsonl")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a results folder of train.py ({utils.one_line(error)})") from None
+    if not history:
+        raise UserError(f"{folder} has no finished epoch yet: leave it out, or let it go on")
+    return arguments, history
+
+
+def configuration(arguments):
+    """What makes two runs repetitions of each other, as a sorted tuple; dedicated models of any width are one."""
+    chosen = {name: value for name, value in arguments.items() if name not in NOT_CONFIGURATION}
+    if len(chosen["bit_width_list"]) == 1:
+        chosen["bit_width_list"] = chosen["loss"] = "dedicated"
+    return tuple(sorted((name, utils.flag_text(value)) for name, value in chosen.items()))
+
+
+def labels(configurations):
+    """{configuration: name}: as published ("dedicated", "any, recursive"), and whatever else sets it apart."""
+    names = {}
+    for key in configurations:
+        arguments = dict(key)
+        peers = [other for other in map(dict, configurations)
+                 if (other["dataset"], other["model"]) == (arguments["dataset"], arguments["model"])]
+        varying = [name for name in arguments if name not in ("loss", "bit_width_list")
+                   and len({peer.get(name) for peer in peers}) > 1]
+        name = "dedicated" if arguments["loss"] == "dedicated" else f"any, {arguments['loss']}"
+        names[key] = ", ".join([name, *(f"{what} {arguments[what]}" for what in varying)])
+    for name in [name for name in names.values() if list(names.values()).count(name) > 1]:
+        for key in [key for key in names if names[key] == name]:  # only their bit-widths differ
+            names[key] += f" ({dict(key)['bit_width_list']})"
+    return names
+
+
+def spread(values):
+    """The sample standard deviation; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def markdown(rows, which):
+    """The tables, a data set and model each, from rows of the CSV."""
+    text = []
+    for dataset, model in dict.fromkeys((row["dataset"], row["model"]) for row in rows):
+        cells = defaultdict(list)
+        for row in rows:
+            if (row["dataset"], row["model"]) == (dataset, model):
+                cells[row["configuration"], row["bits"]].append(row["top1"])
+        widths = sorted({bits for _, bits in cells})
+        counts = sorted({len(values) for values in cells.values()})
+        runs = f"{counts[0]} run{'s' if counts[0] > 1 else ''}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
+        text += [f"{model} on {dataset}: val top-1 (%) of the {which}, mean ± standard deviation, {runs} a cell", "",
+                 f"| model | {' | '.join(map(str, widths))} |", "|---" * (len(widths) + 1) + "|"]
+        for name in dict.fromkeys(name for name, _ in cells):
+            values = [cells.get((name, bits)) for bits in widths]
+            text.append(f"| {name} | " + " | ".join(
+                "" if not v else f"{statistics.mean(v):.2f}" + (f" ± {spread(v):.2f}" if len(v) > 1 else "")
+                for v in values) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def save_comparison_figure(path, rows):
+    """PNG: a panel a data set and model, a line a configuration, error bars of one standard deviation."""
+    panels = list(dict.fromkeys((row["dataset"], row["model"]) for row in rows))
+    figure, axes = new_figure(len(panels))
+    for axis, panel in zip(axes, panels):
+        chosen = [row for row in rows if (row["dataset"], row["model"]) == panel]
+        widths = sorted({row["bits"] for row in chosen})
+        for index, name in enumerate(dict.fromkeys(row["configuration"] for row in chosen)):
+            values = defaultdict(list)
+            for row in chosen:
+                if row["configuration"] == name:
+                    values[row["bits"]].append(row["top1"])
+            plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in values.items()},
+                          {bits: spread(v) for bits, v in values.items()},
+                          color=COLOURS[index % len(COLOURS)], label=name)
+        axis.set_title(f"{panel[1]} on {panel[0]}")
+        axis.legend()
+    save_figure(figure, path)
+
+
+COLUMNS = ("dataset", "model", "configuration", "seed", "bits", "top1", "top5", "loss", "epoch", "results")
+
+
+def parse_args(argv=None):
+    parser = utils.OneLineParser(description=__doc__.splitlines()[0], formatter_class=utils.HelpFormatter,
+                                 allow_abbrev=False)
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
+    parser.add_argument("--epoch", choices=("best", "last"), default="best",
+                        help="report model_best's epoch (top-1 of the highest bit-width), or the last one")
+    parser.add_argument("--output", default="results/report", metavar="PATH", help="write PATH.md, PATH.png, PATH.csv")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Print the table; write it, the picture and the numbers."""
+    runs = [(folder, *load_run(folder)) for folder in args.results]
+    names = labels(list(dict.fromkeys(configuration(arguments) for _, arguments, _ in runs)))
+    rows = []
+    for folder, arguments, history in runs:
+        record = best_record(history) if args.epoch == "best" else history[-1]
+        rows += [dict(zip(COLUMNS, (
+            arguments["dataset"], arguments["model"], names[configuration(arguments)], arguments["seed"], bits,
+            values["top1"], values["top5"], values["loss"], record["epoch"], str(folder))))
+            for bits, values in sorted(record["val"].items())]
+    rows.sort(key=lambda row: list(names.values()).index(row["configuration"]))
+
+    table = markdown(rows, {"best": "best checkpoint", "last": "last epoch"}[args.epoch])
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for ending, content in (("md", table), ("csv", text.getvalue())):
+        with utils.replacing(f"{output}.{ending}") as temporary:
+            temporary.write_text(content)
+    save_comparison_figure(f"{output}.png", rows)
+    print(table)
+    print(f"written to {output}.md, {output}.png and {output}.csv")
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args)

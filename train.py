@@ -66,8 +66,8 @@ def weight_decay(text):
 
 def bit_width_list(text):
     try:
-        return sorted(check_bit_widths(int(part) if part.strip().isdecimal() else part.strip()
-                                       for part in text.split(",") if text.strip()))
+        parts = [part.strip() for part in text.split(",")] if text.strip() else []
+        return sorted(check_bit_widths(int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -234,7 +234,7 @@ def train_one_epoch(model, loader, optimizer, metrics, args, device, after_step)
 
 
 @torch.no_grad()
-def evaluate(model, loader, bit_widths, device, after_batch=lambda: None):
+def evaluate(model, loader, bit_widths, device, after_batch=lambda: None, what="validation"):
     """{bit_width: {"loss", "top1", "top5"}} of the model over `loader`, every image counted once."""
     model.eval()
     metrics = Metrics(bit_widths, device)
@@ -247,7 +247,7 @@ def evaluate(model, loader, bit_widths, device, after_batch=lambda: None):
             results[bits] = torch.nn.functional.cross_entropy(logits, labels), logits
         metrics.update(results, labels)
         after_batch()
-    metrics.check_finite("validation")
+    metrics.check_finite(what)
     return metrics.averages()
 
 
@@ -361,7 +361,7 @@ def main(args):
         nonlocal last_save
         due = args.save_every and time.monotonic() - last_save > 60 * args.save_every
         if stop.signal or due:
-            metrics.check_finite(f"training (epoch {epoch + 1})")
+            metrics.check_finite(f"epoch {epoch + 1}, training")
             save(epoch, metrics)
             last_save = time.monotonic()
         if stop.signal:
@@ -371,7 +371,7 @@ def main(args):
     def after_step():
         console.step(epoch, metrics)
         if metrics.steps % args.print_freq == 0:
-            metrics.check_finite(f"training (epoch {epoch + 1})")
+            metrics.check_finite(f"epoch {epoch + 1}, training")
         stop_or_save()
 
     with utils.StopRequest() as stop:
@@ -381,10 +381,11 @@ def main(args):
                 group["lr"] = lr
             batches.epoch, batches.start = epoch, metrics.steps
             train_one_epoch(model, train_loader, optimizer, metrics, args, device, after_step)
-            metrics.check_finite(f"training (epoch {epoch + 1})")
+            metrics.check_finite(f"epoch {epoch + 1}, training")
             record = {"epoch": epoch + 1, "lr": lr, "images_per_second": metrics.count / metrics.seconds,
                       "train": metrics.averages(),
-                      "val": evaluate(model, val_loader, bit_widths, device, stop_or_save)}
+                      "val": evaluate(model, val_loader, bit_widths, device, stop_or_save,
+                                      f"epoch {epoch + 1}, validation")}
 
             history.append(record)
             utils.append_json_line(metrics_file, record)

@@ -371,7 +371,10 @@ class Metrics:
         self.steps += 1
 
     def check_finite(self, what):
-        """UserError naming `what`, the bit-width and the step of the first loss that is not finite. Waits for the device."""
+        """UserError naming `what`, the bit-width and the step of the first loss that is not finite.
+
+        Waits for the device.
+        """
         if not self.unread:
             return
         finite = torch.stack(self.unread).isfinite().tolist()  # a synchronisation point
@@ -380,8 +383,8 @@ class Metrics:
         for step, row in enumerate(finite, start=first):
             for bits, good in reversed(list(zip(self.bit_widths, row))):  # in the order they are run
                 if not good:
-                    raise UserError(f"the {what} loss at {bits} bits is not finite, step {step}: "
-                                    "lower --lr, or look at the data; the last good checkpoint is kept")
+                    raise UserError(f"{what}: the loss at {bits} bits is not finite at step {step}: lower --lr, or look "
+                                    "at the data; the last good checkpoint is kept")
 
     def averages(self):
         """{bit_width: {"loss", "top1", "top5"}}, lowest first, top-k in percent. Waits for the device."""

@@ -67,11 +67,11 @@ def open_downloadable(kind, root, transform, **split):
     """A torchvision data set, verified; downloaded where it is missing or altered (torchvision's sources and checksums)."""
     try:
         return kind(root, transform=transform, **split)
-    except RuntimeError:  # torchvision's word for missing or altered files
-        print(f"{kind.__name__} is missing from {root}, or altered there: downloading it", file=sys.stderr)
     except Exception as error:
-        raise UserError(f"{kind.__name__} in {root} cannot be read ({one_line(error)}): "
-                        "remove that folder and start again to download it anew") from None
+        if "not found" not in str(error):  # torchvision's word for missing or altered files
+            raise UserError(f"{kind.__name__} in {root} cannot be read ({one_line(error)}): "
+                            "remove that folder and start again to download it anew") from None
+    print(f"{kind.__name__} is missing from {root}, or altered there: downloading it", file=sys.stderr)
     try:
         return kind(root, transform=transform, download=True, **split)
     except Exception as error:

@@ -18,7 +18,7 @@ def check_bit_widths(bit_widths):
         raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4,8,32")
     for bits in bit_widths:
         if isinstance(bits, bool) or bits not in BIT_WIDTHS:
-            raise ValueError(f"bit-width {bits} does not exist: choose from 1 to 8 and 32, such as 1,2,4,8,32")
+            raise ValueError(f"bit-width {bits!r} does not exist: choose from 1 to 8 and 32, such as 1,2,4,8,32")
     if len(set(bit_widths)) < len(bit_widths):
         raise ValueError(f"bit-widths {','.join(map(str, bit_widths))} repeat: list each of them once")
     return tuple(sorted(map(int, bit_widths), reverse=True))

@@ -1,0 +1,43 @@
+import functools
+import http.server
+import threading
+
+import pytest
+import torch
+
+import tiny_data
+import utils
+
+torch.set_num_threads(1)  # the networks are tiny: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def closed_log():
+    yield
+    utils.close_log()
+
+
+@pytest.fixture
+def tiny_cifar10(tmp_path, monkeypatch):
+    """A data folder with a CIFAR-10 of 20 training and 6 test images."""
+    tiny_data.cifar10(tmp_path / "data", monkeypatch)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def http_folder(tmp_path):
+    """A folder served over HTTP on this machine, and its URL."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()

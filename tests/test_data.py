@@ -1,0 +1,238 @@
+"""Every data set from small files in its real format: splits, transforms, statistics, downloads, seeded batches."""
+import random
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+import tiny_data
+from dataset.data import (DATASETS, SeededSamples, ShuffledBatches, data_paths, get_dataset, get_transform)
+from utils import UserError
+
+SIZES = {  # of the files in tiny_data, per split
+    "cifar10": {"train": 20, "test": 6, "train_auto_quan": 19, "val_auto_quan": 1},
+    "cifar100": {"train": 12, "test": 6},
+    "mnist": {"train": 12, "test": 6},
+    "svhn": {"train": 12, "extra": 28, "train_extra": 40, "test": 6, "train_extra_auto_quan": 38, "val_auto_quan": 2},
+    "imagenet": {"train": 6, "val": 6},
+    "digits": {"train": 1437, "val": 360},
+}
+
+
+def make(name, data_dir, monkeypatch):
+    if name != "digits":
+        getattr(tiny_data, name)(data_dir, monkeypatch)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_split_of_real_files(name, tmp_path, monkeypatch):
+    make(name, tmp_path, monkeypatch)
+    row = DATASETS[name]
+    assert set(SIZES[name]) == {*row.val_split, *row.val_split.values()}
+    for split, size in SIZES[name].items():
+        dataset = get_dataset(name, split, get_transform(name, split.startswith("train")), tmp_path)
+        assert len(dataset) == size
+        found = {dataset[index][1] for index in range(min(size, 200))}
+        assert found <= set(range(row.num_classes or 3))
+        image, _ = dataset[0]
+        assert image.shape == (3, row.image_size, row.image_size) and image.dtype == torch.float32
+
+
+def test_unknown_split_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="digits has no split test: choose from train, val"):
+        get_dataset("digits", "test")
+
+
+STATISTICS = {  # per data set: mean and std of each channel, on a scale of 0 to 255 for the CIFARs
+    "cifar10": ([125.3 / 255, 123 / 255, 113.9 / 255], [63 / 255, 62.1 / 255, 66.7 / 255]),
+    "cifar100": ([129.3 / 255, 124.1 / 255, 112.4 / 255], [68.2 / 255, 65.4 / 255, 70.4 / 255]),
+    "mnist": ([0.1307] * 3, [0.3081] * 3), "svhn": ([0.5] * 3, [0.5] * 3), "digits": ([0.5] * 3, [0.5] * 3),
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_normalisation_of_a_flat_image(name):
+    colour = (51, 51, 51) if name == "mnist" else (51, 102, 204)  # 0.2, 0.4, 0.8
+    image = Image.new("RGB", (300, 300) if name == "imagenet" else (32, 32), colour)
+    if name == "mnist":
+        image = image.convert("L")
+    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS[name])
+    expected = (torch.tensor(colour)[:, None, None] / 255 - mean) / std
+    out = get_transform(name, train=False)(image)
+    torch.testing.assert_close(out, expected.expand_as(out))
+    if name == "imagenet":
+        assert out.shape == (3, 224, 224)
+
+
+def test_evaluation_does_not_move_pixels():
+    image = Image.fromarray(tiny_data.pixels(32, 32, 3))
+    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS["cifar10"])
+    raw = torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(get_transform("cifar10", train=False)(image), (raw - mean) / std)
+
+
+def test_cifar_training_images_are_flips_and_crops_of_the_padded_image():
+    pixels = tiny_data.pixels(32, 32, 3)
+    mean, std = (numpy.array(values) for values in STATISTICS["cifar10"])
+    padded = numpy.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+    views = {}  # every flip and shift there is
+    for flip in (False, True):
+        source = numpy.pad(pixels[:, ::-1], ((4, 4), (4, 4), (0, 0))) if flip else padded
+        for top in range(9):
+            for left in range(9):
+                views[source[top:top + 32, left:left + 32].tobytes()] = flip, top, left
+    transform = get_transform("cifar10", train=True)
+    torch.manual_seed(0)
+    seen = []
+    for _ in range(300):
+        out = transform(Image.fromarray(pixels)).permute(1, 2, 0).double().numpy()
+        seen.append(views[numpy.round((out * std + mean) * 255).astype(numpy.uint8).tobytes()])
+    flips, tops, lefts = zip(*seen)
+    assert 100 < sum(flips) < 200 and set(tops) == set(lefts) == set(range(9))
+
+
+def test_imagenet_training_images_are_random_crops(tmp_path):
+    image = Image.fromarray(tiny_data.pixels(300, 400, 3))
+    transform = get_transform("imagenet", train=True)
+    first, second = transform(image), transform(image)
+    assert first.shape == second.shape == (3, 224, 224) and not torch.equal(first, second)
+
+
+def test_digits_are_the_scans():
+    train, val = get_dataset("digits", "train"), get_dataset("digits", "val")
+    scans = {tuple(int(round(value * 255 / 16)) for value in scan): int(target)
+             for scan, target in zip(*load_digits(return_X_y=True))}
+    for dataset in (train, val):
+        for index in range(0, len(dataset), 17):
+            image, label = dataset[index]
+            array = numpy.array(image)
+            assert array.shape == (8, 8, 3) and (array == array[..., :1]).all()
+            assert scans[tuple(array[..., 0].flatten().tolist())] == label
+    counts = numpy.bincount(load_digits().target)
+    assert (abs(numpy.bincount(val.targets) - 0.2 * counts) < 1).all()  # stratified
+    assert get_transform("digits", train=True)(train[0][0]).shape == (3, 40, 40)
+
+
+def test_held_out_splits_share_the_training_split_out(tmp_path, monkeypatch):
+    tiny_data.cifar10(tmp_path, monkeypatch)
+    whole = get_dataset("cifar10", "train", data_dir=tmp_path)
+    first = get_dataset("cifar10", "train_auto_quan", data_dir=tmp_path)
+    rest = get_dataset("cifar10", "val_auto_quan", data_dir=tmp_path)
+    order = list(range(20))
+    random.seed(123)
+    random.shuffle(order)
+    for part, indices in ((first, order[:19]), (rest, order[19:])):
+        for (image, label), index in zip(part, indices, strict=True):
+            assert image.tobytes() == whole[index][0].tobytes() and label == whole[index][1]
+
+
+def test_svhn_joins_train_and_extra_and_counts_ten_as_zero(tmp_path, monkeypatch):
+    tiny_data.svhn(tmp_path, monkeypatch)
+    train, extra, joined = (get_dataset("svhn", split, data_dir=tmp_path)
+                            for split in ("train", "extra", "train_extra"))
+    assert [label for _, label in joined] == [label for part in (train, extra) for _, label in part]
+    assert [label for _, label in train] == tiny_data.labels(12)
+    assert joined[12][0].tobytes() == extra[0][0].tobytes()
+
+
+def test_mnist_is_given_as_three_equal_channels(tmp_path, monkeypatch):
+    tiny_data.mnist(tmp_path, monkeypatch)
+    image, _ = get_dataset("mnist", "train", get_transform("mnist", True), tmp_path)[0]
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+def test_data_paths_say_where_data_lives(tmp_path, monkeypatch):
+    assert data_paths["cifar10"] == "data/cifar10"
+    tiny_data.cifar10(tmp_path, monkeypatch)
+    monkeypatch.setitem(data_paths, "cifar10", str(tmp_path / "cifar10"))
+    assert len(get_dataset("cifar10", "test")) == 6
+
+
+# ---- downloads and broken files
+
+def test_missing_data_is_downloaded_and_verified(tmp_path, monkeypatch, http_folder):
+    served, url = http_folder
+    folder = tiny_data.cifar10(tmp_path / "made", monkeypatch)
+    archive = tiny_data.archive(folder, served / "cifar.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{url}/cifar.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", tiny_data.md5(archive))
+    assert len(get_dataset("cifar10", "train", data_dir=tmp_path / "data")) == 20
+
+    archive.write_bytes(archive.read_bytes()[:-10])  # what another newcomer would get
+    with pytest.raises(UserError, match="CIFAR10 is not in .*other/cifar10, or altered there, and could not be downloaded"):
+        get_dataset("cifar10", "train", data_dir=tmp_path / "other")
+
+
+def test_mnist_download(tmp_path, monkeypatch, http_folder):
+    served, url = http_folder
+    for path in tiny_data.mnist(tmp_path, monkeypatch).glob("*.gz"):
+        path.rename(served / path.name)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [f"{url}/"])
+    assert len(get_dataset("mnist", "test", data_dir=tmp_path / "new")) == 6
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damaged_data_offline_is_one_clear_error(tmp_path, monkeypatch, damage):
+    path = tiny_data.svhn(tmp_path, monkeypatch) / "train_32x32.mat"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:100])
+    elif damage == "altered":
+        path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(UserError, match=r"SVHN is not in .*svhn, or altered there.* go online, copy it there") as error:
+        get_dataset("svhn", "train", data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_mnist_is_one_clear_error(tmp_path, monkeypatch):
+    path = tiny_data.mnist(tmp_path, monkeypatch) / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="MNIST in .* cannot be read"):
+        get_dataset("mnist", "train", data_dir=tmp_path)
+
+
+def test_image_folder_errors(tmp_path):
+    with pytest.raises(UserError, match="imagenet was looked for in .*imagenet/train and is not there"):
+        get_dataset("imagenet", "train", data_dir=tmp_path)
+    (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="must hold one folder of images per class"):
+        get_dataset("imagenet", "train", data_dir=tmp_path)
+    (tmp_path / "imagenet" / "train" / "cat").mkdir()
+    with pytest.raises(UserError, match="must hold one folder of images per class"):
+        get_dataset("imagenet", "train", data_dir=tmp_path)
+    (tmp_path / "imagenet" / "train" / "cat" / "1.JPEG").write_bytes(b"no image")
+    with pytest.raises(UserError, match="cat/1.JPEG is not a readable image"):
+        get_dataset("imagenet", "train", data_dir=tmp_path)[0]
+
+
+# ---- seeded batches
+
+def test_shuffled_batches_cover_every_sample_once_in_an_order_of_seed_and_epoch():
+    def epoch(number, seed=0, start=0):
+        batches = ShuffledBatches(10, 4, seed)
+        batches.epoch, batches.start = number, start
+        return list(batches)
+
+    assert [len(batch) for batch in epoch(0)] == [4, 4, 2] and len(ShuffledBatches(10, 4, 0)) == 3
+    indices = [index for batch in epoch(0) for index, _ in batch]
+    assert sorted(indices) == list(range(10)) and indices != list(range(10))
+    assert epoch(0) == epoch(0)
+    assert epoch(0) != epoch(1) and epoch(0) != epoch(0, seed=1)
+    assert epoch(3, start=2) == epoch(3)[2:] and epoch(3, start=3) == []
+
+
+def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
+    dataset = SeededSamples(get_dataset("cifar10", "train", get_transform("cifar10", True), tiny_cifar10))
+    state = torch.get_rng_state()
+    here, there = (
+        list(DataLoader(dataset, batch_sampler=ShuffledBatches(20, 8, 0), num_workers=workers,
+                        generator=torch.Generator()))
+        for workers in (0, 2))
+    torch.testing.assert_close(here, there, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing drawn from the training's random numbers

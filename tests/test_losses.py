@@ -1,0 +1,90 @@
+"""The any-precision step on a stub network: who teaches whom, in which order, and what it returns."""
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from models.losses import LOSSES, any_precision_backward
+
+WIDTHS = [1, 2, 4, 32]  # given in another order than they are run
+LABELS = torch.tensor([0, 2, 1])
+
+
+class Stub(nn.Module):
+    """Its logits at a bit-width are a parameter of their own, so each gradient shows the target it learned from."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bits = 32
+        self.table = nn.ParameterDict({
+            str(bits): nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for bits in WIDTHS})
+        self.visited = []
+
+    def forward(self, images):
+        self.visited.append(self.bits)
+        return 1 * self.table[str(self.bits)]
+
+
+def one_hot():
+    return nn.functional.one_hot(LABELS, 4).double()
+
+
+TEACHER = {  # of each bit-width; None: the labels
+    "hard": {32: None, 4: None, 2: None, 1: None},
+    "soft": {32: None, 4: 32, 2: 32, 1: 32},
+    "recursive": {32: None, 4: 32, 2: 4, 1: 2}}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_who_teaches_whom(loss):
+    model = Stub()
+    results = any_precision_backward(model, None, LABELS, WIDTHS, loss)
+    assert model.visited == list(results) == [32, 4, 2, 1]
+    for bits, teacher in TEACHER[loss].items():
+        logits = model.table[str(bits)].detach()
+        p = one_hot() if teacher is None else model.table[str(teacher)].detach().softmax(1)
+        # cross-entropy's gradient is (q - p) / N, and a teacher gets none: it is detached
+        assert_close(model.table[str(bits)].grad, (logits.softmax(1) - p) / 3)
+        value, returned = results[bits]
+        assert_close(value, -(p * logits.log_softmax(1)).sum(1).mean())
+        assert_close(returned, logits)
+        assert not value.requires_grad and not returned.requires_grad
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_bit_width_learns_from_the_labels(loss):
+    model = Stub()
+    any_precision_backward(model, None, LABELS, [2], loss)
+    assert_close(model.table["2"].grad, (model.table["2"].detach().softmax(1) - one_hot()) / 3)
+    assert model.table["32"].grad is None
+
+
+def test_gradients_add_to_what_is_there():
+    once, twice = Stub(), Stub()
+    any_precision_backward(once, None, LABELS, WIDTHS, "recursive")
+    for _ in range(2):
+        any_precision_backward(twice, None, LABELS, WIDTHS, "recursive")
+    for bits in WIDTHS:
+        assert_close(twice.table[str(bits)].grad, 2 * once.table[str(bits)].grad)
+
+
+def test_shared_weights_get_the_sum_over_bit_widths():
+    shared = nn.Parameter(torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3, dtype=torch.float64))
+
+    class Shared(nn.Module):
+        bits = 32
+
+        def forward(self, images):
+            return shared * self.bits
+
+    any_precision_backward(Shared(), None, LABELS, [1, 32], "hard")
+    expected = sum(bits * ((bits * shared).softmax(1) - one_hot()) / 3 for bits in (1, 32))
+    assert_close(shared.grad, expected.detach())
+
+
+def test_unknown_loss_and_bit_width():
+    with pytest.raises(ValueError, match="loss easy does not exist: choose from hard, soft, recursive"):
+        any_precision_backward(Stub(), None, LABELS, WIDTHS, "easy")
+    with pytest.raises(ValueError, match="bit-width 9 does not exist"):
+        any_precision_backward(Stub(), None, LABELS, [9], "hard")

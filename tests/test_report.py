@@ -1,0 +1,88 @@
+"""report.py on results folders with known numbers."""
+import csv
+import json
+from functools import partial
+
+import pytest
+
+import report
+import train
+import utils
+
+
+def write_run(folder, top1, *flags, epochs=2):
+    """A results folder of train.py's arguments `flags`, with val top-1 {bits: [per epoch]}."""
+    folder.mkdir(parents=True)
+    args = train.parse_args([*flags, "--bit_width_list", ",".join(map(str, top1))])
+    arguments = {name: value for name, value in vars(args).items() if name != "given"}
+    (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
+    for epoch in range(len(next(iter(top1.values())))):
+        val = {bits: {"loss": 1.0, "top1": values[epoch], "top5": 99.0} for bits, values in top1.items()}
+        utils.append_json_line(folder / "metrics.jsonl", {"epoch": epoch + 1, "train": val, "val": val})
+    return str(folder)
+
+
+def run(argv):
+    try:
+        utils.run(report.main, partial(report.parse_args, argv))
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        write_run(tmp_path / "a0", {1: [90.0, 91.0], 32: [99.0, 98.0]}, "--seed", "0"),
+        write_run(tmp_path / "a1", {1: [92.0, 93.0], 32: [97.0, 98.0]}, "--seed", "1", "--workers", "3"),
+        write_run(tmp_path / "h0", {1: [80.0, 81.0], 32: [98.0, 98.0]}, "--loss", "hard"),
+        write_run(tmp_path / "d1", {1: [70.0, 72.0]}), write_run(tmp_path / "d32", {32: [95.0, 96.0]}, "--loss", "hard")]
+
+
+def test_table_in_the_published_form(runs, tmp_path, capsys):
+    assert run([*runs, "--epoch", "last", "--output", str(tmp_path / "out" / "table")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[:6] == [
+        "svhnq on digits: val top-1 (%) of the last epoch, mean ± standard deviation, 1 to 2 runs a cell", "",
+        "| model | 1 | 32 |", "|---|---|---|",
+        "| any, recursive | 92.00 ± 1.41 | 98.00 ± 0.00 |", "| any, hard | 81.00 | 98.00 |"]
+    assert "| dedicated | 72.00 | 96.00 |" in out
+    assert (tmp_path / "out" / "table.md").read_text() in out
+    assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert len(rows) == 8 and rows[0] == {
+        "dataset": "digits", "model": "svhnq", "configuration": "any, recursive", "seed": "0", "bits": "1",
+        "top1": "91.0", "top5": "99.0", "loss": "1.0", "epoch": "2", "results": runs[0]}
+
+
+def test_best_is_chosen_by_the_highest_bit_width(runs, tmp_path, capsys):
+    assert run([runs[0], "--output", str(tmp_path / "t")]) == 0
+    assert "| any, recursive | 90.00 | 99.00 |" in capsys.readouterr().out  # epoch 1, where 32 bits was best
+
+
+def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys):
+    slow = write_run(tmp_path / "slow", {1: [50.0], 32: [60.0]}, "--lr", "0.01")
+    resnet = write_run(tmp_path / "resnet", {1: [40.0], 32: [41.0]}, "--model", "resnet20q")
+    assert run([runs[0], slow, resnet, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| any, recursive, lr 0.001 | 90.00 | 99.00 |" in out and "| any, recursive, lr 0.01 | 50.00 | 60.00 |" in out
+    assert "resnet20q on digits" in out and "| any, recursive | 40.00 | 41.00 |" in out
+
+
+def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsys):
+    more = write_run(tmp_path / "more", {1: [50.0], 2: [55.0], 32: [60.0]})
+    assert run([runs[0], more, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| any, recursive (1,32) | 90.00 |  | 99.00 |" in out
+    assert "| any, recursive (1,2,32) | 50.00 | 55.00 | 60.00 |" in out
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda folder: None, "is not a results folder of train.py"),
+    (lambda folder: folder.mkdir(), "is not a results folder of train.py"),
+    (lambda folder: write_run(folder, {1: []}) and (folder / "metrics.jsonl").write_text(""), "no finished epoch")])
+def test_what_is_no_run(make, told, tmp_path, capsys):
+    make(tmp_path / "x")
+    assert run([str(tmp_path / "x"), "--output", str(tmp_path / "t")]) == 1
+    err = capsys.readouterr().err
+    assert told in err and str(tmp_path / "x") in err and err.count("\n") == 1
