@@ -18,7 +18,10 @@ from utils import UserError
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#6a3d9a"]
 # Arguments that do not make another configuration.
 NOT_CONFIGURATION = {"seed", "results_dir", "resume", "start_epoch", "device", "workers", "print_freq", "save_every",
-                     "data_dir"}
+                     "data_dir", "save_calibrated"}
+# Those that an evaluation depends on.
+OF_EVALUATION = {"dataset", "train_split", "model", "width", "all_conv", "bit_width_list", "loss", "evaluate",
+                 "calibrate"}
 
 
 # ---- one run: the end of train.py
@@ -58,6 +61,24 @@ def save_training_figure(path, history, title):
     save_figure(figure, path)
 
 
+# ---- one evaluation: train.py --evaluate
+
+def evaluation_table(results, trained):
+    """Loss, top-1 and top-5 per bit-width of {bit_width: {"loss", "top1", "top5"}}; untrained ones are marked."""
+    rows = [f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"]
+    for bits, values in results.items():
+        mark = "" if bits in trained else "   not trained"
+        rows.append(f"{bits:>5} {values['loss']:8.4f} {values['top1']:8.2f} {values['top5']:8.2f}{mark}")
+    return "\n".join(rows)
+
+
+def save_evaluation_figure(path, results, title):
+    figure, (axis,) = new_figure(1)
+    plot_by_width(axis, sorted(results), {bits: values["top1"] for bits, values in results.items()})
+    axis.set_title(title)
+    save_figure(figure, path)
+
+
 # ---- figures
 
 def new_figure(columns):
@@ -88,11 +109,19 @@ def save_figure(figure, path):
 # ---- several runs
 
 def load_run(folder):
-    """(arguments, records) of a results folder; UserError where it is not one, or has no finished epoch."""
+    """(arguments, records) of a results folder; UserError where it is not one, or has no finished epoch.
+
+    An evaluation is a single record.
+    """
     folder = Path(folder)
     try:
-        arguments = json.loads((folder / "config.json").read_text())["arguments"]
-        history = utils.read_metrics(folder / "metrics.jsonl")
+        config = json.loads((folder / "config.json").read_text())
+        arguments = config["arguments"]
+        if arguments.get("evaluate"):
+            results = json.loads((folder / "evaluation.json").read_text())
+            history = [{"epoch": config["epoch"], "val": {int(bits): values for bits, values in results.items()}}]
+        else:
+            history = utils.read_metrics(folder / "metrics.jsonl")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a results folder of train.py ({utils.one_line(error)})") from None
     if not history:
@@ -102,9 +131,14 @@ def load_run(folder):
 
 def configuration(arguments):
     """What makes two runs repetitions of each other, as a sorted tuple; dedicated models of any width are one."""
-    chosen = {name: value for name, value in arguments.items() if name not in NOT_CONFIGURATION}
+    evaluation = arguments.get("evaluate")
+    chosen = {name: value for name, value in arguments.items()
+              if value is not None and value is not False
+              and (name in OF_EVALUATION if evaluation else name not in NOT_CONFIGURATION)}
     if len(chosen["bit_width_list"]) == 1:
-        chosen["bit_width_list"] = chosen["loss"] = "dedicated"
+        chosen["loss"] = "dedicated"
+        if not evaluation:
+            chosen["bit_width_list"] = "all"
     return tuple(sorted((name, utils.flag_text(value)) for name, value in chosen.items()))
 
 
@@ -114,10 +148,12 @@ def labels(configurations):
     for key in configurations:
         arguments = dict(key)
         peers = [other for other in map(dict, configurations)
-                 if (other["dataset"], other["model"]) == (arguments["dataset"], arguments["model"])]
+                 if all(other.get(name) == arguments.get(name) for name in ("dataset", "model", "evaluate"))]
         varying = [name for name in arguments if name not in ("loss", "bit_width_list")
                    and len({peer.get(name) for peer in peers}) > 1]
         name = "dedicated" if arguments["loss"] == "dedicated" else f"any, {arguments['loss']}"
+        if "evaluate" in arguments:  # one network at several bit-widths, trained at those of bit_width_list
+            name = f"{name}, trained at {arguments['bit_width_list']} and evaluated"
         names[key] = ", ".join([name, *(f"{what} {arguments[what]}" for what in varying)])
     for name in [name for name in names.values() if list(names.values()).count(name) > 1]:
         for key in [key for key in names if names[key] == name]:  # only their bit-widths differ

@@ -4,6 +4,8 @@
     python train.py --loss hard --bit_width_list 2               # a dedicated 2-bit model
     python train.py --dataset cifar10 --model resnet20q --epochs 200 --lr_decay 100,150,180 --batch-size 128
     python train.py --resume results/RUN                         # go on where that run stopped
+    python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
+    python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20    # widths it never saw
 
 The recipes (train_digits.sh, train_cifar10.sh, train_svhn.sh, train_imagenet.sh) call it with the paper's settings.
 """
@@ -22,10 +24,12 @@ from tensorboardX import SummaryWriter
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import published
 import report
 import utils
 from dataset.data import DATASETS, SeededSamples, ShuffledBatches, get_dataset, get_transform
-from models import DEFAULT_WIDTH, MODELS, check_bit_widths, set_bit_width
+from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
+                    trained_bit_widths)
 from models.losses import LOSSES, any_precision_backward
 from utils import Metrics, UsageError, UserError, log
 
@@ -126,8 +130,15 @@ def parse_args(argv=None):
         help='epochs after which the learning rate is divided by 10; "" for never')
     add("--weight-decay", type=weight_decay, default=0.0, metavar="X", help="L2 penalty; 0 is off")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of weights, data order, augmentation and dropout")
-    add("--pretrain", metavar="PATH", help="start from these weights: a checkpoint, or a folder with model_best.pth.tar")
+    add("--pretrain", metavar="SOURCE",
+        help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or a published name")
     add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
+    add("--evaluate", action="store_true",
+        help="no training: the accuracy of --pretrain (or --resume) at every bit-width of the list; unset list: all it has")
+    add("--calibrate", type=whole_number(0), metavar="N",
+        help="with --evaluate: for a bit-width that was not trained, start from the nearest that was and re-estimate the "
+             "BatchNorm statistics over N training batches (0: take the nearest as it is)")
+    add("--save-calibrated", metavar="FILE", help="with --calibrate: keep the result as a checkpoint")
     add("--results-dir", metavar="DIR", help="where the run is written; unset: results/, named after the run")
     add("--device", type=device_name, default="auto", metavar="NAME",
         help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
@@ -142,11 +153,20 @@ def parse_args(argv=None):
     args.given = {name for name in defaults if getattr(args, name) is not None}
     for name in defaults.keys() - args.given:
         setattr(args, name, defaults[name])
-    if not args.resume:  # a resumed run takes what is unset from its checkpoint first
-        try:
+    try:
+        if args.evaluate and not (args.pretrain or args.resume):
+            raise UsageError("--evaluate needs something to evaluate: give --pretrain SOURCE")
+        if args.pretrain and args.resume:
+            raise UsageError(f"--pretrain {args.pretrain} starts a new run and --resume {args.resume} goes on with one: "
+                             "give one of them")
+        if args.calibrate is not None and not args.evaluate:
+            raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
+        if args.save_calibrated and args.calibrate is None:
+            raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give both or neither")
+        if not (args.resume or args.evaluate):  # these two take what is unset from the checkpoint first
             complete(args)
-        except UsageError as error:
-            parser.error(str(error))
+    except UsageError as error:
+        parser.error(str(error))
     return args
 
 
@@ -161,7 +181,7 @@ def complete(args):
         raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
                          f"{data.image_size}: choose --model resnet20q or resnet50q")
     args.width = args.width or DEFAULT_WIDTH[args.model]
-    if args.start_epoch >= args.epochs:
+    if args.start_epoch >= args.epochs and not args.resume:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: "
                          f"give less than --epochs {args.epochs}")
 
@@ -178,27 +198,35 @@ def run_name(args):
 
 # ---- data and model
 
-def make_loaders(args, device):
-    """Training and validation DataLoaders, and the number of classes.
+def make_loader(args, device, train):
+    """The DataLoader of the training split, or of the split to validate on.
 
-    The training loader's batch_sampler is a ShuffledBatches. UserError where the data is missing or does not match.
+    The training loader's batch_sampler is a ShuffledBatches. UserError where the data is missing or damaged.
     """
-    data = DATASETS[args.dataset]
-    val_split = data.val_split[args.train_split]
-    train_set, val_set = (get_dataset(args.dataset, split, get_transform(args.dataset, train), args.data_dir)
-                          for split, train in ((args.train_split, True), (val_split, False)))
-    if data.num_classes is None and train_set.classes != val_set.classes:
-        odd = sorted(set(train_set.classes) ^ set(val_set.classes))
-        raise UserError(f"{train_set.root} and {val_set.root} must hold the same class folders: "
-                        f"{len(odd)} stand in only one of them, {odd[0]} for one")
-    # The loaders' own generators: making an iterator must not draw from the training's random numbers.
-    shared = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "persistent_workers": args.workers > 0,
-              "worker_init_fn": utils.ignore_stop_signals}
-    train_loader = DataLoader(
-        SeededSamples(train_set), batch_sampler=ShuffledBatches(len(train_set), args.batch_size, args.seed),
-        generator=torch.Generator(), **shared)
-    val_loader = DataLoader(val_set, args.batch_size, generator=torch.Generator(), **shared)
-    return train_loader, val_loader, data.num_classes or len(train_set.classes)
+    split = args.train_split if train else DATASETS[args.dataset].val_split[args.train_split]
+    dataset = get_dataset(args.dataset, split, get_transform(args.dataset, train), args.data_dir)
+    if train:
+        batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
+        dataset, how = SeededSamples(dataset), {"batch_sampler": batches}
+    else:
+        how = {"batch_size": args.batch_size}
+    # A generator of its own: making an iterator must not draw from the training's random numbers.
+    return DataLoader(dataset, generator=torch.Generator(), num_workers=args.workers, pin_memory=device.type == "cuda",
+                      persistent_workers=args.workers > 0, worker_init_fn=utils.ignore_stop_signals, **how)
+
+
+def count_classes(args, *loaders):
+    """The number of classes; UserError where the loaders' class folders differ, and so their labels."""
+    known = DATASETS[args.dataset].num_classes
+    if known:
+        return known
+    first, *others = [getattr(loader.dataset, "dataset", loader.dataset) for loader in loaders]
+    for other in others:
+        odd = sorted(set(first.classes) ^ set(other.classes))
+        if odd:
+            raise UserError(f"{first.root} and {other.root} must hold the same class folders: "
+                            f"{len(odd)} stand in only one of them, {odd[0]} for one")
+    return len(first.classes)
 
 
 def make_model(args, num_classes):
@@ -274,7 +302,7 @@ def take_up(args, checkpoint):
 
     UsageError where a flag contradicts what must stay.
     """
-    saved = checkpoint.get("arguments", {"model": checkpoint["model"]})  # published files know only their model
+    saved = saved_arguments(checkpoint, args.resume)
     changed = [f"--{name.replace('_', '-')} was {utils.flag_text(saved[name])} and is now "
                f"{utils.flag_text(getattr(args, name))}"
                for name in FIXED_ON_RESUME if name in args.given and name in saved and getattr(args, name) != saved[name]]
@@ -285,17 +313,101 @@ def take_up(args, checkpoint):
         if name not in args.given and name not in ("pretrain", "results_dir"):
             setattr(args, name, value)
     args.start_epoch = checkpoint["epoch"]
-    if checkpoint["epoch"] >= args.epochs:
-        raise UsageError(f"--resume {args.resume} has all its {checkpoint['epoch']} epochs: give a larger --epochs")
+
+
+def saved_arguments(checkpoint, path):
+    """The arguments that a checkpoint was trained with; of a published one what its model tells."""
+    model = checkpoint.get("model")
+    if model not in MODELS:
+        raise UserError(f"{path} is of model {model!r}: choose a checkpoint of {', '.join(MODELS)}")
+    return checkpoint.get("arguments") or {
+        "model": model, "dataset": published.DATASET[model], "bit_width_list": saved_bit_widths(checkpoint["state_dict"])}
+
+
+def evaluate_checkpoint(args):
+    """--evaluate: write evaluation.json, the table and the picture; returns the results folder."""
+    path = published.find_checkpoint(args.pretrain or args.resume, "model_best.pth.tar", "model_latest.pth.tar")
+    checkpoint = utils.load_checkpoint(path)
+    saved = saved_arguments(checkpoint, path)
+    if args.model != saved["model"] and "model" in args.given:
+        raise UsageError(f"--model {args.model} is not what {path} holds: give --model {saved['model']}, or leave it out")
+    for name in ("model", "width", "all_conv", "dataset", "train_split", "data_dir", "loss", "seed", "batch_size"):
+        if name in saved and name not in args.given:
+            setattr(args, name, saved[name])
+    complete(args)
+    trained = saved_bit_widths(checkpoint["state_dict"])
+    if not trained:
+        raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
+    bit_widths = args.bit_width_list if "bit_width_list" in args.given else trained
+    unknown = [bits for bits in bit_widths if bits not in trained]
+    if unknown and args.calibrate is None:
+        raise UsageError(f"{utils.flag_text(unknown)} bits was not trained; choose from {utils.flag_text(trained)}, "
+                         "or pass --calibrate N")
+
+    device = start(args)
+    val_loader = make_loader(args, device, train=False)
+    if unknown and args.calibrate:
+        train_loader = make_loader(args, device, train=True)
+        if args.calibrate > len(train_loader):
+            raise UsageError(f"--calibrate {args.calibrate} is more than the {len(train_loader)} batches of "
+                             f"{args.train_split}: give at most that")
+        train_loader.batch_sampler.stop = args.calibrate
+    args.bit_width_list = sorted({*trained, *bit_widths})
+    model = make_model(args, count_classes(args, val_loader)).to(device)
+    state_dict, added = fit_bit_widths(checkpoint["state_dict"], args.bit_width_list)
+    utils.load_weights(model, state_dict, path)
+    if args.save_calibrated:
+        target = Path(args.save_calibrated)
+        if target.exists():
+            raise UserError(f"--save-calibrated {target} exists: remove it, or give another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    folder = utils.open_results_folder(args.results_dir, f"{run_name(args)}_evaluation")
+    log.info("evaluating %s, a %s with BatchNorms for %s bits, on %s (%s) on %s", path, args.model, utils.flag_text(trained),
+             args.dataset, DATASETS[args.dataset].val_split[args.train_split], utils.describe(device))
+
+    for bits, origin in added.items():
+        if args.calibrate:
+            calibrate(model, bits, (images.to(device, non_blocking=True) for images, _ in train_loader))
+        log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin,
+                 f", statistics re-estimated over {args.calibrate} training batches" if args.calibrate else "")
+    results = evaluate(model, val_loader, bit_widths, device)
+
+    arguments = {name: value for name, value in vars(args).items() if name != "given"}
+    utils.write_json(folder / "config.json", {
+        "arguments": {**arguments, "bit_width_list": trained}, "seed": args.seed, "command": sys.argv,
+        "epoch": checkpoint.get("epoch"), **utils.environment(device)})
+    utils.write_json(folder / "evaluation.json", results)
+    report.save_evaluation_figure(folder / "accuracy.png", results, run_name(args))
+    log.info("\n%s\n", report.evaluation_table(results, trained))
+    if args.save_calibrated:
+        utils.save_checkpoint(target, {
+            "epoch": checkpoint.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
+            "best_prec1": checkpoint.get("best_prec1"), "optimizer": None,
+            "arguments": {**saved, "bit_width_list": trained_bit_widths(model)}})
+        log.info("calibrated checkpoint: %s", target)
+    log.info("evaluation.json and accuracy.png are in %s", folder)
+    return folder
 
 
 # ---- main
 
+def start(args):
+    """Choose the device and seed every random number; returns the device."""
+    device = utils.choose_device(args.device)
+    random.seed(args.seed)
+    numpy.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    utils.exact_float32()
+    return device
+
+
 def main(args):
-    """Train as args say (see parse_args), writing the results folder; returns its path."""
+    """Train, or evaluate, as args say (see parse_args), writing the results folder; returns its path."""
+    if args.evaluate:
+        return evaluate_checkpoint(args)
     checkpoint = resumed = None
     if args.resume:
-        checkpoint_path = utils.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
+        checkpoint_path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
         checkpoint = utils.load_checkpoint(checkpoint_path)
         take_up(args, checkpoint)
         complete(args)
@@ -303,22 +415,18 @@ def main(args):
             resumed = str(checkpoint_path.parent.parent)
             args.results_dir = args.results_dir or resumed
 
-    device = utils.choose_device(args.device)
-    random.seed(args.seed)
-    numpy.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    utils.exact_float32()
-
-    train_loader, val_loader, num_classes = make_loaders(args, device)
-    model = make_model(args, num_classes).to(device)
+    device = start(args)
+    train_loader, val_loader = make_loader(args, device, train=True), make_loader(args, device, train=False)
+    model = make_model(args, count_classes(args, train_loader, val_loader)).to(device)
     optimizer = make_optimizer(args, model.parameters())
     batches = train_loader.batch_sampler
     bit_widths = args.bit_width_list
     highest = max(bit_widths)
     best = -math.inf
     if args.pretrain:
-        path = utils.find_checkpoint(args.pretrain, "model_best.pth.tar")
-        utils.load_weights(model, utils.load_checkpoint(path)["state_dict"], path)
+        path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
+        state_dict, added = fit_bit_widths(utils.load_checkpoint(path)["state_dict"], bit_widths)
+        utils.load_weights(model, state_dict, path)
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], checkpoint_path)
         utils.load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
@@ -335,7 +443,13 @@ def main(args):
     log.info("%s on %s (%s), %s bits, %s loss, on %s%s", args.model, args.dataset, args.train_split,
              utils.flag_text(bit_widths), args.loss if len(bit_widths) > 1 else "hard", utils.describe(device),
              " (no GPU found)" if args.device == "auto" and device.type == "cpu" else "")
-    log.info("%s %s", "resuming in" if checkpoint else "writing to", folder)
+    if args.pretrain and added:
+        log.info("initialised from %s: BatchNorms of %s", path,
+                 ", ".join(f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()))
+    if checkpoint:
+        log.info("resuming in %s, %d of %d epochs done", folder, args.start_epoch, args.epochs)
+    else:
+        log.info("writing to %s", folder)
 
     def save(epoch, metrics, names=("model_latest",)):
         """Save a checkpoint of `epoch` epochs done, and metrics.steps steps of the next."""
@@ -398,8 +512,9 @@ def main(args):
             last_save = time.monotonic()
     writer.close()
 
-    report.save_training_figure(folder / "accuracy.png", history, run_name(args))
-    log.info("\n%s\n", report.best_and_last(history))
+    if history:  # a finished run, resumed into another folder, has none
+        report.save_training_figure(folder / "accuracy.png", history, run_name(args))
+        log.info("\n%s\n", report.best_and_last(history))
     log.info("checkpoints, metrics.jsonl and accuracy.png are in %s", folder)
     return folder
 

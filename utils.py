@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import numpy
 import torch
 from tqdm import tqdm
 
@@ -146,6 +148,11 @@ def replacing(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too, lest a power cut undo it
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -174,7 +181,7 @@ def open_results_folder(results_dir, name, resumed=None):
 
 
 def holds_run(folder):
-    return any(Path(folder, "ckpt").glob("*.pth.tar"))
+    return Path(folder, "evaluation.json").exists() or any(Path(folder, "ckpt").glob("*.pth.tar"))
 
 
 def append_json_line(path, record):
@@ -413,41 +420,36 @@ def save_checkpoint(path, state):
                         "with --results-dir; what was saved before is kept") from None
 
 
-def find_checkpoint(path, *names):
-    """The checkpoint file that `path` means: itself, or in a folder the first of `names` in it or in its ckpt/."""
-    path = Path(path)
-    if path.is_dir():
-        for name in names:
-            for candidate in (path / "ckpt" / name, path / name):
-                if candidate.is_file():
-                    return candidate
-        raise UserError(f"{path} holds no checkpoint: looked there and in its ckpt/ for {', '.join(names)}")
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: give a checkpoint file, or a results folder")
-    return path
+# A NumPy number, such as best_prec1 may be, is data; under the name that NumPy 2 gives it and the one before.
+NUMPY_NUMBERS = [(numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY_NUMBERS += [numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType, numpy.dtypes.Int64DType]
 
 
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU, as data only: code in it is refused. UserError where it is not a checkpoint."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file may also be odd without being dangerous
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint that can be read safely ({one_line(error)}): "
                         "it may be cut short, not a checkpoint, or hold code") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}  # DataParallel's
     return checkpoint
 
 
 def load_weights(model, state_dict, path):
     """Load every entry of state_dict into model; UserError naming those that are missing, unexpected or mis-shaped."""
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # DataParallel's prefix
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state_dict.keys()),
         "unexpected": sorted(state_dict.keys() - own.keys()),
         "of another shape": sorted(key for key in own.keys() & state_dict.keys()
-                                   if own[key].shape != state_dict[key].shape)}
+                                   if own[key].shape != getattr(state_dict[key], "shape", None))}
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                          for what, keys in problems.items() if keys)
@@ -456,6 +458,8 @@ def load_weights(model, state_dict, path):
 
 
 def load_optimizer(optimizer, state, path):
+    if not state:
+        raise UserError(f"{path} holds no optimizer state to go on with: start a new run from it with --pretrain")
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as error:

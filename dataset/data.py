@@ -181,12 +181,13 @@ class SeededSamples(Dataset):
 class ShuffledBatches:
     """Batches of (index, seed) for SeededSamples: a function of (seed, epoch), so any epoch can be begun anywhere.
 
-    Set `epoch`, and `start` (batches to pass over), before iterating.
+    Set `epoch`, and the part of it that is wanted as batches `start` to `stop`, before iterating.
     """
 
     def __init__(self, num_samples, batch_size, seed):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.epoch = self.start = 0
+        self.stop = len(self)
 
     def __len__(self):
         return -(-self.num_samples // self.batch_size)
@@ -195,6 +196,6 @@ class ShuffledBatches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator)
         seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
-        for step in range(self.start, len(self)):
+        for step in range(self.start, self.stop):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             yield list(zip(order[part].tolist(), seeds[part].tolist()))

@@ -4,6 +4,8 @@ Source: Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.0
 quantizers of DoReFa-Net (arXiv 1606.06160). Where the published code departs from the paper, this follows the code:
 at 32 bits the activation is ReLU, not a clamp, and weights pass through tanh at every bit-width.
 """
+import re
+
 import torch
 from torch import nn
 
@@ -135,3 +137,55 @@ def set_bit_width(model, bits):
     for layer in model.modules():
         if hasattr(layer, "bits"):
             layer.bits = bits
+
+
+# ---- bit-widths of saved weights
+
+BATCH_NORM_ENTRY = re.compile(r"(.*\bbn_dict\.)(\d+)(\..*)")
+
+
+def saved_bit_widths(state_dict):
+    """The bit-widths that a state dict has BatchNorms for, lowest first."""
+    return sorted({int(found[2]) for found in map(BATCH_NORM_ENTRY.fullmatch, state_dict) if found})
+
+
+def fit_bit_widths(state_dict, bit_widths):
+    """A state dict with BatchNorms for just `bit_widths`, and {added bit-width: the one its entries are copies of}.
+
+    A bit-width that is not there starts as a copy of the nearest that is, of two as near the higher (its quantization
+    step is closer); one that is not asked for is left out; all other entries stay. Nothing is added to an empty list.
+    """
+    saved = saved_bit_widths(state_dict)
+    source = {bits: min(saved, key=lambda other: (abs(other - bits), -other)) for bits in bit_widths if saved}
+    fitted = {}
+    for key, value in state_dict.items():
+        found = BATCH_NORM_ENTRY.fullmatch(key)
+        if not found:
+            fitted[key] = value
+            continue
+        for bits, origin in source.items():
+            if origin == int(found[2]):
+                fitted[f"{found[1]}{bits}{found[3]}"] = value
+    return fitted, {bits: origin for bits, origin in source.items() if bits != origin}
+
+
+@torch.no_grad()
+def calibrate(model, bits, batches):
+    """Re-estimate the running statistics of `bits`' BatchNorms: their cumulative average over `batches` of images.
+
+    images (N, 3, H, W). Nothing else in the model moves, not even resnet20q's shared shortcut BatchNorm. Leaves the
+    model in evaluation mode at `bits`.
+    """
+    model.eval()
+    set_bit_width(model, bits)
+    layers = [layer.bn_dict[str(bits)] for layer in model.modules() if isinstance(layer, SwitchableBatchNorm2d)]
+    momentum = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's word for a cumulative average
+        layer.train()
+    for images in batches:
+        model(images)
+    for layer, value in zip(layers, momentum):
+        layer.momentum = value
+        layer.eval()

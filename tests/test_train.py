@@ -50,6 +50,10 @@ def assert_same(first, second):
         assert first.keys() == second.keys()
         for key in first:
             assert_same(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second):
+            assert_same(one, other)
     elif isinstance(first, torch.Tensor):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
     else:
@@ -396,12 +400,23 @@ def test_resume_continues_as_if_never_stopped(optimizer, tmp_path, tiny_cifar10)
     (["--loss", "hard"], "--loss was recursive and is now hard"), (["--seed", "4"], "--seed was 0 and is now 4"),
     (["--bit_width_list", "2"], "--bit-width-list was 2,32 and is now 2"), (["--model", "resnet50q"], "--model was"),
     (["--optimizer", "sgd"], "--optimizer was adam and is now sgd"), (["--batch-size", "4"], "--batch-size was 8"),
-    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100"), (["--epochs", "1"], "a larger --epochs")])
+    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100")])
 def test_resume_with_other_flags_is_refused(flags, told, tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     capsys.readouterr()
     assert run(["--resume", tmp_path / "r", *flags]) == 2
     assert_one_line(capsys, told)
+
+
+def test_resume_of_a_finished_run_tells_its_results_again(tmp_path, tiny_cifar10, capsys):
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 2)) == 0
+    before = load(tmp_path / "r")
+    (tmp_path / "r" / "accuracy.png").unlink()
+    capsys.readouterr()
+    assert run(["--resume", tmp_path / "r"]) == 0
+    assert "last (epoch 2)" in capsys.readouterr().out
+    assert (tmp_path / "r" / "accuracy.png").exists()
+    assert_same(load(tmp_path / "r"), before)
 
 
 def test_resume_of_nothing(tmp_path, capsys):
@@ -426,15 +441,6 @@ def test_pretrain_starts_from_those_weights_prefixed_or_not(tmp_path, tiny_cifar
     for key, value in checkpoint["state_dict"].items():
         if "running" not in key and "tracked" not in key:
             assert_same(after[0][key], value)
-
-
-@pytest.mark.parametrize("flags, told", [
-    (["--bit_width_list", "4,32"], "missing (bn.bn_dict.4.bias"), (["--width", "2"], "of another shape (")])
-def test_pretrain_that_does_not_fit_is_an_error_that_names_the_entries(flags, told, tmp_path, tiny_cifar10, capsys):
-    assert run(tiny(tiny_cifar10, tmp_path / "first", "--epochs", 1)) == 0
-    capsys.readouterr()
-    assert run(tiny(tiny_cifar10, tmp_path / "next", "--pretrain", tmp_path / "first", *flags)) == 1
-    assert_one_line(capsys, "does not fit the model", told)
 
 
 # ---- as programs

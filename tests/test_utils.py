@@ -56,14 +56,6 @@ def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
 
 # ---- checkpoints
 
-@pytest.mark.parametrize("place", ["model_best.pth.tar", "ckpt/model_best.pth.tar"])
-def test_find_checkpoint_in_a_folder(place, tmp_path):
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / place).write_bytes(b"")
-    assert utils.find_checkpoint(tmp_path, "model_latest.pth.tar", "model_best.pth.tar") == tmp_path / place
-    assert utils.find_checkpoint(tmp_path / place, "model_best.pth.tar") == tmp_path / place
-
-
 class Malice:
     def __reduce__(self):
         return os.mkdir, ("harm",)
