@@ -1,7 +1,7 @@
 """Compare runs: accuracy per bit-width as a Markdown table, a picture and CSV.
 
     python report.py results/*                           # prints the table, writes results/report.{md,png,csv}
-    python report.py results/* --epoch last --output comparison
+    python report.py results/* --epoch best --output comparison
 """
 import argparse
 import csv
@@ -32,13 +32,20 @@ def best_record(history):
     return max(history, key=lambda record: record["val"][highest]["top1"])
 
 
+def best_of_each(history):
+    """{bit_width: its best val values over all epochs}: no one network has them all, and they are chosen on val."""
+    return {bits: max((record["val"][bits] for record in history), key=lambda values: values["top1"])
+            for bits in sorted(history[0]["val"])}
+
+
 def best_and_last(history):
-    """The closing table of a run: val top-1 per bit-width at its best epoch and its last."""
-    widths = sorted(history[0]["val"])
+    """The closing table of a run: val top-1 per bit-width."""
     best, last = best_record(history), history[-1]
-    rows = [("val top-1 (%), by bits", [str(bits) for bits in widths])]
-    for label, record in ((f"best checkpoint (epoch {best['epoch']})", best), (f"last (epoch {last['epoch']})", last)):
-        rows.append((label, [f"{record['val'][bits]['top1']:.2f}" for bits in widths]))
+    rows = [("val top-1 (%), by bits", [str(bits) for bits in sorted(last["val"])])]
+    for label, values in (("best epoch of each", best_of_each(history)),
+                          (f"best checkpoint (epoch {best['epoch']})", best["val"]),
+                          (f"last (epoch {last['epoch']})", last["val"])):
+        rows.append((label, [f"{values[bits]['top1']:.2f}" for bits in sorted(values)]))
     label_width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:{label_width}} {' '.join(f'{cell:>6}' for cell in cells)}" for label, cells in rows)
 
@@ -153,7 +160,7 @@ def labels(configurations):
                    and len({peer.get(name) for peer in peers}) > 1]
         name = "dedicated" if arguments["loss"] == "dedicated" else f"any, {arguments['loss']}"
         if "evaluate" in arguments:  # one network at several bit-widths, trained at those of bit_width_list
-            name = f"{name}, trained at {arguments['bit_width_list']} and evaluated"
+            name = f"{name}, trained at {arguments['bit_width_list']}"
         names[key] = ", ".join([name, *(f"{what} {arguments[what]}" for what in varying)])
     for name in [name for name in names.values() if list(names.values()).count(name) > 1]:
         for key in [key for key in names if names[key] == name]:  # only their bit-widths differ
@@ -208,15 +215,16 @@ def save_comparison_figure(path, rows):
     save_figure(figure, path)
 
 
-COLUMNS = ("dataset", "model", "configuration", "seed", "bits", "top1", "top5", "loss", "epoch", "results")
+COLUMNS = ("dataset", "model", "configuration", "seed", "bits", "top1", "top5", "loss", "results")
 
 
 def parse_args(argv=None):
     parser = utils.OneLineParser(description=__doc__.splitlines()[0], formatter_class=utils.HelpFormatter,
                                  allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
-    parser.add_argument("--epoch", choices=("best", "last"), default="best",
-                        help="report model_best's epoch (top-1 of the highest bit-width), or the last one")
+    parser.add_argument("--epoch", choices=("last", "checkpoint", "best"), default="last",
+                        help="report the last epoch, that of model_best (best top-1 of the highest bit-width), or the best "
+                             "epoch of each bit-width by itself")
     parser.add_argument("--output", default="results/report", metavar="PATH", help="write PATH.md, PATH.png, PATH.csv")
     return parser.parse_args(argv)
 
@@ -227,14 +235,15 @@ def main(args):
     names = labels(list(dict.fromkeys(configuration(arguments) for _, arguments, _ in runs)))
     rows = []
     for folder, arguments, history in runs:
-        record = best_record(history) if args.epoch == "best" else history[-1]
+        chosen = {"last": history[-1]["val"], "checkpoint": best_record(history)["val"], "best": best_of_each(history)}
         rows += [dict(zip(COLUMNS, (
             arguments["dataset"], arguments["model"], names[configuration(arguments)], arguments["seed"], bits,
-            values["top1"], values["top5"], values["loss"], record["epoch"], str(folder))))
-            for bits, values in sorted(record["val"].items())]
+            values["top1"], values["top5"], values["loss"], str(folder))))
+            for bits, values in sorted(chosen[args.epoch].items())]
     rows.sort(key=lambda row: list(names.values()).index(row["configuration"]))
 
-    table = markdown(rows, {"best": "best checkpoint", "last": "last epoch"}[args.epoch])
+    table = markdown(rows, {"last": "last epoch", "checkpoint": "best checkpoint", "best": "best epoch of each bit-width"}[
+        args.epoch])
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -22,8 +22,8 @@ export -f one_run
 evaluate() {  # NAME RUN SEED BATCHES WIDTHS
     local folder="results/digits_table/$1_seed$3"
     if [ -e "$folder/evaluation.json" ]; then return; fi
-    "$PYTHON" train.py --evaluate --pretrain "results/digits_table/$2_seed$3" --calibrate "$4" --bit_width_list "$5" \
-        --results-dir "$folder" > /dev/null
+    "$PYTHON" train.py --evaluate --pretrain "results/digits_table/$2_seed$3/ckpt/model_latest.pth.tar" \
+        --calibrate "$4" --bit_width_list "$5" --results-dir "$folder" > /dev/null
 }
 
 for seed in 0 1 2; do
@@ -39,5 +39,7 @@ for seed in 0 1 2; do
     evaluate every_width recursive "$seed" 20 1,2,3,4,5,6,7,8,32
 done
 
-"$PYTHON" report.py results/digits_table/{recursive,hard,soft,dedicated_*}_seed? --output results/digits_table/report
-"$PYTHON" report.py results/digits_table/{post_training_*,every_width}_seed? --output results/digits_table/report_evaluated
+trained=(results/digits_table/{recursive,hard,soft,dedicated_*}_seed?)
+"$PYTHON" report.py "${trained[@]}" --output results/digits_table/last
+"$PYTHON" report.py "${trained[@]}" --epoch best --output results/digits_table/best
+"$PYTHON" report.py results/digits_table/{post_training_*,every_width}_seed? --output results/digits_table/evaluated
