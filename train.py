@@ -246,8 +246,11 @@ def learning_rate(args, epoch):
 
 # ---- loop and evaluation
 
-def train_one_epoch(model, loader, optimizer, metrics, args, device, after_step):
-    """Train over `loader`, adding to `metrics`; after_step() runs after every step."""
+def train_one_epoch(model, loader, optimizer, metrics, args, device, what, after_step):
+    """Train over `loader`, adding to `metrics`; after_step() runs after every step.
+
+    UserError, beginning with `what`, where a loss is not finite.
+    """
     model.train()
     start = time.perf_counter()
     for images, labels in loader:
@@ -256,14 +259,22 @@ def train_one_epoch(model, loader, optimizer, metrics, args, device, after_step)
         results = any_precision_backward(model, images, labels, args.bit_width_list, args.loss)
         optimizer.step()
         metrics.update(results, labels)
-        metrics.seconds += time.perf_counter() - start
+        now = time.perf_counter()
+        metrics.seconds += now - start
+        start = now
+        if metrics.steps % args.print_freq == 0:
+            metrics.check_finite(what)  # a synchronisation point
         after_step()
-        start = time.perf_counter()
+    metrics.check_finite(what)  # waits for the device, so that the time is that of the work
+    metrics.seconds += time.perf_counter() - start
 
 
 @torch.no_grad()
-def evaluate(model, loader, bit_widths, device, after_batch=lambda: None, what="validation"):
-    """{bit_width: {"loss", "top1", "top5"}} of the model over `loader`, every image counted once."""
+def evaluate(model, loader, bit_widths, device, what="validation", after_batch=lambda: None):
+    """{bit_width: {"loss", "top1", "top5"}} of the model over `loader`, every image counted once.
+
+    after_batch() runs after every batch. UserError, beginning with `what`, where a loss is not finite.
+    """
     model.eval()
     metrics = Metrics(bit_widths, device)
     for images, labels in loader:
@@ -302,7 +313,10 @@ def take_up(args, checkpoint):
 
     UsageError where a flag contradicts what must stay.
     """
-    saved = saved_arguments(checkpoint, args.resume)
+    for name, kind in (("epoch", int), ("best_prec1", (int, float, torch.Tensor)), ("optimizer", dict)):
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{args.resume} holds no {name} to go on with: start a new run from it with --pretrain")
+    saved = saved_arguments(args, checkpoint, args.resume)
     changed = [f"--{name.replace('_', '-')} was {utils.flag_text(saved[name])} and is now "
                f"{utils.flag_text(getattr(args, name))}"
                for name in FIXED_ON_RESUME if name in args.given and name in saved and getattr(args, name) != saved[name]]
@@ -315,10 +329,10 @@ def take_up(args, checkpoint):
     args.start_epoch = checkpoint["epoch"]
 
 
-def saved_arguments(checkpoint, path):
+def saved_arguments(args, checkpoint, path):
     """The arguments that a checkpoint was trained with; of a published one what its model tells."""
-    model = checkpoint.get("model")
-    if model not in MODELS:
+    model = checkpoint.get("model", args.model if "model" in args.given else None)
+    if model not in list(MODELS):
         raise UserError(f"{path} is of model {model!r}: choose a checkpoint of {', '.join(MODELS)}")
     return checkpoint.get("arguments") or {
         "model": model, "dataset": published.DATASET[model], "bit_width_list": saved_bit_widths(checkpoint["state_dict"])}
@@ -326,9 +340,12 @@ def saved_arguments(checkpoint, path):
 
 def evaluate_checkpoint(args):
     """--evaluate: write evaluation.json, the table and the picture; returns the results folder."""
-    path = published.find_checkpoint(args.pretrain or args.resume, "model_best.pth.tar", "model_latest.pth.tar")
+    if args.pretrain:
+        path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
+    else:
+        path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
     checkpoint = utils.load_checkpoint(path)
-    saved = saved_arguments(checkpoint, path)
+    saved = saved_arguments(args, checkpoint, path)
     if args.model != saved["model"] and "model" in args.given:
         raise UsageError(f"--model {args.model} is not what {path} holds: give --model {saved['model']}, or leave it out")
     for name in ("model", "width", "all_conv", "dataset", "train_split", "data_dir", "loss", "seed", "batch_size"):
@@ -430,6 +447,8 @@ def main(args):
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], checkpoint_path)
         utils.load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay
         best = float(checkpoint["best_prec1"])
 
     folder = utils.open_results_folder(args.results_dir, run_name(args), resumed)
@@ -484,8 +503,6 @@ def main(args):
 
     def after_step():
         console.step(epoch, metrics)
-        if metrics.steps % args.print_freq == 0:
-            metrics.check_finite(f"epoch {epoch + 1}, training")
         stop_or_save()
 
     with utils.StopRequest() as stop:
@@ -494,12 +511,12 @@ def main(args):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batches.epoch, batches.start = epoch, metrics.steps
-            train_one_epoch(model, train_loader, optimizer, metrics, args, device, after_step)
-            metrics.check_finite(f"epoch {epoch + 1}, training")
+            train_one_epoch(model, train_loader, optimizer, metrics, args, device, f"epoch {epoch + 1}, training",
+                            after_step)
             record = {"epoch": epoch + 1, "lr": lr, "images_per_second": metrics.count / metrics.seconds,
                       "train": metrics.averages(),
-                      "val": evaluate(model, val_loader, bit_widths, device, stop_or_save,
-                                      f"epoch {epoch + 1}, validation")}
+                      "val": evaluate(model, val_loader, bit_widths, device, f"epoch {epoch + 1}, validation",
+                                      stop_or_save)}
 
             history.append(record)
             utils.append_json_line(metrics_file, record)

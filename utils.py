@@ -458,8 +458,6 @@ def load_weights(model, state_dict, path):
 
 
 def load_optimizer(optimizer, state, path):
-    if not state:
-        raise UserError(f"{path} holds no optimizer state to go on with: start a new run from it with --pretrain")
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as error:

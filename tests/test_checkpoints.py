@@ -353,6 +353,23 @@ def test_bad_input_is_one_line_and_loses_nothing(trained, tmp_path, tiny_cifar10
     assert not published.cache_folder().exists() or list(published.cache_folder().iterdir()) == []
 
 
+@pytest.mark.parametrize("changes, told", [
+    ({"optimizer": None}, "holds no optimizer to go on with"), ({"epoch": "3"}, "holds no epoch"),
+    ({"optimizer": {"state": {}, "param_groups": []}}, "holds another optimizer's state")])
+def test_what_cannot_be_resumed(changes, told, trained, tmp_path, tiny_cifar10, capsys):
+    torch.save({**load(trained), **changes}, tmp_path / "x.pth.tar")
+    assert run(["--resume", tmp_path / "x.pth.tar", "--epochs", 9]) == 1
+    assert_one_line(capsys, told)
+
+
+def test_model_is_given_where_the_checkpoint_does_not_name_it(trained, tmp_path, tiny_cifar10, capsys):
+    torch.save({"state_dict": load(trained)["state_dict"]}, tmp_path / "x.pth.tar")
+    argv = ["--evaluate", "--pretrain", tmp_path / "x.pth.tar", "--width", 1, "--data-dir", tiny_cifar10]
+    assert run([*argv, "--results-dir", tmp_path / "e"]) == 1
+    assert_one_line(capsys, "is of model None: choose a checkpoint of resnet20q")
+    assert run([*argv, "--model", "resnet20q", "--results-dir", tmp_path / "e"]) == 0
+
+
 def test_other_classes_do_not_fit(trained, tmp_path, monkeypatch, capsys):
     tiny_data.cifar100(tmp_path / "data100", monkeypatch)
     assert run(["--evaluate", "--pretrain", trained, "--dataset", "cifar100", "--data-dir", tmp_path / "data100"]) == 1

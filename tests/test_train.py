@@ -419,6 +419,12 @@ def test_resume_of_a_finished_run_tells_its_results_again(tmp_path, tiny_cifar10
     assert_same(load(tmp_path / "r"), before)
 
 
+def test_resume_may_change_the_weight_decay(tmp_path, tiny_cifar10):
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    assert run(["--resume", tmp_path / "r", "--epochs", 2, "--weight-decay", "0.5"]) == 0
+    assert load(tmp_path / "r")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
 def test_resume_of_nothing(tmp_path, capsys):
     assert run(["--resume", tmp_path / "no"]) == 1
     assert_one_line(capsys, f"checkpoint {tmp_path}/no does not exist")
