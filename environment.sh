@@ -1,14 +1,16 @@
-# Sourced by the recipes and run_tests.sh. Leaves in $PYTHON an interpreter that satisfies requirements.txt: the one
-# PYTHON names, the active one, or that of .venv, which is made on first use (5.5 GB with CUDA libraries, minutes).
+# Sourced by the recipes and run_tests.sh. Leaves in $here the project's folder, and in $PYTHON an interpreter that
+# satisfies requirements.txt: the one PYTHON names, the active one, or that of .venv there, which is made on first use
+# (5.5 GB with CUDA libraries, minutes).
 
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 satisfied() {  # does this interpreter have everything, in versions that fit each other?
-    "$1" - <<'CHECK' 2>/dev/null
+    "$1" - "$here/requirements.txt" <<'CHECK' 2>/dev/null
+import sys
 from importlib.metadata import requires, version
 from packaging.requirements import Requirement
 
-with open("requirements.txt") as file:
+with open(sys.argv[1]) as file:
     wanted = [line for line in (line.split("#")[0].strip() for line in file) if line]
 wanted += requires("torchvision")  # it works with one torch release only
 for requirement in map(Requirement, wanted):
@@ -17,13 +19,21 @@ for requirement in map(Requirement, wanted):
 CHECK
 }
 
+train() {  # train.py with the flags in the array `recipe`, then those given; a resumed run keeps its own settings
+    local flag
+    for flag in "$@"; do
+        case "$flag" in --resume | --resume=*) recipe=() ;; esac
+    done
+    exec "$PYTHON" "$here/train.py" ${recipe[@]+"${recipe[@]}"} "$@"
+}
+
 if [ -z "${PYTHON:-}" ]; then
-    for PYTHON in python3 python .venv/bin/python; do
+    for PYTHON in python3 python "$here/.venv/bin/python"; do
         if satisfied "$PYTHON"; then break; fi
     done
 fi
 if ! satisfied "$PYTHON"; then
-    if [ "$PYTHON" != .venv/bin/python ]; then
+    if [ "$PYTHON" != "$here/.venv/bin/python" ]; then
         echo "environment.sh: error: $PYTHON does not satisfy requirements.txt: install it there, or unset PYTHON" >&2
         exit 1
     fi
@@ -31,9 +41,9 @@ if ! satisfied "$PYTHON"; then
         echo "environment.sh: error: python3 is missing or older than 3.10: install Python 3.10 or newer" >&2
         exit 1
     fi
-    echo "First use: installing requirements.txt into .venv" >&2
-    if ! { python3 -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt; } >&2; then
-        echo "environment.sh: error: could not install requirements.txt into .venv (see above)" >&2
+    echo "First use: installing requirements.txt into $here/.venv (minutes)" >&2
+    if ! { python3 -m venv "$here/.venv" && "$PYTHON" -m pip install --quiet -r "$here/requirements.txt"; } >&2; then
+        echo "environment.sh: error: could not install requirements.txt into $here/.venv (see above)" >&2
         exit 1
     fi
 fi

@@ -1,10 +1,10 @@
 """Where a checkpoint comes from: a file, a results folder, a URL, or the name of one that the paper's authors published."""
 import hashlib
+import http.client
 import os
 import socket
 import sys
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 
@@ -61,9 +61,9 @@ def find_checkpoint(source, *names):
         return path
     if source in FILES:
         return download(f"{PREFIX}{FILES[source]}?dl=1", f"{source}.pth.tar")
-    if urlparse(str(source)).scheme in ("http", "https"):
-        digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-        return download(source, f"{digest}_{Path(urlparse(source).path).name or 'checkpoint'}")
+    if str(source).startswith(("http://", "https://")):
+        name = str(source).split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        return download(source, f"{hashlib.sha256(source.encode()).hexdigest()[:12]}_{name[-80:]}")
     raise UserError(f"checkpoint {source} does not exist: give a file, a results folder, a URL, or one of the published "
                     f"{', '.join(FILES)}")
 
@@ -73,7 +73,7 @@ def download(url, name):
     path = cache_folder() / name
     if path.is_file():
         return path
-    print(f"downloading {url} to {path}", file=sys.stderr)
+    print(f"downloading {url} to {path}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
@@ -84,7 +84,7 @@ def download(url, name):
     except UserError:  # a page that says why not, or a file cut short
         raise UserError(f"what {url} sends is not a whole checkpoint: try again, or fetch it with a browser and give "
                         "its path") from None
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors; a malformed URL is a ValueError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's are OSErrors, malformed URLs the rest
         raise UserError(f"{url} could not be downloaded ({utils.one_line(error)}): check the address and the network, "
                         "or fetch it with a browser and give its path") from None
     finally:

@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -129,7 +130,8 @@ def load_run(folder):
             history = [{"epoch": config["epoch"], "val": {int(bits): values for bits, values in results.items()}}]
         else:
             history = utils.read_metrics(folder / "metrics.jsonl")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        configuration(arguments)  # fails here where the arguments are not those of a run
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not a results folder of train.py ({utils.one_line(error)})") from None
     if not history:
         raise UserError(f"{folder} has no finished epoch yet: leave it out, or let it go on")
@@ -142,6 +144,8 @@ def configuration(arguments):
     chosen = {name: value for name, value in arguments.items()
               if value is not None and value is not False
               and (name in OF_EVALUATION if evaluation else name not in NOT_CONFIGURATION)}
+    if not {"dataset", "model", "loss", "bit_width_list"} <= chosen.keys():
+        raise KeyError("arguments of a run")
     if len(chosen["bit_width_list"]) == 1:
         chosen["loss"] = "dedicated"
         if not evaluation:
@@ -168,7 +172,7 @@ def labels(configurations):
     return names
 
 
-def spread(values):
+def deviation(values):
     """The sample standard deviation; 0 of a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -189,7 +193,7 @@ def markdown(rows, which):
         for name in dict.fromkeys(name for name, _ in cells):
             values = [cells.get((name, bits)) for bits in widths]
             text.append(f"| {name} | " + " | ".join(
-                "" if not v else f"{statistics.mean(v):.2f}" + (f" ± {spread(v):.2f}" if len(v) > 1 else "")
+                "" if not v else f"{statistics.mean(v):.2f}" + (f" ± {deviation(v):.2f}" if len(v) > 1 else "")
                 for v in values) + " |")
         text.append("")
     return "\n".join(text)
@@ -208,7 +212,7 @@ def save_comparison_figure(path, rows):
                 if row["configuration"] == name:
                     values[row["bits"]].append(row["top1"])
             plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in values.items()},
-                          {bits: spread(v) for bits, v in values.items()},
+                          {bits: deviation(v) for bits, v in values.items()},
                           color=COLOURS[index % len(COLOURS)], label=name)
         axis.set_title(f"{panel[1]} on {panel[0]}")
         axis.legend()
@@ -231,7 +235,14 @@ def parse_args(argv=None):
 
 def main(args):
     """Print the table; write it, the picture and the numbers."""
-    runs = [(folder, *load_run(folder)) for folder in args.results]
+    runs, left_out = [], []
+    for folder in filter(os.path.isdir, args.results):  # a shell's results/* names this program's own files too
+        try:
+            runs.append((folder, *load_run(folder)))
+        except UserError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise UserError(left_out[0] if left_out else f"{args.results[0]} is not a results folder of train.py")
     names = labels(list(dict.fromkeys(configuration(arguments) for _, arguments, _ in runs)))
     rows = []
     for folder, arguments, history in runs:
@@ -255,6 +266,8 @@ def main(args):
             temporary.write_text(content)
     save_comparison_figure(f"{output}.png", rows)
     print(table)
+    for reason in left_out:
+        print(f"left out: {reason}")
     print(f"written to {output}.md, {output}.png and {output}.csv")
 
 

@@ -2,4 +2,5 @@
 # The tests, on a CPU.    ./run_tests.sh [flags of pytest]
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+cd "$here"
 exec "$PYTHON" -m pytest "$@"

@@ -11,9 +11,11 @@ The recipes (train_digits.sh, train_cifar10.sh, train_svhn.sh, train_imagenet.sh
 """
 import argparse
 import bisect
+import contextlib
 import math
 import random
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -35,22 +37,29 @@ from utils import Metrics, UsageError, UserError, log
 
 OPTIMIZERS = ("adam", "sgd")
 # What a resumed run must have in common with the run it goes on from, or it would be another run.
-FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "train_split", "loss", "optimizer",
-                   "batch_size", "seed")
+FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "train_split", "loss", "optimizer", "lr",
+                   "lr_decay", "weight_decay", "batch_size", "seed")
+# What an evaluation takes from its checkpoint where no flag sets it; those of the network must agree.
+OF_NETWORK = ("model", "width", "all_conv")
+OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size")
 
 
 # ---- arguments
 
-def whole_number(least):
+def whole_number(least, most=2**31 - 1):
     def parse(text):
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give one from {least} up") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small: give a whole number from {least} up")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is too {'small' if value < least else 'large'}: "
+                                             f"give a whole number from {least} up to {most}")
         return value
     return parse
+
+
+LARGEST = 1e30  # a larger step does not fit into float32
 
 
 def real_number(text, zero_allowed=False):
@@ -58,9 +67,9 @@ def real_number(text, zero_allowed=False):
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and (value > 0 or zero_allowed and value == 0)):
+    if not (value <= LARGEST and (value > 0 or zero_allowed and value == 0)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: give a finite number {'from 0 up' if zero_allowed else 'above 0'}")
+            f"{text!r} is not allowed: give a number {'from 0 up' if zero_allowed else 'above 0'}, at most {LARGEST:g}")
     return value
 
 
@@ -129,7 +138,7 @@ def parse_args(argv=None):
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
         help='epochs after which the learning rate is divided by 10; "" for never')
     add("--weight-decay", type=weight_decay, default=0.0, metavar="X", help="L2 penalty; 0 is off")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="of weights, data order, augmentation and dropout")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="of weights, data order, augmentation and dropout")
     add("--pretrain", metavar="SOURCE",
         help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or a published name")
     add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
@@ -292,20 +301,21 @@ def evaluate(model, loader, bit_widths, device, what="validation", after_batch=l
 
 # ---- checkpoint
 
-def random_state():
+def random_state(device):
     version, internal, gauss = random.getstate()
     name, keys, *rest = numpy.random.get_state()
     return {"python": [version, list(internal), gauss], "numpy": [name, keys.tolist(), *rest],
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def set_random_state(state):
+def set_random_state(state, device):
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def take_up(args, checkpoint):
@@ -324,9 +334,10 @@ def take_up(args, checkpoint):
         raise UsageError(f"--resume {args.resume} goes on with the run as it was started, but {'; '.join(changed)}: "
                          "leave these flags out, or start a new run from it with --pretrain")
     for name, value in saved.items():
-        if name not in args.given and name not in ("pretrain", "results_dir"):
+        if name not in args.given and name != "results_dir":
             setattr(args, name, value)
     args.start_epoch = checkpoint["epoch"]
+    check_bit_widths(args.bit_width_list)
 
 
 def saved_arguments(args, checkpoint, path):
@@ -345,14 +356,17 @@ def evaluate_checkpoint(args):
     else:
         path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
     checkpoint = utils.load_checkpoint(path)
-    saved = saved_arguments(args, checkpoint, path)
-    if args.model != saved["model"] and "model" in args.given:
-        raise UsageError(f"--model {args.model} is not what {path} holds: give --model {saved['model']}, or leave it out")
-    for name in ("model", "width", "all_conv", "dataset", "train_split", "data_dir", "loss", "seed", "batch_size"):
-        if name in saved and name not in args.given:
-            setattr(args, name, saved[name])
-    complete(args)
-    trained = saved_bit_widths(checkpoint["state_dict"])
+    with utils.reading(path):
+        saved = saved_arguments(args, checkpoint, path)
+        for name in OF_EVALUATION:
+            if name in saved and name not in args.given:
+                setattr(args, name, saved[name])
+            elif name in OF_NETWORK and name in saved and getattr(args, name) != saved[name]:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {getattr(args, name)} is not what {path} holds ({flag} {saved[name]}): "
+                                 "leave the flag out")
+        complete(args)
+        trained = saved_bit_widths(checkpoint["state_dict"])
     if not trained:
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     bit_widths = args.bit_width_list if "bit_width_list" in args.given else trained
@@ -370,7 +384,8 @@ def evaluate_checkpoint(args):
                              f"{args.train_split}: give at most that")
         train_loader.batch_sampler.stop = args.calibrate
     args.bit_width_list = sorted({*trained, *bit_widths})
-    model = make_model(args, count_classes(args, val_loader)).to(device)
+    with utils.reading(path):
+        model = make_model(args, count_classes(args, val_loader)).to(device)
     state_dict, added = fit_bit_widths(checkpoint["state_dict"], args.bit_width_list)
     utils.load_weights(model, state_dict, path)
     if args.save_calibrated:
@@ -400,7 +415,8 @@ def evaluate_checkpoint(args):
         utils.save_checkpoint(target, {
             "epoch": checkpoint.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
             "best_prec1": checkpoint.get("best_prec1"), "optimizer": None,
-            "arguments": {**saved, "bit_width_list": trained_bit_widths(model)}})
+            "arguments": {**saved, **{name: getattr(args, name) for name in OF_EVALUATION},
+                          "bit_width_list": trained_bit_widths(model)}})
         log.info("calibrated checkpoint: %s", target)
     log.info("evaluation.json and accuracy.png are in %s", folder)
     return folder
@@ -411,6 +427,8 @@ def evaluate_checkpoint(args):
 def start(args):
     """Choose the device and seed every random number; returns the device."""
     device = utils.choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # helper threads, such as the one that pins memory, use the current device
     random.seed(args.seed)
     numpy.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
@@ -422,36 +440,49 @@ def main(args):
     """Train, or evaluate, as args say (see parse_args), writing the results folder; returns its path."""
     if args.evaluate:
         return evaluate_checkpoint(args)
-    checkpoint = resumed = None
+    checkpoint, in_place = None, False
     if args.resume:
-        checkpoint_path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
-        checkpoint = utils.load_checkpoint(checkpoint_path)
-        take_up(args, checkpoint)
-        complete(args)
-        if checkpoint_path.parent.name == "ckpt":
-            resumed = str(checkpoint_path.parent.parent)
-            args.results_dir = args.results_dir or resumed
+        path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
+        checkpoint = utils.load_checkpoint(path)
+        with utils.reading(path):
+            take_up(args, checkpoint)
+            complete(args)
+        # From an older checkpoint than the folder's latest a run goes on in a folder of its own, losing neither.
+        latest = path.with_name("model_latest.pth.tar")
+        if path.parent.name == "ckpt" and (path == latest or not latest.exists()):
+            own = path.parent.parent
+            args.results_dir = args.results_dir or str(own)
+            in_place = own.resolve() == Path(args.results_dir).resolve()
 
     device = start(args)
     train_loader, val_loader = make_loader(args, device, train=True), make_loader(args, device, train=False)
-    model = make_model(args, count_classes(args, train_loader, val_loader)).to(device)
+    with utils.reading(path) if checkpoint else contextlib.nullcontext():
+        model = make_model(args, count_classes(args, train_loader, val_loader)).to(device)
     optimizer = make_optimizer(args, model.parameters())
     batches = train_loader.batch_sampler
     bit_widths = args.bit_width_list
     highest = max(bit_widths)
     best = -math.inf
-    if args.pretrain:
-        path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
-        state_dict, added = fit_bit_widths(utils.load_checkpoint(path)["state_dict"], bit_widths)
-        utils.load_weights(model, state_dict, path)
+    metrics = Metrics(bit_widths, device)
     if checkpoint:
-        utils.load_weights(model, checkpoint["state_dict"], checkpoint_path)
-        utils.load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = args.weight_decay
-        best = float(checkpoint["best_prec1"])
+        utils.load_weights(model, checkpoint["state_dict"], path)
+        utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
+        with utils.reading(path):
+            if in_place:
+                best = float(checkpoint["best_prec1"])
+            if "metrics" in checkpoint:
+                metrics.load_state_dict(checkpoint["metrics"])
+                set_random_state(checkpoint["random_state"], device)
+        if metrics.steps and checkpoint["num_samples"] != batches.num_samples:
+            raise UserError(f"{path} stands inside an epoch of {checkpoint['num_samples']} images, but {args.train_split} "
+                            f"of {args.dataset} has {batches.num_samples}: resume on the same data")
+    elif args.pretrain:
+        path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
+        with utils.reading(path):
+            state_dict, added = fit_bit_widths(utils.load_checkpoint(path)["state_dict"], bit_widths)
+        utils.load_weights(model, state_dict, path)
 
-    folder = utils.open_results_folder(args.results_dir, run_name(args), resumed)
+    folder = utils.open_results_folder(args.results_dir, run_name(args), in_place)
     arguments = {name: value for name, value in vars(args).items() if name != "given"}
     utils.write_json(folder / "config.json", {
         "arguments": arguments, "seed": args.seed, "command": sys.argv, **utils.environment(device)})
@@ -462,28 +493,28 @@ def main(args):
     log.info("%s on %s (%s), %s bits, %s loss, on %s%s", args.model, args.dataset, args.train_split,
              utils.flag_text(bit_widths), args.loss if len(bit_widths) > 1 else "hard", utils.describe(device),
              " (no GPU found)" if args.device == "auto" and device.type == "cpu" else "")
-    if args.pretrain and added:
+    if args.pretrain and not checkpoint and added:
         log.info("initialised from %s: BatchNorms of %s", path,
                  ", ".join(f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()))
     if checkpoint:
-        log.info("resuming in %s, %d of %d epochs done", folder, args.start_epoch, args.epochs)
+        log.info("resuming in %s: %d of %d epochs done%s", folder, args.start_epoch, args.epochs,
+                 "" if args.start_epoch < args.epochs else ", nothing is left to train (--epochs)")
     else:
         log.info("writing to %s", folder)
 
     def save(epoch, metrics, names=("model_latest",)):
-        """Save a checkpoint of `epoch` epochs done, and metrics.steps steps of the next."""
+        """Save a checkpoint of `epoch` epochs done, and metrics.steps steps of the next; never a diverged one."""
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise UserError(f"epoch {epoch + 1}, step {metrics.steps}: the weights are not finite: lower --lr; "
+                            "the last good checkpoint is kept")
         state = {
             "epoch": epoch, "model": args.model, "state_dict": model.state_dict(), "best_prec1": best,
             "optimizer": optimizer.state_dict(), "arguments": arguments, "step": metrics.steps,
-            "metrics": metrics.state_dict(), "random_state": random_state()}
+            "num_samples": batches.num_samples, "metrics": metrics.state_dict(), "random_state": random_state(device)}
         for name in names:
             utils.save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", state)
 
-    metrics = Metrics(bit_widths, device)
-    if checkpoint and "random_state" in checkpoint:
-        metrics.load_state_dict(checkpoint["metrics"])
-        set_random_state(checkpoint["random_state"])
-    else:
+    if not in_place:
         save(args.start_epoch, metrics)  # shows before an hour's work whether it can be saved
 
     console = utils.Console(bit_widths, args.epochs, len(batches), args.print_freq)
@@ -499,7 +530,7 @@ def main(args):
             last_save = time.monotonic()
         if stop.signal:
             raise utils.Stopped(stop.signal, f"in epoch {epoch + 1}, after step {metrics.steps} of {len(batches)}; "
-                                f"to go on: python train.py --resume {folder}")
+                                f"to go on: {shlex.join([sys.executable, sys.argv[0], '--resume', str(folder)])}")
 
     def after_step():
         console.step(epoch, metrics)

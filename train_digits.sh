@@ -5,5 +5,6 @@
 #   ./train_digits.sh [flags of train.py]        such as --loss hard, or --bit_width_list 2 for a dedicated model
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-exec "$PYTHON" train.py --dataset digits --model svhnq --optimizer adam --lr 0.001 --lr_decay 15,22,27 \
-    --epochs 30 --batch-size 64 "$@"
+recipe=(--dataset digits --model svhnq --optimizer adam --lr 0.001 --lr_decay 15,22,27
+    --epochs 30 --batch-size 64)
+train "$@"

@@ -15,9 +15,10 @@ for flag in "$@"; do  # the last --bit_width_list counts, as in train.py
     previous=$flag
 done
 case "$bits" in
-    "" | *,*) recipe=(--lr 0.5 --lr_decay 45,60,70 --epochs 80 --weight-decay 1e-5) ;;
-    1 | 2) recipe=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-5) ;;
-    *) recipe=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-4) ;;
+    "" | *,*) schedule=(--lr 0.5 --lr_decay 45,60,70 --epochs 80 --weight-decay 1e-5) ;;
+    1 | 2) schedule=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-5) ;;
+    *) schedule=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-4) ;;
 esac
-exec "$PYTHON" train.py --dataset imagenet --train_split train --model resnet50q --optimizer sgd "${recipe[@]}" \
-    --batch-size 256 --workers 16 "$@"
+recipe=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
+    --batch-size 256 --workers 16)
+train "$@"

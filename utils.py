@@ -64,26 +64,42 @@ def run(main, parse_args):
     program = Path(sys.argv[0]).name
     try:
         main(parse_args())
+        return
+    except Stopped as error:
+        message, code = str(error), error.exit_code
     except UserError as error:
-        # From a data worker the message arrives with the worker's traceback before it.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        sys.exit(fail(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{message}", error.exit_code))
+        message, code = f"error: {one_line(error)}", error.exit_code
     except OSError as error:  # a full disk, a folder without permission
-        sys.exit(fail(f"{program}: error: {one_line(error)}", 1))
-    except torch.OutOfMemoryError as error:
-        sys.exit(fail(f"{program}: error: the GPU is out of memory, lower --batch-size: {one_line(error)}", 1))
+        message, code = f"error: {one_line(error)}", 1
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            message, code = f"error: out of memory: lower --batch-size or --width ({one_line(error)})", 1
+        elif "DataLoader worker" in str(error):
+            message, code = f"error: {one_line(error)}: it may have run out of memory, lower --workers", 1
+        else:
+            raise
     except KeyboardInterrupt:
-        sys.exit(fail(f"{program}: interrupted before training began", 128 + signal.SIGINT))
-
-
-def fail(message, code):
-    print(message, file=sys.stderr)
-    return code
+        message, code = "interrupted", 128 + signal.SIGINT
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def one_line(error):
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line; its type where it says nothing."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if "in DataLoader worker process" in lines[0]:  # from there it arrives with the worker's traceback before it
+        return lines[-1].split(": ", 1)[-1]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
+
+
+@contextlib.contextmanager
+def reading(path):
+    """UserError naming path where what it holds is not of the kind or shape that the code within expects."""
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} holds something unexpected ({type(error).__name__}: {one_line(error)}): "
+                        "it may be damaged, or not a checkpoint of this project") from None
 
 
 def flag_text(value):
@@ -142,7 +158,7 @@ def replacing(path):
     Whatever happens meanwhile, `path` holds its old content or its new one, whole.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed save's is overwritten by the next
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -157,22 +173,25 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def open_results_folder(results_dir, name, resumed=None):
-    """Make the results folder and open its log: results_dir, or the first free results/<name>, _2, _3 ...
+def open_results_folder(results_dir, name, in_place=False):
+    """Make the results folder and open its log: results_dir, or the first free of results/<name>, <name>_2, ...
 
-    UserError where it cannot be written, or holds another run than the folder `resumed`: no run is overwritten.
+    UserError where it cannot be written, or holds a run that is not to be gone on with in_place: none is overwritten.
     """
     folder = Path(results_dir or Path("results", name))
-    if not (resumed and folder.resolve() == Path(resumed).resolve()):
-        count = 1
-        while holds_run(folder):
-            if results_dir:
-                raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, "
-                                "or choose another folder with --results-dir")
-            count += 1
-            folder = Path("results", f"{name}_{count}")
+    if results_dir and not in_place and holds_run(folder):
+        raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, "
+                        "or choose another folder with --results-dir")
+    count = 1
     try:
-        (folder / "ckpt").mkdir(parents=True, exist_ok=True)
+        while not results_dir:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                count += 1
+                folder = Path("results", f"{name}_{count}")
+        folder.mkdir(parents=True, exist_ok=True)
         open_log(folder)
     except OSError as error:
         raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
@@ -181,12 +200,19 @@ def open_results_folder(results_dir, name, resumed=None):
 
 
 def holds_run(folder):
-    return Path(folder, "evaluation.json").exists() or any(Path(folder, "ckpt").glob("*.pth.tar"))
+    metrics = Path(folder, "metrics.jsonl")
+    return (any(Path(folder, "ckpt").glob("*.pth.tar")) or Path(folder, "evaluation.json").exists()
+            or metrics.exists() and metrics.stat().st_size > 0)
 
 
 def append_json_line(path, record):
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room there") from None
 
 
 def read_metrics(path):
@@ -413,11 +439,12 @@ class Metrics:
 def save_checkpoint(path, state):
     """Write a checkpoint whole or not at all; UserError where the disk is full or cannot be written."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose another folder "
-                        "with --results-dir; what was saved before is kept") from None
+        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose another folder; "
+                        "what was saved before is kept") from None
 
 
 # A NumPy number, such as best_prec1 may be, is data; under the name that NumPy 2 gives it and the one before.
@@ -435,9 +462,9 @@ def load_checkpoint(path):
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint that can be read safely ({one_line(error)}): "
                         "it may be cut short, not a checkpoint, or hold code") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
-    weights = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}  # DataParallel's
     return checkpoint
 
@@ -458,7 +485,11 @@ def load_weights(model, state_dict, path):
 
 
 def load_optimizer(optimizer, state, path):
+    """Load an optimizer's state; UserError where it is another optimizer's, or another network's."""
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds another optimizer's state ({one_line(error)}): check --optimizer") from None
+        odd = [name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        odd = [one_line(error)]
+    if odd:
+        raise UserError(f"{path} holds another optimizer's state ({odd[0]}): check --optimizer")

@@ -5,6 +5,7 @@
 #   JOBS=2 benchmarks/digits_table.sh [flags]        JOBS trainings at a time, one CPU thread each
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
+cd "$here"
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 one_run() {  # NAME SEED [flags]

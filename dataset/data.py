@@ -1,7 +1,6 @@
 """Data sets: one row each in DATASETS; where they live in data_paths; seeded batches for training."""
 import os
 import random
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +70,7 @@ def open_downloadable(kind, root, transform, **split):
         if "not found" not in str(error):  # torchvision's word for missing or altered files
             raise UserError(f"{kind.__name__} in {root} cannot be read ({one_line(error)}): "
                             "remove that folder and start again to download it anew") from None
-    print(f"{kind.__name__} is missing from {root}, or altered there: downloading it", file=sys.stderr)
+    print(f"{kind.__name__} is missing from {root}, or altered there: downloading it")
     try:
         return kind(root, transform=transform, download=True, **split)
     except Exception as error:

@@ -145,8 +145,9 @@ BATCH_NORM_ENTRY = re.compile(r"(.*\bbn_dict\.)(\d+)(\..*)")
 
 
 def saved_bit_widths(state_dict):
-    """The bit-widths that a state dict has BatchNorms for, lowest first."""
-    return sorted({int(found[2]) for found in map(BATCH_NORM_ENTRY.fullmatch, state_dict) if found})
+    """The bit-widths that a state dict has BatchNorms for, lowest first; ValueError where one of them does not exist."""
+    saved = {int(found[2]) for found in map(BATCH_NORM_ENTRY.fullmatch, state_dict) if found}
+    return sorted(check_bit_widths(saved)) if saved else []
 
 
 def fit_bit_widths(state_dict, bit_widths):

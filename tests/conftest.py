@@ -1,12 +1,15 @@
 import functools
 import http.server
+import os
 import threading
 
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's, also where there is a GPU; before torch looks
 
-import tiny_data
-import utils
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import tiny_data  # noqa: E402
+import utils  # noqa: E402
 
 torch.set_num_threads(1)  # the networks are tiny: more threads only wait for each other
 

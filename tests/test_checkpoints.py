@@ -241,7 +241,7 @@ def test_runs_that_are_killed_go_on_to_the_same_end(signal, kills):
     """python tests/kill_runs.py --kills 20 is the longer trial."""
     done = subprocess.run([sys.executable, ROOT / "tests" / "kill_runs.py", "--signal", signal, "--kills", str(kills)],
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert f"{kills} of {kills} identical" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{kills} of {kills} identical" in done.stdout, done.stdout + done.stderr
 
 
 # ---- bad input: a source of weights, and what is told of it
@@ -298,6 +298,12 @@ def bad_sources(trained, folder, url):
         "URL of nothing": (f"{url}/none.pth.tar", "could not be downloaded"),
         "URL of a page": (f"{url}/", "not a whole checkpoint"),
         "malformed URL": ("http://", "could not be downloaded"),
+        "half an IPv6 address": ("http://[x", "could not be downloaded"),
+        "URL with a space": ("http://127.0.0.1:9/a b", "could not be downloaded"),
+        "URL with a word for a port": ("http://127.0.0.1:x/a", "could not be downloaded"),
+        "a bit-width there is not": (file("sixteen", state_dict={
+            key.replace("bn_dict.32.", "bn_dict.16."): value for key, value in weights.items()}), "16"),
+        "entries without names": (file("nameless", state_dict={5: torch.zeros(1)}), "must be a dict with a state_dict"),
     }
     (folder / "empty").mkdir()
     return {case: (["--pretrain", source], told) for case, (source, told) in sources.items()}
@@ -315,7 +321,9 @@ def bad_flags(trained, folder):
         "untrained": ([*evaluate, "--bit_width_list", "2,3,5"], 2,
                       "3,5 bits was not trained; choose from 2,32, or pass --calibrate N"),
         "no such width": ([*evaluate, "--bit_width_list", 12], 2, "choose from 1 to 8 and 32"),
-        "another model": ([*evaluate, "--model", "svhnq"], 2, "give --model resnet20q"),
+        "another model": ([*evaluate, "--model", "svhnq"], 2, "--model svhnq is not what"),
+        "another width": ([*evaluate, "--width", 2], 2, "(width 1)"),
+        "another variant": ([*evaluate, "--all-conv"], 2, "--all-conv True is not what"),
         "save without calibrate": ([*evaluate, "--save-calibrated", folder / "x"], 2, "goes with --calibrate"),
         "unwritable folder": ([*evaluate, "--results-dir", "/proc/x"], 1, "cannot be written"),
         "unwritable file": ([*evaluate, "--calibrate", 1, "--save-calibrated", "/proc/x/y"], 1, "/proc/x"),
@@ -337,6 +345,11 @@ def test_bad_input_is_one_line_and_loses_nothing(trained, tmp_path, tiny_cifar10
               for name, (argv, told) in sources.items() if name != "unknown model"}
     cases |= {f"{name}, resumed": (["--resume", argv[1]], 1, told)
               for name, (argv, told) in sources.items() if "weights" not in name and "entry" not in name}
+    for name, arguments in (("arguments that are a list", [1]), ("arguments of nothing", {"x": 1}),
+                            ("a width that is text", {**load(trained)["arguments"], "width": "x"}),
+                            ("a wrong bit-width", {**load(trained)["arguments"], "bit_width_list": [16]})):
+        torch.save({**load(trained), "arguments": arguments}, folder / f"{name}.pth.tar")
+        cases[f"{name}, resumed"] = ["--resume", folder / f"{name}.pth.tar", "--epochs", 9], 1, folder.name
     cases |= bad_flags(trained, folder)
     assert len(cases) >= 30
     before = snapshot(trained)
@@ -344,13 +357,37 @@ def test_bad_input_is_one_line_and_loses_nothing(trained, tmp_path, tiny_cifar10
     for name, (argv, code, told) in cases.items():
         argv = argv if "--data-dir" in argv else [*argv, "--data-dir", tiny_cifar10]
         found = run(argv)
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("downloading ")]
+        lines = capsys.readouterr().err.splitlines()
         if (found, len(lines)) != (code, 1) or told not in lines[0] or "Traceback" in lines[0]:
             failures.append((name, found, lines))
     assert failures == []
     assert snapshot(trained) == before
     assert not (tmp_path / "harm").exists()
     assert not published.cache_folder().exists() or list(published.cache_folder().iterdir()) == []
+
+
+def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path, tiny_cifar10, capsys):
+    sgd = torch.optim.SGD(MODELS["resnet20q"]([2, 32], width=1).parameters(), 0.1, momentum=0.9)
+    checkpoint = {key: load(trained)[key] for key in ("epoch", "model", "state_dict", "best_prec1")}
+    torch.save({**checkpoint, "optimizer": sgd.state_dict()}, tmp_path / "x.pth.tar")
+    argv = ["--resume", tmp_path / "x.pth.tar", "--epochs", 3, "--width", 1, "--data-dir", tiny_cifar10, "--results-dir",
+            tmp_path / "r"]
+    assert run(argv) == 1
+    assert_one_line(capsys, "holds another optimizer's state", "--optimizer")
+    assert run([*argv, "--optimizer", "sgd"]) == 0
+
+
+def test_a_calibrated_checkpoint_keeps_what_the_flags_said(tmp_path, tiny_cifar10):
+    """One without arguments, of an ALL CONV network: what is saved evaluates to the same numbers by itself."""
+    torch.manual_seed(0)
+    model = MODELS["resnet20q"]([2, 32], width=1, all_conv=True)
+    torch.save({"model": "resnet20q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
+    argv = ["--evaluate", "--pretrain", tmp_path / "x.pth.tar", "--width", 1, "--all-conv", "--calibrate", 2,
+            "--bit_width_list", "2,3,32", "--data-dir", tiny_cifar10, "--batch-size", 8]
+    assert run([*argv, "--save-calibrated", tmp_path / "y.pth.tar", "--results-dir", tmp_path / "e1"]) == 0
+    assert run(["--evaluate", "--pretrain", tmp_path / "y.pth.tar", "--results-dir", tmp_path / "e2"]) == 0
+    first, second = ((tmp_path / name / "evaluation.json").read_text() for name in ("e1", "e2"))
+    assert first == second
 
 
 @pytest.mark.parametrize("changes, told", [

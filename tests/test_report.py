@@ -79,6 +79,15 @@ def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsy
     assert "| any, recursive (1,2,32) | 50.00 | 55.00 | 60.00 |" in out
 
 
+def test_what_is_no_run_is_left_out_of_those_that_are(runs, tmp_path, capsys):
+    """As a shell's results/* has it, the second time."""
+    (tmp_path / "report.csv").write_text("")
+    (tmp_path / "container").mkdir()
+    assert run([*map(str, sorted(tmp_path.iterdir())), "--output", str(tmp_path / "report")]) == 0
+    out = capsys.readouterr().out
+    assert "| any, recursive | 92.00" in out and f"left out: {tmp_path}/container is not a results folder" in out
+
+
 @pytest.mark.parametrize("make, told", [
     (lambda folder: None, "is not a results folder of train.py"),
     (lambda folder: folder.mkdir(), "is not a results folder of train.py"),

@@ -98,11 +98,11 @@ DEDICATED_IMAGENET = ("imagenet", "train", "resnet50q", "sgd", 0.1, [30, 60, 85,
 def recipe_args(script, *flags, tmp_path):
     """What a recipe, run by bash with these flags, gives train.py."""
     python = tmp_path / "python"  # prints the arguments of train.py, and passes all else on
-    python.write_text(f'#!/bin/bash\nif [ "$1" = train.py ]; then shift; printf "%s\\n" "$@"; '
-                      f'else exec {sys.executable} "$@"; fi\n')
+    python.write_text(f'#!/bin/bash\ncase "$1" in */train.py) shift; printf "%s\\n" "$@" ;; '
+                      f'*) exec {sys.executable} "$@" ;; esac\n')
     python.chmod(0o755)
     done = subprocess.run(["bash", ROOT / script, *flags], env={**os.environ, "PYTHON": str(python)},
-                          capture_output=True, text=True, check=True)
+                          cwd=tmp_path, capture_output=True, text=True, check=True)
     return train.parse_args(done.stdout.split("\n")[:-1])
 
 
@@ -119,6 +119,11 @@ def test_recipe(script, tmp_path):
     dedicated = recipe_args(script, "--loss", "hard", "--bit_width_list", "2", "--results-dir", "a folder",
                             tmp_path=tmp_path)
     assert (dedicated.bit_width_list, dedicated.loss, dedicated.results_dir) == ([2], "hard", "a folder")
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_resumed_run_keeps_its_own_settings(script, tmp_path):
+    assert recipe_args(script, "--resume", "results/x", "--workers", "1", tmp_path=tmp_path).given == {"resume", "workers"}
 
 
 @pytest.mark.parametrize("bits, decay", [("1", 1e-5), ("2", 1e-5), ("4", 1e-4), ("8", 1e-4), ("32", 1e-4)])
@@ -171,6 +176,8 @@ BAD_ARGUMENTS = [
     (["--start-epoch", "30"], "--start-epoch 30", "less than --epochs 30"),
     (["--dataset", "cifar10"], "cifar10 has 32 x 32", "choose --model resnet20q or resnet50q"),
     (["--seed", "-1"], "-1 is too small", "from 0 up"),
+    (["--seed", "4294967296"], "4294967296 is too large", "up to 4294967295"),
+    (["--lr", "1e38"], "'1e38'", "at most 1e+30"),
     (["--lrr", "1"], "--lrr", "--help"),
     (["--bit_width"], "--bit_width", "--help"),
 ]
@@ -196,6 +203,11 @@ def test_a_gpu_that_is_not_there(device, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(["--device", device, "--results-dir", tmp_path / "r"]) == 1
     assert_one_line(capsys, f"device {device} is not here", "choose cpu or auto")
+
+
+def test_a_network_larger_than_the_memory(capsys, tmp_path):
+    assert run(["--width", "1000000", "--device", "cpu", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "out of memory", "--width")
 
 
 def test_missing_data_folder(capsys, tmp_path):
@@ -244,14 +256,17 @@ def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
         "cifar10_resnet20q_2-32_recursive_seed0", "cifar10_resnet20q_2-32_recursive_seed0_2"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(capsys, tmp_path, tiny_cifar10):
-    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
-    good = load(tmp_path / "r")
-    capsys.readouterr()
-    assert run(["--resume", tmp_path / "r", "--epochs", 3, "--lr", "1e38"]) == 1
-    assert_one_line(capsys, "epoch 2, training: the loss at ", " bits is not finite at step ", "lower --lr")
-    assert_same(load(tmp_path / "r")["state_dict"], good["state_dict"])
-    assert all(value.isfinite().all() for value in good["state_dict"].values())
+@pytest.mark.parametrize("save_every", [(), ("--save-every", "1e-9")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(save_every, capsys, tmp_path,
+                                                                               tiny_cifar10, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda args, epoch: (0.1, math.inf, 1e30)[epoch])
+    assert run(tiny(tiny_cifar10, tmp_path / "good", "--optimizer", "sgd", "--epochs", 1)) == 0
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--optimizer", "sgd", *save_every)) == 1
+    if save_every:  # a diverged network is not saved, though its loss was finite when it was last looked at
+        assert_one_line(capsys, "epoch 2, step 1: the weights are not finite", "lower --lr")
+    else:
+        assert_one_line(capsys, "epoch 2, training: the loss at ", " bits is not finite at step ", "lower --lr")
+    assert_same(load(tmp_path / "r")["state_dict"], load(tmp_path / "good")["state_dict"])
 
 
 def test_the_step_that_is_named_is_the_first_bad_one():
@@ -400,7 +415,8 @@ def test_resume_continues_as_if_never_stopped(optimizer, tmp_path, tiny_cifar10)
     (["--loss", "hard"], "--loss was recursive and is now hard"), (["--seed", "4"], "--seed was 0 and is now 4"),
     (["--bit_width_list", "2"], "--bit-width-list was 2,32 and is now 2"), (["--model", "resnet50q"], "--model was"),
     (["--optimizer", "sgd"], "--optimizer was adam and is now sgd"), (["--batch-size", "4"], "--batch-size was 8"),
-    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100")])
+    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100"), (["--lr", "0.1"], "--lr was 0.001"),
+    (["--lr_decay", "1"], "--lr-decay was 2 and is now 1"), (["--weight-decay", "0.5"], "--weight-decay was 0.0")])
 def test_resume_with_other_flags_is_refused(flags, told, tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     capsys.readouterr()
@@ -419,10 +435,31 @@ def test_resume_of_a_finished_run_tells_its_results_again(tmp_path, tiny_cifar10
     assert_same(load(tmp_path / "r"), before)
 
 
-def test_resume_may_change_the_weight_decay(tmp_path, tiny_cifar10):
+def test_resume_from_an_older_checkpoint_goes_on_elsewhere(tmp_path, tiny_cifar10, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tiny(tiny_cifar10, tmp_path / "r")) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    assert run(["--resume", tmp_path / "r" / "ckpt" / "model_best.pth.tar", "--epochs", 4]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()} == before
+    (elsewhere,) = (tmp_path / "results").iterdir()
+    assert load(elsewhere)["epoch"] == 4 and load(elsewhere, "model_best")["state_dict"]
+
+
+def test_a_run_without_its_checkpoints_is_not_overwritten_either(tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
-    assert run(["--resume", tmp_path / "r", "--epochs", 2, "--weight-decay", "0.5"]) == 0
-    assert load(tmp_path / "r")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    for path in (tmp_path / "r" / "ckpt").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 1
+    assert_one_line(capsys, "holds a run already")
+
+
+def test_resume_remembers_what_the_run_was_pretrained_from(tmp_path, tiny_cifar10):
+    assert run(tiny(tiny_cifar10, tmp_path / "a", "--epochs", 1)) == 0
+    assert run(tiny(tiny_cifar10, tmp_path / "b", "--epochs", 1, "--pretrain", tmp_path / "a")) == 0
+    assert run(["--resume", tmp_path / "b", "--epochs", 2]) == 0
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["arguments"]["pretrain"] == str(tmp_path / "a")
 
 
 def test_resume_of_nothing(tmp_path, capsys):
@@ -488,5 +525,5 @@ def test_wrong_argument_as_a_program(environment):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--lr", "fast"], env=environment, capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == ("train.py: error: argument --lr: 'fast' is not allowed: give a finite number above 0 "
+    assert done.stderr == ("train.py: error: argument --lr: 'fast' is not allowed: give a number above 0, at most 1e+30 "
                            "(--help lists the arguments)\n")
