@@ -4,6 +4,7 @@ import http.client
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -78,9 +79,12 @@ def download(url, name):
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with utils.replacing(path) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
-            utils.load_checkpoint(temporary)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:  # torch.hub leaves parts behind
+            file = Path(place, path.name)
+            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+            utils.load_checkpoint(file)
+            with utils.replacing(path) as temporary:
+                file.rename(temporary)
     except UserError:  # a page that says why not, or a file cut short
         raise UserError(f"what {url} sends is not a whole checkpoint: try again, or fetch it with a browser and give "
                         "its path") from None
