@@ -19,12 +19,12 @@ for requirement in map(Requirement, wanted):
 CHECK
 }
 
-train() {  # train.py with the flags in the array `recipe`, then those given; a resumed run keeps its own settings
+train() {  # train.py, by way of the array PYTHON_FLAGS, with the flags in the array `recipe`, then those given; a resumed run keeps its own settings
     local flag
     for flag in "$@"; do
         case "$flag" in --resume | --resume=*) recipe=() ;; esac
     done
-    exec "$PYTHON" "$here/train.py" ${recipe[@]+"${recipe[@]}"} "$@"
+    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" ${recipe[@]+"${recipe[@]}"} "$@"
 }
 
 if [ -z "${PYTHON:-}" ]; then

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import utils
-from utils import UserError
+from errors import UserError
 
 PREFIX = "https://www.dropbox.com/s/"
 FILES = {  # name -> its part of the link; the data set is that of its model, below
@@ -65,8 +65,8 @@ def find_checkpoint(source, *names):
     if str(source).startswith(("http://", "https://")):
         name = str(source).split("?")[0].rstrip("/").rsplit("/", 1)[-1]
         return download(source, f"{hashlib.sha256(source.encode()).hexdigest()[:12]}_{name[-80:]}")
-    raise UserError(f"checkpoint {source} does not exist: give a file, a results folder, a URL, or one of the published "
-                    f"{', '.join(FILES)}")
+    raise UserError(f"checkpoint {source} does not exist: give a file, a results folder, a URL, or a published name, "
+                    "MODEL_1, _2, _4, _8, _32, _any_hard, _any_soft or _any_recursive (of resnet50q no hard and soft)")
 
 
 def download(url, name):

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import utils
-from utils import UserError
+from errors import UserError
 
 # Told apart by colour-blind readers too (Okabe and Ito), then by whoever can.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#6a3d9a"]
@@ -22,7 +22,7 @@ NOT_CONFIGURATION = {"seed", "results_dir", "resume", "start_epoch", "device", "
                      "data_dir", "save_calibrated"}
 # Those that an evaluation depends on.
 OF_EVALUATION = {"dataset", "train_split", "model", "width", "all_conv", "bit_width_list", "loss", "evaluate",
-                 "calibrate"}
+                 "calibrate", "checkpoint"}
 
 
 # ---- one run: the end of train.py
@@ -64,6 +64,8 @@ def save_training_figure(path, history, title):
                       color=colour, label=f"{bits} bits", marker="." if len(history) < 3 else None)
     by_epoch.set_xlabel("epoch")
     by_epoch.set_ylabel("val top-1 (%)")
+    settled = history[len(history) // 3:]  # the first epochs would press all that follows into one line
+    by_epoch.set_ylim(bottom=max(0, min(v["top1"] for record in settled for v in record["val"].values()) - 2))
     by_epoch.legend()
     figure.suptitle(title)
     save_figure(figure, path)
@@ -119,7 +121,8 @@ def save_figure(figure, path):
 def load_run(folder):
     """(arguments, records) of a results folder; UserError where it is not one, or has no finished epoch.
 
-    An evaluation is a single record.
+    An evaluation is a single record. Two more arguments say what its accuracy is of: "checkpoint", of an evaluation, and
+    "done", of a run that has not ended.
     """
     folder = Path(folder)
     try:
@@ -128,8 +131,11 @@ def load_run(folder):
         if arguments.get("evaluate"):
             results = json.loads((folder / "evaluation.json").read_text())
             history = [{"epoch": config["epoch"], "val": {int(bits): values for bits, values in results.items()}}]
+            arguments["checkpoint"] = Path(config["checkpoint"]).name.split(".")[0]
         else:
             history = utils.read_metrics(folder / "metrics.jsonl")
+            if history and history[-1]["epoch"] < arguments["epochs"]:
+                arguments["done"] = f"{history[-1]['epoch']} of {arguments['epochs']} epochs"
         configuration(arguments)  # fails here where the arguments are not those of a run
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not a results folder of train.py ({utils.one_line(error)})") from None
@@ -160,12 +166,15 @@ def labels(configurations):
         arguments = dict(key)
         peers = [other for other in map(dict, configurations)
                  if all(other.get(name) == arguments.get(name) for name in ("dataset", "model", "evaluate"))]
-        varying = [name for name in arguments if name not in ("loss", "bit_width_list")
+        varying = [name for name in arguments if name not in ("loss", "bit_width_list", "done", "checkpoint", "calibrate")
                    and len({peer.get(name) for peer in peers}) > 1]
         name = "dedicated" if arguments["loss"] == "dedicated" else f"any, {arguments['loss']}"
         if "evaluate" in arguments:  # one network at several bit-widths, trained at those of bit_width_list
-            name = f"{name}, trained at {arguments['bit_width_list']}"
-        names[key] = ", ".join([name, *(f"{what} {arguments[what]}" for what in varying)])
+            name += f", trained at {arguments['bit_width_list']}"
+            name += f", calibrate {arguments['calibrate']}" if "calibrate" in arguments else ""
+            name += f", {arguments['checkpoint']} evaluated"
+        names[key] = ", ".join([name, *(f"{what} {arguments[what]}" for what in varying),
+                                *([arguments["done"]] if "done" in arguments else [])])
     for name in [name for name in names.values() if list(names.values()).count(name) > 1]:
         for key in [key for key in names if names[key] == name]:  # only their bit-widths differ
             names[key] += f" ({dict(key)['bit_width_list']})"
@@ -212,7 +221,7 @@ def save_comparison_figure(path, rows):
                 if row["configuration"] == name:
                     values[row["bits"]].append(row["top1"])
             plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in values.items()},
-                          {bits: deviation(v) for bits, v in values.items()},
+                          {bits: deviation(v) for bits, v in values.items()} if max(map(len, values.values())) > 1 else None,
                           color=COLOURS[index % len(COLOURS)], label=name)
         axis.set_title(f"{panel[1]} on {panel[0]}")
         axis.legend()
@@ -235,10 +244,16 @@ def parse_args(argv=None):
 
 def main(args):
     """Print the table; write it, the picture and the numbers."""
-    runs, left_out = [], []
+    runs, left_out, seen = [], [], {}
     for folder in filter(os.path.isdir, args.results):  # a shell's results/* names this program's own files too
         try:
-            runs.append((folder, *load_run(folder)))
+            arguments, history = load_run(folder)
+            key = configuration(arguments), arguments["seed"], *sorted(history[-1]["val"])
+            if key in seen:
+                left_out.append(f"{folder} repeats seed {arguments['seed']} of {seen[key]}")
+            else:
+                seen[key] = folder
+                runs.append((folder, arguments, history))
         except UserError as error:
             left_out.append(str(error))
     if not runs:
@@ -253,8 +268,11 @@ def main(args):
             for bits, values in sorted(chosen[args.epoch].items())]
     rows.sort(key=lambda row: list(names.values()).index(row["configuration"]))
 
-    table = markdown(rows, {"last": "last epoch", "checkpoint": "best checkpoint", "best": "best epoch of each bit-width"}[
-        args.epoch])
+    which = {"last": "last epoch", "checkpoint": "best checkpoint", "best": "best epoch of each bit-width"}[args.epoch]
+    evaluations = [bool(arguments.get("evaluate")) for _, arguments, _ in runs]
+    if any(evaluations):
+        which = "evaluated checkpoint" if all(evaluations) else f"{which}, or the checkpoint that was evaluated"
+    table = markdown(rows, which)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -4,6 +4,7 @@
     python train.py --loss hard --bit_width_list 2               # a dedicated 2-bit model
     python train.py --dataset cifar10 --model resnet20q --epochs 200 --lr_decay 100,150,180 --batch-size 128
     python train.py --resume results/RUN                         # go on where that run stopped
+    torchrun --standalone --nproc-per-node 4 train.py ...        # the same on four GPUs
     python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20    # widths it never saw
 
@@ -16,6 +17,7 @@ import math
 import random
 import re
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,22 +25,25 @@ from pathlib import Path
 import numpy
 import torch
 from tensorboardX import SummaryWriter
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+import distributed
 import published
 import report
 import utils
 from dataset.data import DATASETS, SeededSamples, ShuffledBatches, get_dataset, get_transform
+from distributed import rank, world_size
+from errors import Stopped, UsageError, UserError
 from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
                     trained_bit_widths)
 from models.losses import LOSSES, any_precision_backward
-from utils import Metrics, UsageError, UserError, log
+from utils import Metrics, log
 
 OPTIMIZERS = ("adam", "sgd")
 # What a resumed run must have in common with the run it goes on from, or it would be another run.
 FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "train_split", "loss", "optimizer", "lr",
-                   "lr_decay", "weight_decay", "batch_size", "seed")
+                   "lr_decay", "weight_decay", "batch_size", "seed", "sync_bn", "train_fraction")
 # What an evaluation takes from its checkpoint where no flag sets it; those of the network must agree.
 OF_NETWORK = ("model", "width", "all_conv")
 OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size")
@@ -75,6 +80,13 @@ def real_number(text, zero_allowed=False):
 
 def weight_decay(text):
     return real_number(text, zero_allowed=True)
+
+
+def fraction(text):
+    value = real_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part: give a number above 0, at most 1")
+    return value
 
 
 def bit_width_list(text):
@@ -120,6 +132,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--dataset", type=one_of(DATASETS), default="digits", metavar="NAME", help=", ".join(DATASETS))
     add("--train_split", "--train-split", metavar="SPLIT", help="split to train on; unset: train, for svhn train_extra")
+    add("--train-fraction", type=fraction, default=1.0, metavar="X",
+        help="train on this part of the training split, drawn by the seed; for short honest trials")
     add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
     add("--model", type=one_of(MODELS), default="svhnq", metavar="NAME", help=", ".join(MODELS))
     add("--width", type=whole_number(1), metavar="N",
@@ -132,7 +146,7 @@ def parse_args(argv=None):
     add("--epochs", type=whole_number(1), default=30, metavar="N", help="passes over the training split")
     add("--start-epoch", type=whole_number(0), default=0, metavar="N",
         help="epochs taken as done, for the learning rate too; --resume sets it")
-    add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images a step")
+    add("--batch-size", type=whole_number(1), default=64, metavar="N", help="images a step, over all processes")
     add("--optimizer", type=one_of(OPTIMIZERS), default="adam", metavar="NAME", help="adam, or sgd (momentum 0.9)")
     add("--lr", type=real_number, default=0.001, metavar="X", help="learning rate")
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
@@ -152,6 +166,10 @@ def parse_args(argv=None):
     add("--device", type=device_name, default="auto", metavar="NAME",
         help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
     add("--workers", type=whole_number(0), default=0, metavar="N", help="processes that load data; 0 loads in this one")
+    add("--sync-bn", action="store_true",
+        help="several processes: BatchNorm statistics of the whole batch; unset: of each process's part, as published")
+    add("--timeout", type=whole_number(1), default=600, metavar="SECONDS",
+        help="several processes: how long one waits for the others before the run ends")
     add("--save-every", type=real_number, metavar="MINUTES",
         help="also save inside an epoch, this often; unset: after every epoch")
     add("--print-freq", "-p", type=whole_number(1), default=50, metavar="N",
@@ -190,6 +208,9 @@ def complete(args):
         raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
                          f"{data.image_size}: choose --model resnet20q or resnet50q")
     args.width = args.width or DEFAULT_WIDTH[args.model]
+    if args.batch_size % world_size():
+        raise UsageError(f"--batch-size {args.batch_size} is that of all {world_size()} processes: give a multiple of "
+                         f"{world_size()}")
     if args.start_epoch >= args.epochs and not args.resume:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: "
                          f"give less than --epochs {args.epochs}")
@@ -213,12 +234,18 @@ def make_loader(args, device, train):
     The training loader's batch_sampler is a ShuffledBatches. UserError where the data is missing or damaged.
     """
     split = args.train_split if train else DATASETS[args.dataset].val_split[args.train_split]
-    dataset = get_dataset(args.dataset, split, get_transform(args.dataset, train), args.data_dir)
+    with distributed.one_at_a_time_per_machine():  # the first may have to download it
+        dataset = get_dataset(args.dataset, split, get_transform(args.dataset, train), args.data_dir)
     if train:
-        batches = ShuffledBatches(len(dataset), args.batch_size, args.seed)
+        classes = getattr(dataset, "classes", None), getattr(dataset, "root", None)
+        if args.train_fraction < 1:
+            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+            dataset = Subset(dataset, chosen[:max(1, round(args.train_fraction * len(dataset)))].tolist())
+        batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank(), world_size())
         dataset, how = SeededSamples(dataset), {"batch_sampler": batches}
+        dataset.classes, dataset.root = classes
     else:
-        how = {"batch_size": args.batch_size}
+        how = {"batch_size": args.batch_size // world_size(), "sampler": range(rank(), len(dataset), world_size())}
     # A generator of its own: making an iterator must not draw from the training's random numbers.
     return DataLoader(dataset, generator=torch.Generator(), num_workers=args.workers, pin_memory=device.type == "cuda",
                       persistent_workers=args.workers > 0, worker_init_fn=utils.ignore_stop_signals, **how)
@@ -229,7 +256,7 @@ def count_classes(args, *loaders):
     known = DATASETS[args.dataset].num_classes
     if known:
         return known
-    first, *others = [getattr(loader.dataset, "dataset", loader.dataset) for loader in loaders]
+    first, *others = [loader.dataset for loader in loaders]
     for other in others:
         odd = sorted(set(first.classes) ^ set(other.classes))
         if odd:
@@ -255,17 +282,21 @@ def learning_rate(args, epoch):
 
 # ---- loop and evaluation
 
-def train_one_epoch(model, loader, optimizer, metrics, args, device, what, after_step):
-    """Train over `loader`, adding to `metrics`; after_step() runs after every step.
+def train_one_epoch(model, loader, optimizer, metrics, args, device, what, wishes, after_step):
+    """Train over `loader`, adding to `metrics`.
 
-    UserError, beginning with `what`, where a loss is not finite.
+    wishes() gives a tensor that is summed over the processes along with the gradients; after_step(sum) runs after the
+    step. UserError, beginning with `what`, where a loss is not finite.
     """
     model.train()
+    batches, parameters = loader.batch_sampler, list(model.parameters())
     start = time.perf_counter()
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        results = any_precision_backward(model, images, labels, args.bit_width_list, args.loss)
+        results = any_precision_backward(model, images, labels, args.bit_width_list, args.loss,
+                                         weight=len(labels) / batches.size(metrics.steps))
+        wished = distributed.exchange_gradients(parameters, wishes())
         optimizer.step()
         metrics.update(results, labels)
         now = time.perf_counter()
@@ -273,14 +304,14 @@ def train_one_epoch(model, loader, optimizer, metrics, args, device, what, after
         start = now
         if metrics.steps % args.print_freq == 0:
             metrics.check_finite(what)  # a synchronisation point
-        after_step()
+        after_step(wished)
     metrics.check_finite(what)  # waits for the device, so that the time is that of the work
     metrics.seconds += time.perf_counter() - start
 
 
 @torch.no_grad()
 def evaluate(model, loader, bit_widths, device, what="validation", after_batch=lambda: None):
-    """{bit_width: {"loss", "top1", "top5"}} of the model over `loader`, every image counted once.
+    """{bit_width: {"loss", "top1", "top5"}} of the model over the loaders of all processes, every image counted once.
 
     after_batch() runs after every batch. UserError, beginning with `what`, where a loss is not finite.
     """
@@ -349,8 +380,8 @@ def saved_arguments(args, checkpoint, path):
         "model": model, "dataset": published.DATASET[model], "bit_width_list": saved_bit_widths(checkpoint["state_dict"])}
 
 
-def evaluate_checkpoint(args):
-    """--evaluate: write evaluation.json, the table and the picture; returns the results folder."""
+def open_evaluated(args):
+    """(path, checkpoint) to evaluate; what no flag sets in args is taken from it, in place. UsageError where flags differ."""
     if args.pretrain:
         path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
     else:
@@ -369,21 +400,32 @@ def evaluate_checkpoint(args):
         trained = saved_bit_widths(checkpoint["state_dict"])
     if not trained:
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
-    bit_widths = args.bit_width_list if "bit_width_list" in args.given else trained
-    unknown = [bits for bits in bit_widths if bits not in trained]
+    if "bit_width_list" not in args.given:
+        args.bit_width_list = trained
+    unknown = [bits for bits in args.bit_width_list if bits not in trained]
     if unknown and args.calibrate is None:
-        raise UsageError(f"{utils.flag_text(unknown)} bits was not trained; choose from {utils.flag_text(trained)}, "
+        raise UsageError(f"{utils.flag_text(unknown)} bits {'was' if len(unknown) == 1 else 'were'} not trained; choose from {utils.flag_text(trained)}, "
                          "or pass --calibrate N")
+    return path, checkpoint
 
-    device = start(args)
+
+def evaluate_checkpoint(args, device, path, checkpoint):
+    """--evaluate: write evaluation.json, the table and the picture; returns the results folder."""
+    saved = saved_arguments(args, checkpoint, path)
+    present = saved_bit_widths(checkpoint["state_dict"])
+    calibrated = list(checkpoint.get("calibrated", ()))  # by an earlier --save-calibrated
+    trained = [bits for bits in present if bits not in calibrated]
+    bit_widths = args.bit_width_list
+    args.bit_width_list = trained
+    name = f"{run_name(args)}_evaluation"
     val_loader = make_loader(args, device, train=False)
-    if unknown and args.calibrate:
+    if args.calibrate and not set(bit_widths) <= set(present):
         train_loader = make_loader(args, device, train=True)
         if args.calibrate > len(train_loader):
             raise UsageError(f"--calibrate {args.calibrate} is more than the {len(train_loader)} batches of "
                              f"{args.train_split}: give at most that")
         train_loader.batch_sampler.stop = args.calibrate
-    args.bit_width_list = sorted({*trained, *bit_widths})
+    args.bit_width_list = sorted({*present, *bit_widths})
     with utils.reading(path):
         model = make_model(args, count_classes(args, val_loader)).to(device)
     state_dict, added = fit_bit_widths(checkpoint["state_dict"], args.bit_width_list)
@@ -393,8 +435,8 @@ def evaluate_checkpoint(args):
         if target.exists():
             raise UserError(f"--save-calibrated {target} exists: remove it, or give another name")
         target.parent.mkdir(parents=True, exist_ok=True)
-    folder = utils.open_results_folder(args.results_dir, f"{run_name(args)}_evaluation")
-    log.info("evaluating %s, a %s with BatchNorms for %s bits, on %s (%s) on %s", path, args.model, utils.flag_text(trained),
+    folder = open_results_folder(args, name)
+    log.info("evaluating %s, a %s trained at %s bits, on %s (%s) on %s", path, args.model, utils.flag_text(trained),
              args.dataset, DATASETS[args.dataset].val_split[args.train_split], utils.describe(device))
 
     for bits, origin in added.items():
@@ -403,18 +445,20 @@ def evaluate_checkpoint(args):
         log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin,
                  f", statistics re-estimated over {args.calibrate} training batches" if args.calibrate else "")
     results = evaluate(model, val_loader, bit_widths, device)
+    if rank() > 0:
+        return folder
 
     arguments = {name: value for name, value in vars(args).items() if name != "given"}
     utils.write_json(folder / "config.json", {
         "arguments": {**arguments, "bit_width_list": trained}, "seed": args.seed, "command": sys.argv,
-        "epoch": checkpoint.get("epoch"), **utils.environment(device)})
+        "checkpoint": str(path), "epoch": checkpoint.get("epoch"), **utils.environment(device)})
     utils.write_json(folder / "evaluation.json", results)
-    report.save_evaluation_figure(folder / "accuracy.png", results, run_name(args))
+    report.save_evaluation_figure(folder / "accuracy.png", results, name)
     log.info("\n%s\n", report.evaluation_table(results, trained))
     if args.save_calibrated:
         utils.save_checkpoint(target, {
             "epoch": checkpoint.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
-            "best_prec1": checkpoint.get("best_prec1"), "optimizer": None,
+            "best_prec1": checkpoint.get("best_prec1"), "optimizer": None, "calibrated": sorted({*calibrated, *added}),
             "arguments": {**saved, **{name: getattr(args, name) for name in OF_EVALUATION},
                           "bit_width_list": trained_bit_widths(model)}})
         log.info("calibrated checkpoint: %s", target)
@@ -436,28 +480,60 @@ def start(args):
     return device
 
 
+def open_results_folder(args, name, in_place=False):
+    """The results folder, which rank 0 makes and logs to; its path on every process."""
+    return distributed.from_first(
+        utils.open_results_folder(args.results_dir, name, in_place) if rank() == 0 else None)
+
+
+def after_a_restart(args):
+    """torchrun has started the run again after a process died: go on with what it had begun, by changing args."""
+    folder = Path(args.results_dir) if args.results_dir else utils.last_results_folder(run_name(args))
+    if (folder / "ckpt" / "model_latest.pth.tar").exists():
+        args.resume = str(folder)
+    args.results_dir = str(folder)
+
+
+def open_resumed(args):
+    """(path, checkpoint, whether it goes on in its own folder) of --resume; args get the run's values, in place."""
+    path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
+    checkpoint = utils.load_checkpoint(path)
+    with utils.reading(path):
+        take_up(args, checkpoint)
+        complete(args)
+    # From an older checkpoint than the folder's latest a run goes on in a folder of its own, losing neither.
+    latest = path.with_name("model_latest.pth.tar")
+    if path.parent.name != "ckpt" or path != latest and latest.exists():
+        return path, checkpoint, False
+    own = path.parent.parent
+    args.results_dir = args.results_dir or str(own)
+    return path, checkpoint, own.resolve() == Path(args.results_dir).resolve()
+
+
 def main(args):
     """Train, or evaluate, as args say (see parse_args), writing the results folder; returns its path."""
     if args.evaluate:
-        return evaluate_checkpoint(args)
-    checkpoint, in_place = None, False
-    if args.resume:
-        path = published.find_checkpoint(args.resume, "model_latest.pth.tar", "model_best.pth.tar")
-        checkpoint = utils.load_checkpoint(path)
-        with utils.reading(path):
-            take_up(args, checkpoint)
-            complete(args)
-        # From an older checkpoint than the folder's latest a run goes on in a folder of its own, losing neither.
-        latest = path.with_name("model_latest.pth.tar")
-        if path.parent.name == "ckpt" and (path == latest or not latest.exists()):
-            own = path.parent.parent
-            args.results_dir = args.results_dir or str(own)
-            in_place = own.resolve() == Path(args.results_dir).resolve()
-
+        path, checkpoint = open_evaluated(args)
+        device = start(args)
+        with distributed.processes(device, args.timeout):
+            return evaluate_checkpoint(args, device, path, checkpoint)
+    if distributed.restarts() and not args.resume:
+        after_a_restart(args)
+    path, checkpoint, in_place = open_resumed(args) if args.resume else (None, None, False)
     device = start(args)
+    with distributed.processes(device, args.timeout):
+        return train(args, device, path, checkpoint, in_place)
+
+
+def train(args, device, path, checkpoint, in_place):
+    """Train, from the checkpoint at `path` where there is one; returns the results folder."""
     train_loader, val_loader = make_loader(args, device, train=True), make_loader(args, device, train=False)
     with utils.reading(path) if checkpoint else contextlib.nullcontext():
         model = make_model(args, count_classes(args, train_loader, val_loader)).to(device)
+    if args.sync_bn:
+        distributed.synchronise_batch_norm(model)
+    if rank() > 0:  # the same weights, but dropout of its own
+        torch.manual_seed(args.seed + 1_000_003 * rank())
     optimizer = make_optimizer(args, model.parameters())
     batches = train_loader.batch_sampler
     bit_widths = args.bit_width_list
@@ -471,8 +547,10 @@ def main(args):
             if in_place:
                 best = float(checkpoint["best_prec1"])
             if "metrics" in checkpoint:
-                metrics.load_state_dict(checkpoint["metrics"])
-                set_random_state(checkpoint["random_state"], device)
+                metrics.load_state_dict(checkpoint["metrics"], first=rank() == 0)
+                states = checkpoint["random_states"]  # a process that the saved run did not have keeps its fresh one
+                if rank() < len(states):
+                    set_random_state(states[rank()], device)
         if metrics.steps and checkpoint["num_samples"] != batches.num_samples:
             raise UserError(f"{path} stands inside an epoch of {checkpoint['num_samples']} images, but {args.train_split} "
                             f"of {args.dataset} has {batches.num_samples}: resume on the same data")
@@ -482,17 +560,21 @@ def main(args):
             state_dict, added = fit_bit_widths(utils.load_checkpoint(path)["state_dict"], bit_widths)
         utils.load_weights(model, state_dict, path)
 
-    folder = utils.open_results_folder(args.results_dir, run_name(args), in_place)
+    folder = open_results_folder(args, run_name(args), in_place)
     arguments = {name: value for name, value in vars(args).items() if name != "given"}
-    utils.write_json(folder / "config.json", {
-        "arguments": arguments, "seed": args.seed, "command": sys.argv, **utils.environment(device)})
     metrics_file = folder / "metrics.jsonl"
-    history = utils.keep_epochs(metrics_file, args.start_epoch)
-    writer = SummaryWriter(str(folder / "summary"), purge_step=args.start_epoch + 1)
+    history, writer = [], None
+    if rank() == 0:
+        utils.write_json(folder / "config.json", {
+            "arguments": arguments, "seed": args.seed, "command": sys.argv, "processes": world_size(),
+            **utils.environment(device)})
+        history = utils.keep_epochs(metrics_file, args.start_epoch)
+        writer = SummaryWriter(str(folder / "summary"), purge_step=args.start_epoch + 1)
 
-    log.info("%s on %s (%s), %s bits, %s loss, on %s%s", args.model, args.dataset, args.train_split,
+    log.info("%s on %s (%s), %s bits, %s loss, on %s%s%s", args.model, args.dataset, args.train_split,
              utils.flag_text(bit_widths), args.loss if len(bit_widths) > 1 else "hard", utils.describe(device),
-             " (no GPU found)" if args.device == "auto" and device.type == "cpu" else "")
+             " (no GPU found)" if args.device == "auto" and device.type == "cpu" else "",
+             f", {world_size()} processes" if world_size() > 1 else "")
     if args.pretrain and not checkpoint and added:
         log.info("initialised from %s: BatchNorms of %s", path,
                  ", ".join(f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()))
@@ -503,38 +585,60 @@ def main(args):
         log.info("writing to %s", folder)
 
     def save(epoch, metrics, names=("model_latest",)):
-        """Save a checkpoint of `epoch` epochs done, and metrics.steps steps of the next; never a diverged one."""
+        """Save a checkpoint of `epoch` epochs done, and metrics.steps steps of the next; never a diverged one.
+
+        All processes call it and return when it is written.
+        """
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise UserError(f"epoch {epoch + 1}, step {metrics.steps}: the weights are not finite: lower --lr; "
                             "the last good checkpoint is kept")
+        distributed.share_buffers(model)
         state = {
             "epoch": epoch, "model": args.model, "state_dict": model.state_dict(), "best_prec1": best,
             "optimizer": optimizer.state_dict(), "arguments": arguments, "step": metrics.steps,
-            "num_samples": batches.num_samples, "metrics": metrics.state_dict(), "random_state": random_state(device)}
-        for name in names:
-            utils.save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", state)
+            "num_samples": batches.num_samples, "metrics": metrics.state_dict(),
+            "random_states": distributed.gather(random_state(device))}
+        if rank() == 0:
+            for name in names:
+                utils.save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", state)
+        distributed.wait()
 
     if not in_place:
         save(args.start_epoch, metrics)  # shows before an hour's work whether it can be saved
 
-    console = utils.Console(bit_widths, args.epochs, len(batches), args.print_freq)
+    console = utils.Console(bit_widths, args.epochs, len(batches), args.print_freq, rank() == 0 and sys.stdout.isatty())
     last_save = time.monotonic()
+    wished = torch.zeros(2)
 
-    def stop_or_save():
-        """Between steps: save if it is time to or the run is asked to stop."""
-        nonlocal last_save
-        due = args.save_every and time.monotonic() - last_save > 60 * args.save_every
-        if stop.signal or due:
+    def wishes():
+        """Whether this process was asked to stop, and whether it is time to save by rank 0's clock."""
+        due = rank() == 0 and args.save_every and time.monotonic() - last_save > 60 * args.save_every
+        return torch.tensor([float(stop.signal is not None), float(bool(due))])
+
+    def stop_or_save(flags):
+        """Between steps: save if it is time to, or if any process was asked to stop; then all stop."""
+        nonlocal last_save, wished
+        wished = wished.to(flags) + flags
+        if wished.device.type == "cuda" and metrics.steps % args.print_freq:
+            return  # reading it would wait for the device: at the next log point
+        asked, due = wished.tolist()
+        wished = torch.zeros(2)
+        if asked or due:
             metrics.check_finite(f"epoch {epoch + 1}, training")
             save(epoch, metrics)
             last_save = time.monotonic()
-        if stop.signal:
-            raise utils.Stopped(stop.signal, f"in epoch {epoch + 1}, after step {metrics.steps} of {len(batches)}; "
-                                f"to go on: {shlex.join([sys.executable, sys.argv[0], '--resume', str(folder)])}")
+        if asked:
+            raise Stopped(stop.signal or signal.SIGTERM, f"in epoch {epoch + 1}, after step {metrics.steps} of "
+                          f"{len(batches)}; to go on: "
+                          f"{shlex.join([sys.executable, sys.argv[0], '--resume', str(folder.resolve())])}")
 
-    def after_step():
+    def after_step(flags):
         console.step(epoch, metrics)
-        stop_or_save()
+        stop_or_save(flags)
+
+    def after_batch():  # of the validation: several processes would have to ask each other
+        if world_size() == 1:
+            stop_or_save(wishes())
 
     with utils.StopRequest() as stop:
         for epoch in range(args.start_epoch, args.epochs):
@@ -543,23 +647,28 @@ def main(args):
                 group["lr"] = lr
             batches.epoch, batches.start = epoch, metrics.steps
             train_one_epoch(model, train_loader, optimizer, metrics, args, device, f"epoch {epoch + 1}, training",
-                            after_step)
-            record = {"epoch": epoch + 1, "lr": lr, "images_per_second": metrics.count / metrics.seconds,
+                            wishes, after_step)
+            distributed.share_buffers(model)
+            trained = metrics.state_dict()
+            record = {"epoch": epoch + 1, "lr": lr, "images_per_second": trained["count"] / trained["seconds"],
                       "train": metrics.averages(),
                       "val": evaluate(model, val_loader, bit_widths, device, f"epoch {epoch + 1}, validation",
-                                      stop_or_save)}
+                                      after_batch)}
 
             history.append(record)
-            utils.append_json_line(metrics_file, record)
-            utils.write_summary(writer, record)
+            if rank() == 0:
+                utils.append_json_line(metrics_file, record)
+                utils.write_summary(writer, record)
             console.row(record)
             improved = record["val"][highest]["top1"] > best
             best = max(best, record["val"][highest]["top1"])
             metrics = Metrics(bit_widths, device)
             save(epoch + 1, metrics, ("model_best", "model_latest") if improved else ("model_latest",))
             last_save = time.monotonic()
-    writer.close()
 
+    if rank() > 0:
+        return folder
+    writer.close()
     if history:  # a finished run, resumed into another folder, has none
         report.save_training_figure(folder / "accuracy.png", history, run_name(args))
         log.info("\n%s\n", report.best_and_last(history))

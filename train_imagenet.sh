@@ -5,6 +5,9 @@
 #   published top-1 %:  any-precision  1 bit 58.77, 2 71.66, 4 73.84, 8 74.07, 32 74.63
 #                       dedicated      1 bit 57.83, 2 68.74, 4 74.12, 8 74.96, 32 75.95
 #   ./train_imagenet.sh [flags of train.py]      such as --bit_width_list 2 for a dedicated model
+# One process per visible GPU (PROCESSES=N for another number). On several machines, the same command on each, with
+# NNODES=4 NODE_RANK=0..3 MASTER_ADDR=host-of-rank-0 (MASTER_PORT, 29500) and a results folder that all of them see. A
+# process that dies is started again from the latest checkpoint (MAX_RESTARTS, 3).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 
@@ -21,4 +24,17 @@ case "$bits" in
 esac
 recipe=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
     --batch-size 256 --workers 16)
+
+processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+if [ "${NNODES:-1}" -gt 1 ]; then
+    launcher=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?give NODE_RANK, 0 on the first machine}"
+        --master-addr "${MASTER_ADDR:?give MASTER_ADDR, the first machine}" --master-port "${MASTER_PORT:-29500}")
+elif [ "$processes" -gt 1 ]; then
+    launcher=(--standalone)
+else
+    train "$@"
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+PYTHON_FLAGS=(-m torch.distributed.run --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}"
+    "${launcher[@]}")
 train "$@"

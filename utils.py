@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -19,27 +20,10 @@ import numpy
 import torch
 from tqdm import tqdm
 
+from distributed import rank, sum_over_processes
+from errors import Stopped, UsageError, UserError
+
 log = logging.getLogger("any_precision")
-
-
-class UserError(Exception):
-    """Something the user can mend: shown as one line on stderr."""
-
-    exit_code = 1
-
-
-class UsageError(UserError):
-    """A wrong argument."""
-
-    exit_code = 2
-
-
-class Stopped(UserError):
-    """The run ended because a signal asked for it; where it stands has been saved."""
-
-    def __init__(self, number, where):
-        super().__init__(f"stopped by {signal.Signals(number).name} {where}")
-        self.exit_code = 128 + number
 
 
 # ---- process
@@ -48,7 +32,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Tells of a wrong argument in one line, without the usage."""
 
     def error(self, message):
-        self.exit(UsageError.exit_code, f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n")
+        told = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
+        self.exit(UsageError.exit_code, told if rank() == 0 else None)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -80,7 +65,8 @@ def run(main, parse_args):
             raise
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT
-    print(f"{program}: {message}", file=sys.stderr)
+    if code != UsageError.exit_code or rank() == 0:  # of several processes one tells
+        print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -136,7 +122,6 @@ def ignore_stop_signals(worker=None):
 
 def open_log(folder):
     """Log to stdout and to folder/log_<hostname>.txt, which is continued where it exists."""
-    close_log()
     log.setLevel(logging.INFO)
     log.propagate = False
     console = logging.StreamHandler(sys.stdout)
@@ -145,10 +130,13 @@ def open_log(folder):
     log.handlers = [console, file]
 
 
-def close_log():
+def close_results_folder():
+    """Close the log and let go of the folder's lock."""
     for handler in log.handlers:
         handler.close()
     log.handlers = []
+    while locks:
+        locks.pop().close()
 
 
 @contextlib.contextmanager
@@ -192,10 +180,37 @@ def open_results_folder(results_dir, name, in_place=False):
                 count += 1
                 folder = Path("results", f"{name}_{count}")
         folder.mkdir(parents=True, exist_ok=True)
+        close_results_folder()
+        lock(folder)
         open_log(folder)
     except OSError as error:
         raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
                         "choose another with --results-dir") from None
+    return folder
+
+
+locks = []  # the open file that holds the lock of the results folder
+
+
+def lock(folder):
+    """Keep other processes out of the folder until this one ends, however it ends; UserError where one is in it."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is being written by another run: let it end or stop it, or choose another folder with "
+                        "--results-dir") from None
+    except OSError:
+        pass  # a file system without locks
+    locks.append(file)
+
+
+def last_results_folder(name):
+    """The newest of results/<name>, <name>_2, ...; the first where there is none."""
+    folder, count = Path("results", name), 2
+    while Path("results", f"{name}_{count}").exists():
+        folder = Path("results", f"{name}_{count}")
+        count += 1
     return folder
 
 
@@ -250,24 +265,24 @@ def write_summary(writer, record):
 class Console:
     """What a person sees: within an epoch a bar on a terminal, plain lines elsewhere; after it one aligned row."""
 
-    def __init__(self, bit_widths, epochs, steps, print_freq):
+    def __init__(self, bit_widths, epochs, steps, print_freq, bar):
         self.bit_widths, self.epochs, self.steps, self.print_freq = bit_widths, epochs, steps, print_freq
+        self.wants_bar = bar
         self.rows = 0
         self.started = time.monotonic()
         self.bar = None
 
     def step(self, epoch, metrics):
         """Call after each step; waits for the device every print_freq steps."""
-        due = metrics.steps % self.print_freq == 0
-        if sys.stdout.isatty():
+        averages = metrics.averages() if metrics.steps % self.print_freq == 0 else None
+        if self.wants_bar:
             if self.bar is None:
                 self.bar = tqdm(desc=f"epoch {epoch + 1}/{self.epochs}", total=self.steps, initial=metrics.steps - 1,
                                 unit="step", leave=False, file=sys.stdout)
             self.bar.update()
-            if due:
-                self.bar.set_postfix(loss=f"{mean_loss(metrics.averages()):.4f}")
-        elif due:
-            averages = metrics.averages()
+            if averages:
+                self.bar.set_postfix(loss=f"{mean_loss(averages):.4f}")
+        elif averages:
             log.info("epoch %d/%d  step %d/%d  loss %.4f  top-1 %s", epoch + 1, self.epochs, metrics.steps, self.steps,
                      mean_loss(averages), "  ".join(f"{bits}b {v['top1']:.2f}" for bits, v in averages.items()))
 
@@ -326,7 +341,8 @@ def environment(device):
 # ---- device
 
 def choose_device(name):
-    """The device called `name`: auto, cpu, cuda or cuda:i. auto and cuda take the GPU with the most free memory.
+    """The device called `name`: auto, cpu, cuda or cuda:i. auto and cuda take the GPU with the most free memory; of
+    several processes each takes the GPU of its number.
 
     UserError where there is no such GPU.
     """
@@ -335,6 +351,8 @@ def choose_device(name):
     if not torch.cuda.is_available():
         raise UserError(f"device {name} is not here: torch sees no CUDA GPU; choose cpu or auto")
     count = torch.cuda.device_count()
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name in ("auto", "cuda"):
         return torch.device("cuda", freest_gpu() if count > 1 else 0)
     device = torch.device(name)
@@ -416,22 +434,32 @@ class Metrics:
         for step, row in enumerate(finite, start=first):
             for bits, good in reversed(list(zip(self.bit_widths, row))):  # in the order they are run
                 if not good:
-                    raise UserError(f"{what}: the loss at {bits} bits is not finite at step {step}: lower --lr, or look "
-                                    "at the data; the last good checkpoint is kept")
+                    raise UserError(f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or look at "
+                                    "the data; the last good checkpoint is kept")
+
+    def over_processes(self):
+        """(sums, count) over all processes, each of which must ask."""
+        total = sum_over_processes(torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])]))
+        return total[:-1].view_as(self.sums), int(total[-1])
 
     def averages(self):
-        """{bit_width: {"loss", "top1", "top5"}}, lowest first, top-k in percent. Waits for the device."""
-        table = (self.sums / self.count).tolist()  # a synchronisation point
+        """{bit_width: {"loss", "top1", "top5"}} over all processes, lowest first, top-k in percent. Waits for the device."""
+        sums, count = self.over_processes()
+        table = (sums / count).tolist()  # a synchronisation point
         return {bits: {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
                 for bits, (loss, top1, top5) in zip(self.bit_widths, table)}
 
 
     def state_dict(self):
-        return {"sums": self.sums, "count": self.count, "steps": self.steps, "seconds": self.seconds}
+        sums, count = self.over_processes()
+        return {"sums": sums, "count": count, "steps": self.steps, "seconds": self.seconds}
 
-    def load_state_dict(self, state):
-        self.sums.copy_(state["sums"])
-        self.count, self.steps, self.seconds = state["count"], state["steps"], state["seconds"]
+    def load_state_dict(self, state, first=True):
+        """Take up saved sums, on the first of several processes; the others have counted none of them."""
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        if first:
+            self.sums.copy_(state["sums"])
+            self.count = state["count"]
 
 
 # ---- checkpoints
@@ -460,8 +488,9 @@ def load_checkpoint(path):
             with torch.serialization.safe_globals(NUMPY_NUMBERS):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint that can be read safely ({one_line(error)}): "
-                        "it may be cut short, not a checkpoint, or hold code") from None
+        # torch's own text would advise to run the file's code
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}): "
+                        "it is cut short, not a checkpoint, or holds code") from None
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")

@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, transforms
 
-from utils import UserError, one_line
+from errors import UserError
+from utils import one_line
 
 data_paths = {name: f"data/{name}" for name in ("cifar10", "cifar100", "mnist", "svhn", "imagenet", "digits")}
 
@@ -180,21 +181,32 @@ class SeededSamples(Dataset):
 class ShuffledBatches:
     """Batches of (index, seed) for SeededSamples: a function of (seed, epoch), so any epoch can be begun anywhere.
 
-    Set `epoch`, and the part of it that is wanted as batches `start` to `stop`, before iterating.
+    Of each batch process `rank` of `world_size` gets every world_size-th sample, so the batches, and what an epoch has
+    seen after a step, are the same for any number of processes. Set `epoch`, and the part of it that is wanted as
+    batches `start` to `stop`, before iterating. UserError where the last batch has fewer samples than processes.
     """
 
-    def __init__(self, num_samples, batch_size, seed):
+    def __init__(self, num_samples, batch_size, seed, rank=0, world_size=1):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
         self.stop = len(self)
+        if self.size(len(self) - 1) < world_size:
+            raise UserError(f"the last batch of an epoch has {self.size(len(self) - 1)} of the {num_samples} images, fewer "
+                            f"than the {world_size} processes: choose another --batch-size")
 
     def __len__(self):
         return -(-self.num_samples // self.batch_size)
+
+    def size(self, step):
+        """The number of images in batch `step`, over all processes."""
+        return min(self.batch_size, self.num_samples - step * self.batch_size)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator)
         seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
         for step in range(self.start, self.stop):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            end = step * self.batch_size + self.size(step)
+            part = slice(step * self.batch_size + self.rank, end, self.world_size)
             yield list(zip(order[part].tolist(), seeds[part].tolist()))

@@ -15,9 +15,9 @@ torch.set_num_threads(1)  # the networks are tiny: more threads only wait for ea
 
 
 @pytest.fixture(autouse=True)
-def closed_log():
+def closed_results_folder():
     yield
-    utils.close_log()
+    utils.close_results_folder()
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def outcome(folder):
     checkpoints = [torch.load(folder / "ckpt" / f"{name}.pth.tar", weights_only=True)
                    for name in ("model_latest", "model_best")]
     return (files, [{key: checkpoint[key] for key in ("epoch", "step", "best_prec1", "state_dict", "optimizer",
-                                                      "random_state")} for checkpoint in checkpoints],
+                                                      "random_states")} for checkpoint in checkpoints],
             [(record["epoch"], record["lr"], record["train"], record["val"]) for record in history])
 
 

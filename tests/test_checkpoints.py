@@ -127,6 +127,7 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(t
     assert run(["--evaluate", "--pretrain", saved, "--results-dir", tmp_path / "e2"]) == 0
     results = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("e", "e2")]
     assert results[0] == results[1]
+    assert capsys.readouterr().out.count("not trained") == 7  # it still knows which were only calibrated
     assert run([*argv, "--results-dir", tmp_path / "e3", "--save-calibrated", saved]) == 1
     assert_one_line(capsys, f"{saved} exists")
 
@@ -269,7 +270,7 @@ def bad_sources(trained, folder, url):
     unreadable, not_fit = "not a checkpoint that can be read safely", "does not fit the model"
     sources = {
         "no file": (folder / "none.pth.tar", "does not exist"),
-        "unknown name": ("resnet20q_3", "does not exist: give a file, a results folder, a URL, or one of the published"),
+        "unknown name": ("resnet20q_3", "does not exist: give a file, a results folder, a URL, or a published name"),
         "empty folder": (folder / "empty", "holds no checkpoint"),
         "empty file": (file("empty_file", b""), unreadable),
         "page": (file("page", b"<!DOCTYPE html><html>not found</html>"), unreadable),
@@ -319,7 +320,7 @@ def bad_flags(trained, folder):
         "text calibrate": ([*evaluate, "--calibrate", "all"], 2, "from 0 up"),
         "more than there is": ([*evaluate, "--calibrate", 99, "--bit_width_list", 3], 2, "more than the 3 batches"),
         "untrained": ([*evaluate, "--bit_width_list", "2,3,5"], 2,
-                      "3,5 bits was not trained; choose from 2,32, or pass --calibrate N"),
+                      "3,5 bits were not trained; choose from 2,32, or pass --calibrate N"),
         "no such width": ([*evaluate, "--bit_width_list", 12], 2, "choose from 1 to 8 and 32"),
         "another model": ([*evaluate, "--model", "svhnq"], 2, "--model svhnq is not what"),
         "another width": ([*evaluate, "--width", 2], 2, "(width 1)"),

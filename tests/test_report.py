@@ -10,13 +10,14 @@ import train
 import utils
 
 
-def write_run(folder, top1, *flags, epochs=2):
+def write_run(folder, top1, *flags):
     """A results folder of train.py's arguments `flags`, with val top-1 {bits: [per epoch]}."""
     folder.mkdir(parents=True)
-    args = train.parse_args([*flags, "--bit_width_list", ",".join(map(str, top1))])
+    epochs = len(next(iter(top1.values())))
+    args = train.parse_args(["--epochs", str(max(1, epochs)), *flags, "--bit_width_list", ",".join(map(str, top1))])
     arguments = {name: value for name, value in vars(args).items() if name != "given"}
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
-    for epoch in range(len(next(iter(top1.values())))):
+    for epoch in range(epochs):
         val = {bits: {"loss": 1.0, "top1": values[epoch], "top5": 99.0} for bits, values in top1.items()}
         utils.append_json_line(folder / "metrics.jsonl", {"epoch": epoch + 1, "train": val, "val": val})
     return str(folder)
@@ -63,16 +64,40 @@ def test_which_epoch(epoch, row, runs, tmp_path, capsys):
 
 
 def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys):
-    slow = write_run(tmp_path / "slow", {1: [50.0], 32: [60.0]}, "--lr", "0.01")
-    resnet = write_run(tmp_path / "resnet", {1: [40.0], 32: [41.0]}, "--model", "resnet20q")
+    slow = write_run(tmp_path / "slow", {1: [45.0, 50.0], 32: [55.0, 60.0]}, "--lr", "0.01")
+    resnet = write_run(tmp_path / "resnet", {1: [40.0], 32: [41.0]}, "--model", "resnet20q", "--epochs", "1")
     assert run([runs[0], slow, resnet, "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     assert "| any, recursive, lr 0.001 | 91.00 | 98.00 |" in out and "| any, recursive, lr 0.01 | 50.00 | 60.00 |" in out
     assert "resnet20q on digits" in out and "| any, recursive | 40.00 | 41.00 |" in out
 
 
+def test_an_unfinished_run_has_a_row_of_its_own_and_a_repeated_seed_is_left_out(runs, tmp_path, capsys):
+    half = write_run(tmp_path / "half", {1: [10.0], 32: [11.0]}, "--epochs", "2")
+    again = write_run(tmp_path / "again", {1: [1.0, 2.0], 32: [3.0, 4.0]}, "--seed", "1")
+    assert run([*runs, half, again, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| any, recursive | 92.00 ± 1.41 | 98.00 ± 0.00 |" in out
+    assert "| any, recursive, 1 of 2 epochs | 10.00 | 11.00 |" in out
+    assert f"left out: {again} repeats seed 1 of {runs[1]}" in out
+
+
+def test_evaluations_say_what_they_are_of(runs, tmp_path, capsys):
+    folder = tmp_path / "e"
+    folder.mkdir()
+    arguments = {**json.loads((tmp_path / "d32" / "config.json").read_text())["arguments"], "evaluate": True,
+                 "calibrate": 20}
+    (folder / "config.json").write_text(json.dumps(
+        {"arguments": arguments, "epoch": 3, "checkpoint": "x/ckpt/model_best.pth.tar"}))
+    (folder / "evaluation.json").write_text(json.dumps({"1": {"loss": 1.0, "top1": 20.0, "top5": 50.0}}))
+    assert run([*runs, str(folder), "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "of the last epoch, or the checkpoint that was evaluated," in out
+    assert "| dedicated, trained at 32, calibrate 20, model_best evaluated | 20.00 |" in out
+
+
 def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsys):
-    more = write_run(tmp_path / "more", {1: [50.0], 2: [55.0], 32: [60.0]})
+    more = write_run(tmp_path / "more", {1: [45.0, 50.0], 2: [50.0, 55.0], 32: [50.0, 60.0]})
     assert run([runs[0], more, "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     assert "| any, recursive (1,32) | 91.00 |  | 98.00 |" in out

@@ -247,6 +247,20 @@ def test_a_run_is_not_overwritten(capsys, tmp_path, tiny_cifar10):
     assert_same(load(tmp_path / "r"), before)
 
 
+def test_a_folder_that_a_run_is_writing_is_refused(tmp_path, tiny_cifar10, capsys):
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    utils.close_results_folder()
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); "
+                               "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
+                               tmp_path / "r" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    capsys.readouterr()
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 1
+    assert_one_line(capsys, f"{tmp_path}/r is being written by another run")
+    holder.communicate()
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0
+
+
 def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = tiny(tiny_cifar10, "", "--epochs", 1)
@@ -265,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     if save_every:  # a diverged network is not saved, though its loss was finite when it was last looked at
         assert_one_line(capsys, "epoch 2, step 1: the weights are not finite", "lower --lr")
     else:
-        assert_one_line(capsys, "epoch 2, training: the loss at ", " bits is not finite at step ", "lower --lr")
+        assert_one_line(capsys, "epoch 2, training: the ", "-bit loss is not finite at step ", "lower --lr")
     assert_same(load(tmp_path / "r")["state_dict"], load(tmp_path / "good")["state_dict"])
 
 
@@ -277,7 +291,7 @@ def test_the_step_that_is_named_is_the_first_bad_one():
         metrics.update({bits: (loss[bits], torch.zeros(2, 10)) for bits in (32, 1)}, labels)
         if step == 2:
             metrics.check_finite("epoch 7, training")
-    with pytest.raises(utils.UserError, match="epoch 7, training: the loss at 1 bits is not finite at step 4"):
+    with pytest.raises(utils.UserError, match="epoch 7, training: the 1-bit loss is not finite at step 4"):
         metrics.check_finite("epoch 7, training")
 
 
@@ -402,7 +416,7 @@ def test_resume_continues_as_if_never_stopped(optimizer, tmp_path, tiny_cifar10)
     assert run(tiny(tiny_cifar10, tmp_path / "parts", *argv, "--epochs", 1, "--start-epoch", 0)) == 0
     assert run(["--resume", tmp_path / "parts", "--epochs", 3]) == 0
     whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
-    for part in ("epoch", "state_dict", "optimizer", "best_prec1", "random_state"):
+    for part in ("epoch", "state_dict", "optimizer", "best_prec1", "random_states"):
         assert_same(parts[part], whole[part])
     history = [utils.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     for first, second in zip(*history, strict=True):

@@ -91,16 +91,15 @@ def mnist(data_dir, monkeypatch):
 
 
 def imagenet(data_dir, monkeypatch=None, classes=("n01440764", "n01443537", "n01484850"), per_class=2):
-    """Folders of JPEG files of several sizes; one file is grey, as some of ImageNet's are."""
+    """Folders of JPEG files of several sizes, some grey or CMYK, and a palette PNG under a JPEG's name, as ImageNet has."""
     folder = Path(data_dir, "imagenet")
     for split in ("train", "val"):
         for name in classes:
             (folder / split / name).mkdir(parents=True)
             for index in range(per_class):
                 image = Image.fromarray(pixels(60 + 10 * index, 80, 3))
-                if index == 0:
-                    image = image.convert("L")
-                image.save(folder / split / name / f"{name}_{index}.JPEG")
+                image = image.convert(("L", "RGB", "CMYK", "P")[index % 4])
+                image.save(folder / split / name / f"{name}_{index}.JPEG", "PNG" if image.mode == "P" else "JPEG")
     return folder
 
 

@@ -1,0 +1,101 @@
+"""What tests/test_distributed.py has torchrun start: each check writes what it found to FOLDER, by rank 0.
+
+    torchrun --standalone --nproc-per-node 2 tests/process_checks.py FOLDER steps
+    torchrun --standalone --nproc-per-node 3 tests/process_checks.py FOLDER evaluation
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.utils.data import TensorDataset  # noqa: E402
+
+import distributed  # noqa: E402
+import reference  # noqa: E402
+import train  # noqa: E402
+from models import resnet20q  # noqa: E402
+from models.losses import LOSSES, any_precision_backward  # noqa: E402
+
+WIDTHS = [2, 8, 32]
+STEPS = 3
+
+
+def model():
+    return reference.fill(resnet20q(WIDTHS, width=1).double(), seed=0)
+
+
+def batch(step, size):
+    """float64 images and labels of a step."""
+    return reference.values(f"images{step}", (size, 3, 12, 12), 0), torch.arange(size) % 10
+
+
+def backward(net, images, labels, loss, weight):
+    any_precision_backward(net, images, labels, WIDTHS, loss, weight=weight)
+
+
+def train_steps(net, loss, size, shares, sync=lambda parameters: None):
+    """STEPS steps of SGD; of each batch of `size` the `shares` (slices) are worked on, weighted by their part."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    for step in range(STEPS):
+        images, labels = batch(step, size)
+        optimizer.zero_grad()
+        for share in shares:
+            backward(net, images[share], labels[share], loss, len(labels[share]) / size)
+        sync(list(net.parameters()))
+        optimizer.step()
+    return {key: value.detach().clone() for key, value in net.named_parameters()}
+
+
+def steps(folder):
+    """Two processes: plain, and with the statistics of the whole batch, also of a batch that does not divide."""
+    calls = []
+    all_reduce = dist.all_reduce
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].numel())
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+
+    def exchange(parameters):
+        distributed.exchange_gradients(parameters, torch.zeros(2))
+
+    share = [slice(distributed.rank(), None, distributed.world_size())]
+    found = {}
+    for loss in LOSSES:
+        found["plain", loss] = train_steps(model(), loss, 6, share, exchange)
+    found["exchanges"] = len(calls)
+    for size in (6, 7):
+        net = model()
+        distributed.synchronise_batch_norm(net)
+        found["sync", size] = train_steps(net, "recursive", size, share, exchange)
+        found["buffers", size] = dict(net.named_buffers())
+    if distributed.rank() == 0:
+        torch.save(found, folder / "steps.pt")
+
+
+def images_1000():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(1000, 3, 12, 12, generator=generator).double(),
+                         torch.randint(10, (1000,), generator=generator))
+
+
+def evaluation(folder):
+    """Any number of processes: an evaluation of 1,000 images through train.py's own loader."""
+    train.get_dataset = lambda *args: images_1000()
+    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", "--batch-size", "48"])
+    loader = train.make_loader(args, torch.device("cpu"), train=False)
+    results = train.evaluate(model(), loader, WIDTHS, "cpu")
+    seen = sorted(index for indices in distributed.gather(list(loader.sampler)) for index in indices)
+    if distributed.rank() == 0:
+        torch.save((results, seen), folder / "evaluation.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with distributed.processes(torch.device("cpu"), 120):
+        {"steps": steps, "evaluation": evaluation}[sys.argv[2]](Path(sys.argv[1]))
