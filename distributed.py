@@ -2,7 +2,9 @@
 import contextlib
 import datetime
 import os
+import socket
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -30,6 +32,14 @@ def restarts():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def launch():
+    """What tells this launch of torchrun from every other, and stays over its restarts; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    launcher = psutil.Process(os.getppid())
+    return f"{socket.gethostname()} {launcher.pid} {launcher.create_time()}"
+
+
 @contextlib.contextmanager
 def processes(device, timeout):
     """Within it the processes of the run are joined: by NCCL on GPUs, gloo on CPUs.
@@ -47,15 +57,18 @@ def processes(device, timeout):
             "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"restart{restarts()}", store),
             rank=rank(), world_size=world_size(), timeout=limit)
         yield
+        dist.destroy_process_group()  # not after an error: it could wait for processes that are stuck
+    except (KeyError, ValueError) as error:
+        if dist.is_initialized():
+            raise
+        raise UserError(f"WORLD_SIZE is {world_size()}, but the processes cannot be joined ({error}): start them with "
+                        "torchrun") from None
     except (dist.DistError, RuntimeError) as error:
         text = str(error).lower()
         if not any(word in text for word in ("gloo", "nccl", "connection", "timed out", "timeout", "socket")):
             raise
-        raise UserError(f"process {rank()} of {world_size()} lost the others ({type(error).__name__}): "
-                        "see the first error above") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        raise UserError(f"process {rank()} of {world_size()} lost the others ({text.splitlines()[0][:200]}): see "
+                        "the first error above") from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 # satisfies requirements.txt: the one PYTHON names, the active one, or that of .venv there, which is made on first use
 # (5.5 GB with CUDA libraries, minutes).
 
+PYTHON_FLAGS=()
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 satisfied() {  # does this interpreter have everything, in versions that fit each other?

@@ -208,9 +208,11 @@ def complete(args):
         raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
                          f"{data.image_size}: choose --model resnet20q or resnet50q")
     args.width = args.width or DEFAULT_WIDTH[args.model]
-    if args.batch_size % world_size():
+    if args.batch_size % world_size() and not args.evaluate:
         raise UsageError(f"--batch-size {args.batch_size} is that of all {world_size()} processes: give a multiple of "
                          f"{world_size()}")
+    if world_size() > 1 and args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device} is one GPU for {world_size()} processes: give cuda, each takes its own")
     if args.start_epoch >= args.epochs and not args.resume:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: "
                          f"give less than --epochs {args.epochs}")
@@ -245,7 +247,7 @@ def make_loader(args, device, train):
         dataset, how = SeededSamples(dataset), {"batch_sampler": batches}
         dataset.classes, dataset.root = classes
     else:
-        how = {"batch_size": args.batch_size // world_size(), "sampler": range(rank(), len(dataset), world_size())}
+        how = {"batch_size": max(1, args.batch_size // world_size()), "sampler": range(rank(), len(dataset), world_size())}
     # A generator of its own: making an iterator must not draw from the training's random numbers.
     return DataLoader(dataset, generator=torch.Generator(), num_workers=args.workers, pin_memory=device.type == "cuda",
                       persistent_workers=args.workers > 0, worker_init_fn=utils.ignore_stop_signals, **how)
@@ -365,7 +367,7 @@ def take_up(args, checkpoint):
         raise UsageError(f"--resume {args.resume} goes on with the run as it was started, but {'; '.join(changed)}: "
                          "leave these flags out, or start a new run from it with --pretrain")
     for name, value in saved.items():
-        if name not in args.given and name != "results_dir":
+        if name not in args.given and name not in ("results_dir", "device"):  # this machine's, not that one's
             setattr(args, name, value)
     args.start_epoch = checkpoint["epoch"]
     check_bit_widths(args.bit_width_list)
@@ -424,7 +426,8 @@ def evaluate_checkpoint(args, device, path, checkpoint):
         if args.calibrate > len(train_loader):
             raise UsageError(f"--calibrate {args.calibrate} is more than the {len(train_loader)} batches of "
                              f"{args.train_split}: give at most that")
-        train_loader.batch_sampler.stop = args.calibrate
+        batches = train_loader.batch_sampler
+        batches.rank, batches.world_size, batches.stop = 0, 1, args.calibrate  # every process sees the whole batches
     args.bit_width_list = sorted({*present, *bit_widths})
     with utils.reading(path):
         model = make_model(args, count_classes(args, val_loader)).to(device)
@@ -468,30 +471,16 @@ def evaluate_checkpoint(args, device, path, checkpoint):
 
 # ---- main
 
-def start(args):
-    """Choose the device and seed every random number; returns the device."""
-    device = utils.choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # helper threads, such as the one that pins memory, use the current device
-    random.seed(args.seed)
-    numpy.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    utils.exact_float32()
-    return device
+def seed_random_numbers(seed):
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def open_results_folder(args, name, in_place=False):
     """The results folder, which rank 0 makes and logs to; its path on every process."""
     return distributed.from_first(
         utils.open_results_folder(args.results_dir, name, in_place) if rank() == 0 else None)
-
-
-def after_a_restart(args):
-    """torchrun has started the run again after a process died: go on with what it had begun, by changing args."""
-    folder = Path(args.results_dir) if args.results_dir else utils.last_results_folder(run_name(args))
-    if (folder / "ckpt" / "model_latest.pth.tar").exists():
-        args.resume = str(folder)
-    args.results_dir = str(folder)
 
 
 def open_resumed(args):
@@ -512,16 +501,27 @@ def open_resumed(args):
 
 def main(args):
     """Train, or evaluate, as args say (see parse_args), writing the results folder; returns its path."""
-    if args.evaluate:
-        path, checkpoint = open_evaluated(args)
-        device = start(args)
-        with distributed.processes(device, args.timeout):
-            return evaluate_checkpoint(args, device, path, checkpoint)
-    if distributed.restarts() and not args.resume:
-        after_a_restart(args)
-    path, checkpoint, in_place = open_resumed(args) if args.resume else (None, None, False)
-    device = start(args)
+    device = utils.choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # helper threads, such as the one that pins memory, use the current device
+    utils.exact_float32()
     with distributed.processes(device, args.timeout):
+        if args.evaluate:
+            with distributed.one_at_a_time_per_machine():  # the first may have to download it
+                path, checkpoint = open_evaluated(args)
+            seed_random_numbers(args.seed)
+            return evaluate_checkpoint(args, device, path, checkpoint)
+        # Where torchrun has started the run again after a process died, it goes on with what it had begun.
+        begun = distributed.from_first(utils.begun_by_this_launch(args.results_dir) if rank() == 0 else None)
+        if begun:
+            args.results_dir = str(begun)
+            if (begun / "ckpt" / "model_latest.pth.tar").exists():
+                args.resume = str(begun)
+        path, checkpoint, in_place = None, None, False
+        if args.resume:
+            with distributed.one_at_a_time_per_machine():
+                path, checkpoint, in_place = open_resumed(args)
+        seed_random_numbers(args.seed)
         return train(args, device, path, checkpoint, in_place)
 
 
@@ -548,14 +548,15 @@ def train(args, device, path, checkpoint, in_place):
                 best = float(checkpoint["best_prec1"])
             if "metrics" in checkpoint:
                 metrics.load_state_dict(checkpoint["metrics"], first=rank() == 0)
-                states = checkpoint["random_states"]  # a process that the saved run did not have keeps its fresh one
+                states = checkpoint.get("random_states") or [checkpoint["random_state"]]  # a process that the saved run did not have keeps its fresh one
                 if rank() < len(states):
                     set_random_state(states[rank()], device)
         if metrics.steps and checkpoint["num_samples"] != batches.num_samples:
             raise UserError(f"{path} stands inside an epoch of {checkpoint['num_samples']} images, but {args.train_split} "
                             f"of {args.dataset} has {batches.num_samples}: resume on the same data")
     elif args.pretrain:
-        path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
+        with distributed.one_at_a_time_per_machine():
+            path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
         with utils.reading(path):
             state_dict, added = fit_bit_widths(utils.load_checkpoint(path)["state_dict"], bit_widths)
         utils.load_weights(model, state_dict, path)
@@ -567,7 +568,7 @@ def train(args, device, path, checkpoint, in_place):
     if rank() == 0:
         utils.write_json(folder / "config.json", {
             "arguments": arguments, "seed": args.seed, "command": sys.argv, "processes": world_size(),
-            **utils.environment(device)})
+            "launch": distributed.launch(), **utils.environment(device)})
         history = utils.keep_epochs(metrics_file, args.start_epoch)
         writer = SummaryWriter(str(folder / "summary"), purge_step=args.start_epoch + 1)
 
@@ -619,7 +620,7 @@ def train(args, device, path, checkpoint, in_place):
         """Between steps: save if it is time to, or if any process was asked to stop; then all stop."""
         nonlocal last_save, wished
         wished = wished.to(flags) + flags
-        if wished.device.type == "cuda" and metrics.steps % args.print_freq:
+        if wished.device.type == "cuda" and metrics.steps % args.print_freq and metrics.steps < len(batches):
             return  # reading it would wait for the device: at the next log point
         asked, due = wished.tolist()
         wished = torch.zeros(2)
@@ -648,6 +649,8 @@ def train(args, device, path, checkpoint, in_place):
             batches.epoch, batches.start = epoch, metrics.steps
             train_one_epoch(model, train_loader, optimizer, metrics, args, device, f"epoch {epoch + 1}, training",
                             wishes, after_step)
+            if world_size() > 1:
+                save(epoch, metrics)  # several processes do not stop within the validation
             distributed.share_buffers(model)
             trained = metrics.state_dict()
             record = {"epoch": epoch + 1, "lr": lr, "images_per_second": trained["count"] / trained["seconds"],

@@ -22,10 +22,9 @@ case "$bits" in
     1 | 2) schedule=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-5) ;;
     *) schedule=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-4) ;;
 esac
-recipe=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
-    --batch-size 256 --workers 16)
-
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+recipe=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
+    --batch-size 256 --workers $((processes < 8 ? 16 / processes : 2)))  # of each process: 16 a machine
 if [ "${NNODES:-1}" -gt 1 ]; then
     launcher=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?give NODE_RANK, 0 on the first machine}"
         --master-addr "${MASTER_ADDR:?give MASTER_ADDR, the first machine}" --master-port "${MASTER_PORT:-29500}")

@@ -20,7 +20,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from distributed import rank, sum_over_processes
+from distributed import launch, rank, restarts, sum_over_processes
 from errors import Stopped, UsageError, UserError
 
 log = logging.getLogger("any_precision")
@@ -65,6 +65,8 @@ def run(main, parse_args):
             raise
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT
+    finally:
+        close_results_folder()
     if code != UsageError.exit_code or rank() == 0:  # of several processes one tells
         print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
@@ -205,13 +207,15 @@ def lock(folder):
     locks.append(file)
 
 
-def last_results_folder(name):
-    """The newest of results/<name>, <name>_2, ...; the first where there is none."""
-    folder, count = Path("results", name), 2
-    while Path("results", f"{name}_{count}").exists():
-        folder = Path("results", f"{name}_{count}")
-        count += 1
-    return folder
+def begun_by_this_launch(results_dir):
+    """The results folder that this launch of torchrun began before a process of it died; None where there is none."""
+    if not restarts():
+        return None
+    for config in [Path(results_dir, "config.json")] if results_dir else Path("results").glob("*/config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads(config.read_text()).get("launch") == launch():
+                return config.parent
+    return None
 
 
 def holds_run(folder):

@@ -193,7 +193,7 @@ class ShuffledBatches:
         self.stop = len(self)
         if self.size(len(self) - 1) < world_size:
             raise UserError(f"the last batch of an epoch has {self.size(len(self) - 1)} of the {num_samples} images, fewer "
-                            f"than the {world_size} processes: choose another --batch-size")
+                            f"than the {world_size} processes: choose another --batch-size, or fewer processes")
 
     def __len__(self):
         return -(-self.num_samples // self.batch_size)

@@ -249,7 +249,6 @@ def test_a_run_is_not_overwritten(capsys, tmp_path, tiny_cifar10):
 
 def test_a_folder_that_a_run_is_writing_is_refused(tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
-    utils.close_results_folder()
     holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); "
                                "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
                                tmp_path / "r" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
