@@ -6,6 +6,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -19,6 +20,7 @@ import reference  # noqa: E402
 import train  # noqa: E402
 from models import resnet20q  # noqa: E402
 from models.losses import LOSSES, any_precision_backward  # noqa: E402
+from utils import Metrics  # noqa: E402
 
 WIDTHS = [2, 8, 32]
 STEPS = 3
@@ -33,21 +35,42 @@ def batch(step, size):
     return reference.values(f"images{step}", (size, 3, 12, 12), 0), torch.arange(size) % 10
 
 
-def backward(net, images, labels, loss, weight):
-    any_precision_backward(net, images, labels, WIDTHS, loss, weight=weight)
+def optimizer_of(net):
+    return torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
 
 
-def train_steps(net, loss, size, shares, sync=lambda parameters: None):
-    """STEPS steps of SGD; of each batch of `size` the `shares` (slices) are worked on, weighted by their part."""
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+def parameters_of(net):
+    return {key: value.detach().clone() for key, value in net.named_parameters()}
+
+
+def alone(net, loss, size, shares):
+    """STEPS steps of one process that, of each batch of `size`, works on the `shares` (slices) one after the other."""
+    optimizer = optimizer_of(net)
     for step in range(STEPS):
         images, labels = batch(step, size)
         optimizer.zero_grad()
         for share in shares:
-            backward(net, images[share], labels[share], loss, len(labels[share]) / size)
-        sync(list(net.parameters()))
+            any_precision_backward(net, images[share], labels[share], WIDTHS, loss, weight=len(labels[share]) / size)
         optimizer.step()
-    return {key: value.detach().clone() for key, value in net.named_parameters()}
+    return parameters_of(net)
+
+
+class Batches(list):
+    """What train_one_epoch needs of a loader: this process's shares, and the size of each whole batch."""
+
+    def __init__(self, size):
+        share = slice(distributed.rank(), None, distributed.world_size())
+        super().__init__([part[share] for part in batch(step, size)] for step in range(STEPS))
+        self.batch_sampler = SimpleNamespace(size=lambda step: size)
+
+
+def together(net, loss, size):
+    """The same steps by train.py's own loop, on every process."""
+    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", "--loss", loss, "--bit_width_list",
+                             ",".join(map(str, WIDTHS))])
+    train.train_one_epoch(net, Batches(size), optimizer_of(net), Metrics(WIDTHS, "cpu"), args, torch.device("cpu"),
+                          "training", lambda: torch.zeros(2), lambda wished: None)
+    return parameters_of(net)
 
 
 def steps(folder):
@@ -61,18 +84,14 @@ def steps(folder):
 
     dist.all_reduce = counted
 
-    def exchange(parameters):
-        distributed.exchange_gradients(parameters, torch.zeros(2))
-
-    share = [slice(distributed.rank(), None, distributed.world_size())]
     found = {}
     for loss in LOSSES:
-        found["plain", loss] = train_steps(model(), loss, 6, share, exchange)
+        found["plain", loss] = together(model(), loss, 6)
     found["exchanges"] = len(calls)
     for size in (6, 7):
         net = model()
         distributed.synchronise_batch_norm(net)
-        found["sync", size] = train_steps(net, "recursive", size, share, exchange)
+        found["sync", size] = together(net, "recursive", size)
         found["buffers", size] = dict(net.named_buffers())
     if distributed.rank() == 0:
         torch.save(found, folder / "steps.pt")

@@ -48,7 +48,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_processes_equal_one_that_averages_the_gradients_of_the_halves(loss, found):
-    alone = process_checks.train_steps(process_checks.model(), loss, 6, [slice(0, None, 2), slice(1, None, 2)])
+    alone = process_checks.alone(process_checks.model(), loss, 6, [slice(0, None, 2), slice(1, None, 2)])
     assert_close(found["plain", loss], alone, rtol=1e-12, atol=1e-12)
     start = dict(process_checks.model().named_parameters())
     assert not torch.allclose(alone["conv0.weight"], start["conv0.weight"], rtol=1e-3)
@@ -61,7 +61,7 @@ def test_one_gradient_exchange_a_step(found):
 @pytest.mark.parametrize("size", [6, 7])
 def test_synchronised_batch_norm_equals_one_process_on_the_whole_batch(size, found):
     net = process_checks.model()
-    alone = process_checks.train_steps(net, "recursive", size, [slice(None)])
+    alone = process_checks.alone(net, "recursive", size, [slice(None)])
     assert_close(found["sync", size], alone, rtol=1e-9, atol=1e-9)
     assert_close(found["buffers", size], dict(net.named_buffers()), rtol=1e-9, atol=1e-9)
 
