@@ -61,11 +61,12 @@ def save_training_figure(path, history, title):
     by_width.legend()
     for bits, colour in zip(widths, COLOURS):
         by_epoch.plot([record["epoch"] for record in history], [record["val"][bits]["top1"] for record in history],
-                      color=colour, label=f"{bits} bits", marker="." if len(history) < 3 else None)
+                      color=colour, label=f"{bits} bit{'s' * (bits > 1)}", marker="." if len(history) < 3 else None)
     by_epoch.set_xlabel("epoch")
     by_epoch.set_ylabel("val top-1 (%)")
-    settled = history[len(history) // 3:]  # the first epochs would press all that follows into one line
-    by_epoch.set_ylim(bottom=max(0, min(v["top1"] for record in settled for v in record["val"].values()) - 2))
+    # The first third would press all that follows into one line.
+    settled = [values["top1"] for record in history[len(history) // 3:] for values in record["val"].values()]
+    by_epoch.set_ylim(max(0, min(settled) - 2), min(100.5, max(settled) + 1))
     by_epoch.legend()
     figure.suptitle(title)
     save_figure(figure, path)
