@@ -152,7 +152,8 @@ def parse_args(argv=None):
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
         help='epochs after which the learning rate is divided by 10; "" for never')
     add("--weight-decay", type=weight_decay, default=0.0, metavar="X", help="L2 penalty; 0 is off")
-    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="of weights, data order, augmentation and dropout")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N",
+        help="of weights, data order, augmentation and dropout")
     add("--pretrain", metavar="SOURCE",
         help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or a published name")
     add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
@@ -548,7 +549,7 @@ def train(args, device, path, checkpoint, in_place):
                 best = float(checkpoint["best_prec1"])
             if "metrics" in checkpoint:
                 metrics.load_state_dict(checkpoint["metrics"], first=rank() == 0)
-                states = checkpoint.get("random_states") or [checkpoint["random_state"]]  # a process that the saved run did not have keeps its fresh one
+                states = checkpoint["random_states"]  # a process that the saved run did not have keeps its fresh one
                 if rank() < len(states):
                     set_random_state(states[rank()], device)
         if metrics.steps and checkpoint["num_samples"] != batches.num_samples:
