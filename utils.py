@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import signal
@@ -67,6 +68,7 @@ def run(main, parse_args):
         message, code = "interrupted", 128 + signal.SIGINT
     finally:
         close_results_folder()
+        end_data_workers()
     if code != UsageError.exit_code or rank() == 0:  # of several processes one tells
         print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
@@ -112,6 +114,15 @@ class StopRequest:
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+def end_data_workers():
+    """End the data workers that are left: Python would send them SIGTERM at its exit, which they ignore, and wait."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
+    for worker in workers:
+        worker.kill()
 
 
 def ignore_stop_signals(worker=None):

@@ -509,9 +509,10 @@ def environment():
 DIGITS = ["--width", "1", "--bit_width_list", "2,32", "--epochs", "1", "--device", "cpu"]
 
 
-def test_digits_recipe_as_a_program(tmp_path, environment):
-    done = subprocess.run([ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r"], env=environment,
-                          capture_output=True, text=True)
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_digits_recipe_as_a_program(workers, tmp_path, environment):
+    done = subprocess.run([ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r", "--workers", workers],
+                          env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "best checkpoint (epoch 1)" in done.stdout
     assert load(tmp_path / "r")["epoch"] == 1
