@@ -20,7 +20,9 @@ for requirement in map(Requirement, wanted):
 CHECK
 }
 
-train() {  # train.py, by way of the array PYTHON_FLAGS, with the flags in the array `recipe`, then those given; a resumed run keeps its own settings
+# train.py, by way of the array PYTHON_FLAGS, with the flags in the array `recipe`, then those given; a resumed run keeps
+# its own settings.
+train() {
     local flag
     for flag in "$@"; do
         case "$flag" in --resume | --resume=*) recipe=() ;; esac

@@ -407,8 +407,8 @@ def open_evaluated(args):
         args.bit_width_list = trained
     unknown = [bits for bits in args.bit_width_list if bits not in trained]
     if unknown and args.calibrate is None:
-        raise UsageError(f"{utils.flag_text(unknown)} bits {'was' if len(unknown) == 1 else 'were'} not trained; choose from {utils.flag_text(trained)}, "
-                         "or pass --calibrate N")
+        raise UsageError(f"{utils.flag_text(unknown)} bits {'was' if len(unknown) == 1 else 'were'} not trained; "
+                         f"choose from {utils.flag_text(trained)}, or pass --calibrate N")
     return path, checkpoint
 
 
@@ -651,8 +651,7 @@ def train(args, device, path, checkpoint, in_place):
             train_one_epoch(model, train_loader, optimizer, metrics, args, device, f"epoch {epoch + 1}, training",
                             wishes, after_step)
             if world_size() > 1:
-                save(epoch, metrics)  # several processes do not stop within the validation
-            distributed.share_buffers(model)
+                save(epoch, metrics)  # several do not stop within the validation; it shares the BatchNorm statistics too
             trained = metrics.state_dict()
             record = {"epoch": epoch + 1, "lr": lr, "images_per_second": trained["count"] / trained["seconds"],
                       "train": metrics.averages(),

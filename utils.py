@@ -464,7 +464,6 @@ class Metrics:
         return {bits: {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
                 for bits, (loss, top1, top5) in zip(self.bit_widths, table)}
 
-
     def state_dict(self):
         sums, count = self.over_processes()
         return {"sums": sums, "count": count, "steps": self.steps, "seconds": self.seconds}
