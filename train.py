@@ -14,6 +14,7 @@ import argparse
 import bisect
 import contextlib
 import math
+import os
 import random
 import re
 import shlex
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy
+import psutil
 import torch
 from tensorboardX import SummaryWriter
 from torch.utils.data import DataLoader, Subset
@@ -32,18 +34,20 @@ import distributed
 import published
 import report
 import utils
-from dataset.data import DATASETS, SeededSamples, ShuffledBatches, get_dataset, get_transform
+from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader, get_dataset,
+                          get_transform, read_arrays)
 from distributed import rank, world_size
 from errors import Stopped, UsageError, UserError
 from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
                     trained_bit_widths)
-from models.losses import LOSSES, any_precision_backward
+from models.losses import LOSSES
+from step import PRECISIONS, Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics, log
 
 OPTIMIZERS = ("adam", "sgd")
 # What a resumed run must have in common with the run it goes on from, or it would be another run.
 FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "train_split", "loss", "optimizer", "lr",
-                   "lr_decay", "weight_decay", "batch_size", "seed", "sync_bn", "train_fraction")
+                   "lr_decay", "weight_decay", "batch_size", "seed", "sync_bn", "train_fraction", "precision", "plain")
 # What an evaluation takes from its checkpoint where no flag sets it; those of the network must agree.
 OF_NETWORK = ("model", "width", "all_conv")
 OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size")
@@ -166,6 +170,13 @@ def parse_args(argv=None):
     add("--results-dir", metavar="DIR", help="where the run is written; unset: results/, named after the run")
     add("--device", type=device_name, default="auto", metavar="NAME",
         help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
+    add("--precision", type=one_of(PRECISIONS), default="fp32", metavar="NAME",
+        help=f"of the convolutions' operands: {', '.join(PRECISIONS)}; the quantizers and BatchNorm stay in float32")
+    add("--compile", action="store_true",
+        help="torch.compile, a graph per bit-width, and on a GPU the whole step as one CUDA graph; minutes to begin with")
+    add("--plain", action="store_true",
+        help="the reference to measure and check against: by the equations, everything anew at every bit-width, images "
+             "transformed one by one, metrics read every step")
     add("--workers", type=whole_number(0), default=0, metavar="N", help="processes that load data; 0 loads in this one")
     add("--sync-bn", action="store_true",
         help="several processes: BatchNorm statistics of the whole batch; unset: of each process's part, as published")
@@ -191,6 +202,10 @@ def parse_args(argv=None):
             raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
         if args.save_calibrated and args.calibrate is None:
             raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give both or neither")
+        if args.plain and (args.compile or args.precision != "fp32"):
+            raise UsageError(f"--plain computes in fp32 and uncompiled: leave out --{'compile' if args.compile else 'precision'}")
+        if args.compile and args.sync_bn:
+            raise UsageError("--sync-bn exchanges statistics within the network, which --compile cannot: give one of them")
         if not (args.resume or args.evaluate):  # these two take what is unset from the checkpoint first
             complete(args)
     except UsageError as error:
@@ -232,26 +247,58 @@ def run_name(args):
 # ---- data and model
 
 def make_loader(args, device, train):
-    """The DataLoader of the training split, or of the split to validate on.
+    """The batches, on device, of the training split, or of the split to validate on.
 
     The training loader's batch_sampler is a ShuffledBatches. UserError where the data is missing or damaged.
     """
-    split = args.train_split if train else DATASETS[args.dataset].val_split[args.train_split]
-    with distributed.one_at_a_time_per_machine():  # the first may have to download it
-        dataset = get_dataset(args.dataset, split, get_transform(args.dataset, train), args.data_dir)
-    if train:
+    row = DATASETS[args.dataset]
+    split = args.train_split if train else row.val_split[args.train_split]
+
+    def opened(transform):
+        with distributed.one_at_a_time_per_machine():  # the first may have to download it
+            dataset = get_dataset(args.dataset, split, transform, args.data_dir)
         classes = getattr(dataset, "classes", None), getattr(dataset, "root", None)
-        if args.train_fraction < 1:
+        if train and args.train_fraction < 1:
             chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
             dataset = Subset(dataset, chosen[:max(1, round(args.train_fraction * len(dataset)))].tolist())
-        batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank(), world_size())
-        dataset, how = SeededSamples(dataset), {"batch_sampler": batches}
         dataset.classes, dataset.root = classes
+        return dataset
+
+    dataset = opened(get_transform(args.dataset, train, normalized=args.plain))
+    batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank(), world_size()) if train else None
+    batch_size = max(1, args.batch_size // world_size())
+    place = memory_for(args, split, len(dataset), device) if row.in_memory and not args.plain else None
+    if place:
+        # Without random transforms: those of training images are drawn on the device.
+        unmoved = opened(get_transform(args.dataset, train=False, normalized=False))
+        images, labels = (array.to(place) for array in read_arrays(unmoved, args.workers))
+        return InMemoryLoader(images, labels, args.dataset, device, batches, batch_size, rank(), world_size())
+    classes, root = dataset.classes, dataset.root
+    if train:
+        dataset, how = SeededSamples(dataset), {"batch_sampler": batches}
     else:
-        how = {"batch_size": max(1, args.batch_size // world_size()), "sampler": range(rank(), len(dataset), world_size())}
+        how = {"batch_size": batch_size, "sampler": range(rank(), len(dataset), world_size())}
+    dataset.classes, dataset.root = classes, root
     # A generator of its own: making an iterator must not draw from the training's random numbers.
-    return DataLoader(dataset, generator=torch.Generator(), num_workers=args.workers, pin_memory=device.type == "cuda",
-                      persistent_workers=args.workers > 0, worker_init_fn=utils.ignore_stop_signals, **how)
+    loader = DataLoader(dataset, generator=torch.Generator(), num_workers=args.workers, pin_memory=device.type == "cuda",
+                        persistent_workers=args.workers > 0, prefetch_factor=4 if args.workers else None,
+                        worker_init_fn=utils.ignore_stop_signals, **how)
+    return WorkerLoader(loader, args.dataset, device)
+
+
+def memory_for(args, split, num_images, device):
+    """Where the images of an in-memory split lie, with half of the memory left free: on device, else the host; None
+    where they fit in neither. Says so where it is not the device."""
+    needed = num_images * 3 * DATASETS[args.dataset].image_size ** 2
+    host = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    if needed <= free / 2:
+        return device
+    place = torch.device("cpu") if device.type == "cuda" and needed <= host / 2 else None
+    if rank() == 0:
+        print(f"{args.dataset} {split}: {needed / 2**20:.0f} MiB are more than half of what is free on {device} "
+              f"({free / 2**20:.0f} MiB): {'kept in host memory' if place else 'read anew every epoch'}")
+    return place
 
 
 def count_classes(args, *loaders):
@@ -272,10 +319,35 @@ def make_model(args, num_classes):
     return MODELS[args.model](args.bit_width_list, num_classes=num_classes, width=args.width, all_conv=args.all_conv)
 
 
-def make_optimizer(args, parameters):
+def make_optimizer(args, parameters, device):
+    captures = captures_steps(args, device)  # a captured step reads its learning rate from the device
+    how = {"lr": torch.tensor(args.lr, device=device) if captures else args.lr, "weight_decay": args.weight_decay,
+           "fused": None if args.plain else True}
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, args.lr, weight_decay=args.weight_decay)
-    return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.Adam(parameters, capturable=captures, **how)
+    return torch.optim.SGD(parameters, momentum=0.9, **how)
+
+
+def captures_steps(args, device):
+    return args.compile and device.type == "cuda" and world_size() == 1
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def make_computation(args, model, device):
+    """The Computation that args ask for; says so where --compile does not work here."""
+    if args.compile:
+        reason = missing_compiler(device)
+        args.compile = not reason
+        if reason and rank() == 0:
+            print(f"--compile needs a compiler that works here, and is left out: {reason}")
+    return Computation(model, device, args.plain, args.precision, args.compile, max(1, args.batch_size // world_size()))
 
 
 def learning_rate(args, epoch):
@@ -285,27 +357,22 @@ def learning_rate(args, epoch):
 
 # ---- loop and evaluation
 
-def train_one_epoch(model, loader, optimizer, metrics, args, device, what, wishes, after_step):
-    """Train over `loader`, adding to `metrics`.
+def train_one_epoch(model, loader, step, metrics, read_every, what, wishes, after_step):
+    """Train over `loader` by `step`, a TrainingStep, adding to `metrics`.
 
     wishes() gives a tensor that is summed over the processes along with the gradients; after_step(sum) runs after the
-    step. UserError, beginning with `what`, where a loss is not finite.
+    step. UserError, beginning with `what`, where a loss is not finite: that is looked at every read_every steps.
     """
     model.train()
-    batches, parameters = loader.batch_sampler, list(model.parameters())
+    batches = loader.batch_sampler
     start = time.perf_counter()
     for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        optimizer.zero_grad()
-        results = any_precision_backward(model, images, labels, args.bit_width_list, args.loss,
-                                         weight=len(labels) / batches.size(metrics.steps))
-        wished = distributed.exchange_gradients(parameters, wishes())
-        optimizer.step()
-        metrics.update(results, labels)
+        row, wished = step(images, labels, len(labels) / batches.size(metrics.steps), wishes())
+        metrics.add(row, len(labels))
         now = time.perf_counter()
         metrics.seconds += now - start
         start = now
-        if metrics.steps % args.print_freq == 0:
+        if metrics.steps % read_every == 0:
             metrics.check_finite(what)  # a synchronisation point
         after_step(wished)
     metrics.check_finite(what)  # waits for the device, so that the time is that of the work
@@ -313,21 +380,21 @@ def train_one_epoch(model, loader, optimizer, metrics, args, device, what, wishe
 
 
 @torch.no_grad()
-def evaluate(model, loader, bit_widths, device, what="validation", after_batch=lambda: None):
+def evaluate(computation, loader, bit_widths, what="validation", after_batch=lambda: None):
     """{bit_width: {"loss", "top1", "top5"}} of the model over the loaders of all processes, every image counted once.
 
     after_batch() runs after every batch. UserError, beginning with `what`, where a loss is not finite.
     """
+    model = computation.model
     model.eval()
-    metrics = Metrics(bit_widths, device)
+    metrics = Metrics(bit_widths, computation.device)
     for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         results = {}
-        for bits in bit_widths:
-            set_bit_width(model, bits)
-            logits = model(images)
-            results[bits] = torch.nn.functional.cross_entropy(logits, labels), logits
-        metrics.update(results, labels)
+        with computation.autocast(), computation.share(model, images) as (network, x):
+            for bits in bit_widths:
+                set_bit_width(model, bits)
+                results[bits] = computation.forward(network, x, labels)
+        metrics.add(Metrics.row(results, labels), len(labels))
         after_batch()
     metrics.check_finite(what)
     return metrics.averages()
@@ -434,6 +501,7 @@ def evaluate_checkpoint(args, device, path, checkpoint):
         model = make_model(args, count_classes(args, val_loader)).to(device)
     state_dict, added = fit_bit_widths(checkpoint["state_dict"], args.bit_width_list)
     utils.load_weights(model, state_dict, path)
+    computation = make_computation(args, model, device)
     if args.save_calibrated:
         target = Path(args.save_calibrated)
         if target.exists():
@@ -445,10 +513,11 @@ def evaluate_checkpoint(args, device, path, checkpoint):
 
     for bits, origin in added.items():
         if args.calibrate:
-            calibrate(model, bits, (images.to(device, non_blocking=True) for images, _ in train_loader))
+            with computation.autocast():
+                calibrate(model, bits, (images for images, _ in train_loader))
         log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin,
                  f", statistics re-estimated over {args.calibrate} training batches" if args.calibrate else "")
-    results = evaluate(model, val_loader, bit_widths, device)
+    results = evaluate(computation, val_loader, bit_widths)
     if rank() > 0:
         return folder
 
@@ -505,7 +574,7 @@ def main(args):
     device = utils.choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # helper threads, such as the one that pins memory, use the current device
-    utils.exact_float32()
+    check_precision(args.precision, device)
     with distributed.processes(device, args.timeout):
         if args.evaluate:
             with distributed.one_at_a_time_per_machine():  # the first may have to download it
@@ -535,7 +604,9 @@ def train(args, device, path, checkpoint, in_place):
         distributed.synchronise_batch_norm(model)
     if rank() > 0:  # the same weights, but dropout of its own
         torch.manual_seed(args.seed + 1_000_003 * rank())
-    optimizer = make_optimizer(args, model.parameters())
+    computation = make_computation(args, model, device)
+    optimizer = make_optimizer(args, model.parameters(), device)
+    step = TrainingStep(computation, optimizer, args.bit_width_list, args.loss, captures_steps(args, device))
     batches = train_loader.batch_sampler
     bit_widths = args.bit_width_list
     highest = max(bit_widths)
@@ -544,6 +615,8 @@ def train(args, device, path, checkpoint, in_place):
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], path)
         utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
+        with utils.reading(path):
+            step.scaler.load_state_dict(checkpoint.get("scaler", step.scaler.state_dict()))
         with utils.reading(path):
             if in_place:
                 best = float(checkpoint["best_prec1"])
@@ -597,7 +670,7 @@ def train(args, device, path, checkpoint, in_place):
         distributed.share_buffers(model)
         state = {
             "epoch": epoch, "model": args.model, "state_dict": model.state_dict(), "best_prec1": best,
-            "optimizer": optimizer.state_dict(), "arguments": arguments, "step": metrics.steps,
+            "optimizer": optimizer.state_dict(), "scaler": step.scaler.state_dict(), "arguments": arguments, "step": metrics.steps,
             "num_samples": batches.num_samples, "metrics": metrics.state_dict(),
             "random_states": distributed.gather(random_state(device))}
         if rank() == 0:
@@ -645,18 +718,16 @@ def train(args, device, path, checkpoint, in_place):
     with utils.StopRequest() as stop:
         for epoch in range(args.start_epoch, args.epochs):
             lr = learning_rate(args, epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             batches.epoch, batches.start = epoch, metrics.steps
-            train_one_epoch(model, train_loader, optimizer, metrics, args, device, f"epoch {epoch + 1}, training",
-                            wishes, after_step)
+            train_one_epoch(model, train_loader, step, metrics, 1 if args.plain else args.print_freq,
+                            f"epoch {epoch + 1}, training", wishes, after_step)
             if world_size() > 1:
                 save(epoch, metrics)  # several do not stop within the validation; it shares the BatchNorm statistics too
             trained = metrics.state_dict()
             record = {"epoch": epoch + 1, "lr": lr, "images_per_second": trained["count"] / trained["seconds"],
                       "train": metrics.averages(),
-                      "val": evaluate(model, val_loader, bit_widths, device, f"epoch {epoch + 1}, validation",
-                                      after_batch)}
+                      "val": evaluate(computation, val_loader, bit_widths, f"epoch {epoch + 1}, validation", after_batch)}
 
             history.append(record)
             if rank() == 0:

@@ -389,12 +389,6 @@ def freest_gpu():
     return max(range(len(uuids)), key=lambda index: free.get(uuids[index], -1))
 
 
-def exact_float32():
-    """Keep float32 convolutions float32: torch rounds their inputs to TF32 on recent GPUs where nothing is said."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def describe(device):
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
@@ -422,18 +416,20 @@ class Metrics:
         self.seconds = 0.0  # spent on them
         self.unread = []  # (len(bit_widths),) losses since the last check_finite
 
-    def update(self, results, labels):
-        """Add a batch: results {bit_width: (mean loss, logits (N, classes))}, labels (N,)."""
-        rows = []
-        for bits in self.bit_widths:
-            loss, logits = results[bits]
-            k = min(5, logits.shape[1])  # fewer than 5 classes: top-5 is always right
-            hits = logits.topk(k, dim=1).indices == labels[:, None]  # (N, k)
-            rows.append(torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum()]))
-        rows = torch.stack(rows).double()
-        self.sums += rows
-        self.unread.append(rows[:, 0])
-        self.count += len(labels)
+    @staticmethod
+    def row(results, labels):
+        """What a batch adds to sums, from results {bit_width: (mean loss, logits (N, classes))} and labels (N,)."""
+        losses, logits = zip(*(results[bits] for bits in sorted(results)))
+        logits = torch.stack(logits)  # (bit_widths, N, classes)
+        k = min(5, logits.shape[2])  # fewer than 5 classes: top-5 is always right
+        hits = logits.topk(k, dim=2).indices == labels[:, None]  # (bit_widths, N, k)
+        return torch.stack([torch.stack(losses) * len(labels), hits[..., 0].sum(1), hits.sum((1, 2))], dim=1).double()
+
+    def add(self, row, count):
+        """Add a batch of `count` images by its row."""
+        self.sums += row
+        self.unread.append(row[:, 0])
+        self.count += count
         self.steps += 1
 
     def check_finite(self, what):
@@ -527,10 +523,20 @@ def load_weights(model, state_dict, path):
     model.load_state_dict(state_dict)
 
 
+# What an optimizer's parameter group holds of how and at what learning rate it goes on, not of what it has learnt.
+IMPLEMENTATION = ("lr", "fused", "foreach", "capturable")
+
+
 def load_optimizer(optimizer, state, path):
     """Load an optimizer's state; UserError where it is another optimizer's, or another network's."""
     try:
-        optimizer.load_state_dict(state)
+        own = [{name: group[name] for name in IMPLEMENTATION if name in group} for group in optimizer.param_groups]
+        optimizer.load_state_dict({**state, "param_groups": [
+            {**group, **mine} for group, mine in zip(state["param_groups"], own, strict=True)]})
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    values[name] = torch.empty_like(parameter).copy_(value)  # fused kernels need one memory format
         odd = [name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         odd = [one_line(error)]

@@ -1,4 +1,5 @@
-"""Data sets: one row each in DATASETS; where they live in data_paths; seeded batches for training."""
+"""Data sets: one row each in DATASETS; where they live in data_paths; seeded batches, in memory or from workers."""
+import functools
 import os
 import random
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import numpy
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 
 from errors import UserError
@@ -86,12 +87,17 @@ class DataSet(NamedTuple):
     image_size: int  # pixels, after the transform
     mean: tuple  # per channel, of images in [0, 1]
     std: tuple
-    train: tuple = ()  # random transforms of training images
-    eval: tuple = ()  # what the others get
+    train: tuple = ()  # transforms of training images
+    eval: tuple = ()  # of the others
+    in_memory: bool = True  # small enough to be kept as arrays
+    padding: int | None = None  # where `train` is a random flip and a random crop of the image padded by this
     held_out_of: str | None = None  # the split that *_auto_quan splits share out
 
 
-CROP_32 = (transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4))
+def flip_and_crop(size, padding):
+    return {"train": (transforms.RandomHorizontalFlip(), transforms.RandomCrop(size, padding)), "padding": padding}
+
+
 RESIZE_40 = (transforms.Resize(40),)
 
 DATASETS = {
@@ -104,12 +110,13 @@ DATASETS = {
             datasets.CIFAR10, root, transform, train=split == "train"),
         val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, num_classes=10, image_size=32,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        train=CROP_32, held_out_of="train"),
+        held_out_of="train", **flip_and_crop(32, padding=4)),
     "cifar100": DataSet(
         open=lambda root, split, transform: open_downloadable(
             datasets.CIFAR100, root, transform, train=split == "train"),
         val_split={"train": "test"}, num_classes=100, image_size=32,
-        mean=(129.3 / 255, 124.1 / 255, 112.4 / 255), std=(68.2 / 255, 65.4 / 255, 70.4 / 255), train=CROP_32),
+        mean=(129.3 / 255, 124.1 / 255, 112.4 / 255), std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
+        **flip_and_crop(32, padding=4)),
     "mnist": DataSet(  # one channel, given to the networks as three equal ones
         open=lambda root, split, transform: open_downloadable(
             datasets.MNIST, root, transform, train=split == "train"),
@@ -126,15 +133,28 @@ DATASETS = {
         val_split={"train": "val"}, num_classes=None, image_size=224,
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
         train=(transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()),
-        eval=(transforms.Resize(256), transforms.CenterCrop(224))),
+        eval=(transforms.Resize(256), transforms.CenterCrop(224)), in_memory=False),
 }
 
 
-def get_transform(name, train):
-    """The transform of data set `name`: PIL image -> normalised float32 (3, size, size)."""
+def get_transform(name, train, normalized=True):
+    """The transform of data set `name`: PIL image -> (3, size, size), normalised float32, or uint8 as it is."""
     row = DATASETS[name]
-    return transforms.Compose([
-        *(row.train if train else row.eval), transforms.ToTensor(), transforms.Normalize(row.mean, row.std)])
+    end = (transforms.ToTensor(), transforms.Normalize(row.mean, row.std)) if normalized else (transforms.PILToTensor(),)
+    return transforms.Compose([*(row.train if train else row.eval), *end])
+
+
+def normalize(images, name):
+    """uint8 (N, 3, H, W) -> what get_transform's end makes of it, float32, channels last, on the same device."""
+    row = DATASETS[name]
+    mean, std = (constant(values, images.device)[:, None, None] for values in (row.mean, row.std))
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return images.div_(255).sub_(mean).div_(std)
+
+
+@functools.cache  # copied to the device once: a copy would wait for it
+def constant(values, device):
+    return torch.tensor(values, device=device)
 
 
 def get_dataset(name, split, transform=None, data_dir=None):
@@ -202,11 +222,95 @@ class ShuffledBatches:
         """The number of images in batch `step`, over all processes."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
-    def __iter__(self):
+    def draw(self):
+        """(order, seeds): the epoch's sequence of samples, and a number below 2^62 for each, (num_samples,) int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator)
-        seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
+        return order, torch.randint(2**62, (self.num_samples,), generator=generator)
+
+    def parts(self):
+        """The slices of the epoch's sequence that are this process's batches."""
         for step in range(self.start, self.stop):
-            end = step * self.batch_size + self.size(step)
-            part = slice(step * self.batch_size + self.rank, end, self.world_size)
+            yield slice(step * self.batch_size + self.rank, step * self.batch_size + self.size(step), self.world_size)
+
+    def __iter__(self):
+        order, seeds = self.draw()
+        for part in self.parts():
             yield list(zip(order[part].tolist(), seeds[part].tolist()))
+
+
+def read_arrays(dataset, workers=0):
+    """A data set of (uint8 (3, H, W), label) as arrays: images (N, H, W, 3) uint8, labels (N,) int64."""
+    images, labels, start = None, torch.empty(len(dataset), dtype=torch.int64), 0
+    for pictures, targets in DataLoader(dataset, 256, num_workers=workers):
+        if images is None:
+            images = torch.empty(len(dataset), *pictures.shape[2:], 3, dtype=torch.uint8)
+        images[start:start + len(pictures)] = pictures.permute(0, 2, 3, 1)
+        labels[start:start + len(pictures)] = targets
+        start += len(pictures)
+    return images, labels
+
+
+def flipped_crops(images, indices, seeds, padding):
+    """Of images (N, H, W, 3) those at indices (n,), each flipped at random and randomly cropped from its padding in
+    black, as seeds (n,) say: (n, H, W, 3)."""
+    height, width = images.shape[1:3]
+    shifts = 2 * padding + 1
+    flip, top, left = seeds % 2 == 1, seeds // 2 % shifts, seeds // (2 * shifts) % shifts
+    rows = top[:, None] - padding + torch.arange(height, device=images.device)  # (n, H)
+    columns = left[:, None] - padding + torch.arange(width, device=images.device)  # (n, W), of the flipped image
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    crops = images[indices[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
+    return crops * inside[..., None]
+
+
+class InMemoryLoader:
+    """Batches of a data set that lies in memory: (images float32 (n, 3, H, W) channels last, labels (n,)) on `device`.
+
+    images (N, H, W, 3) uint8 and labels (N,) lie on `device` or, where they do not fit there, in the host's memory. The
+    order and the augmentation are those of `batch_sampler`, a ShuffledBatches; without one, all samples in order, of
+    which a process gets every world_size-th.
+    """
+
+    def __init__(self, images, labels, name, device, batch_sampler=None, batch_size=1, rank=0, world_size=1):
+        self.images, self.labels, self.name, self.device = images, labels, name, device
+        self.batch_sampler = batch_sampler
+        if batch_sampler is None:
+            self.indices = torch.arange(rank, len(images), world_size, device=images.device).split(batch_size)
+
+    def __len__(self):
+        return len(self.indices if self.batch_sampler is None else self.batch_sampler)
+
+    def __iter__(self):
+        padding = DATASETS[self.name].padding
+        if self.batch_sampler is None:
+            batches = ((self.images[indices], indices) for indices in self.indices)
+        else:
+            order, seeds = (drawn.to(self.images.device) for drawn in self.batch_sampler.draw())
+            parts = self.batch_sampler.parts()
+            if padding:
+                batches = ((flipped_crops(self.images, order[part], seeds[part], padding), order[part]) for part in parts)
+            else:
+                batches = ((self.images[order[part]], order[part]) for part in parts)
+        for images, indices in batches:
+            images, labels = images.permute(0, 3, 1, 2), self.labels[indices]
+            if self.images.device != self.device:
+                images, labels = (batch.pin_memory().to(self.device, non_blocking=True) for batch in (images, labels))
+            yield normalize(images, self.name), labels
+
+
+class WorkerLoader:
+    """The batches of a DataLoader on `device`: uint8 ones of data set `name` are normalised there."""
+
+    def __init__(self, loader, name, device):
+        self.loader, self.name, self.device = loader, name, device
+        self.dataset, self.batch_sampler = loader.dataset, loader.batch_sampler
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield normalize(images, self.name) if images.dtype == torch.uint8 else images, labels

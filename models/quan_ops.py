@@ -41,14 +41,32 @@ class RoundSTE(torch.autograd.Function):
 round_ste = RoundSTE.apply
 
 
-def clamp_unit(x):
-    """Clamp to [0, 1]; the gradient passes where 0 <= x <= 1, both ends included.
+def unit_gradient(grad, x):
+    """The gradient of clamp(x, 0, 1): grad where 0 <= x <= 1, both ends included, else 0.
 
-    torch.clamp is not used for the gradient: releases differ at the ends, and low-bit sums land exactly on them.
+    torch.clamp's own is not used: releases differ at the ends, and low-bit sums land exactly on them.
     """
-    inside = (x >= 0) & (x <= 1)
-    return torch.where(inside, x, x.detach().clamp(0, 1))
+    limits = torch.finfo(x.dtype)
+    return torch.ops.aten.hardtanh_backward(grad, x, -limits.tiny, 1 + limits.eps)  # its ends are not included
 
+
+class ClampUnit(torch.autograd.Function):
+    """Clamp to [0, 1], with unit_gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return unit_gradient(grad, *ctx.saved_tensors)
+
+
+clamp_unit = ClampUnit.apply
+
+
+# ---- the equations, as the plain path computes them
 
 def quantize_weight(w, bits):
     """Quantize a layer's weights, w in (-inf, inf), to 2^bits levels in [-E, E], E = mean |w| (DoReFa-Net's, times E).
@@ -79,26 +97,115 @@ def quantize_activation(x, bits, rounding=True):
     return round_ste(n * a) / n if rounding else a
 
 
+# ---- the same values and gradients in fewer operations
+
+def normalize_weight(w):
+    """What all bit-widths share of a weight: v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, detached."""
+    t = torch.tanh(w)
+    return t / t.abs().max(), w.abs().mean().detach()
+
+
+class QuantizeNormalized(torch.autograd.Function):
+    """scale * (2 * round(n * (v / 2 + 1/2)) / n - 1) of v in [-1, 1]; straight-through, so its gradient is scale."""
+
+    @staticmethod
+    def forward(ctx, v, scale, n):
+        ctx.save_for_backward(scale)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(scale * (2 / n)).sub_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale, = ctx.saved_tensors
+        return grad * scale, None, None
+
+
+class WeightLevels(torch.autograd.Function):
+    """(2 * round(n * (v / 2 + 1/2)) - n) / (n + 1) of v in [-1, 1]: odd integers over a power of two, straight-through."""
+
+    @staticmethod
+    def forward(ctx, v, n):
+        ctx.n = n
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div_(n + 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (ctx.n / (ctx.n + 1)), None
+
+
+class QuantizeUnit(torch.autograd.Function):
+    """round(n * clamp(x, 0, 1)) / n, with unit_gradient."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1).mul_(n).round_().div_(n)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return unit_gradient(grad, *ctx.saved_tensors), None
+
+
+# ---- layers
+
 class Conv2dQ(nn.Conv2d):
-    """A convolution whose weight is quantized to self.bits; its bias, if any, is not."""
+    """A convolution whose weight is quantized to self.bits; its bias, if any, is not.
+
+    quantized_input: its input comes from an ActivationQ at the same bit-width.
+    """
 
     bits = FULL_PRECISION
+    plain = False  # True: by the equations, everything anew
+    levels = False  # True: both operands as integers over a power of two, exact in bfloat16, float16 and TF32
+    shared = None  # normalize_weight(self.weight), while bit-widths share it
+
+    def __init__(self, *args, quantized_input=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.quantized_input = quantized_input
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
-        return self._conv_forward(x, quantize_weight(self.weight, self.bits), self.bias)
+        if self.plain:
+            return self._conv_forward(x, quantize_weight(self.weight, self.bits), self.bias)
+        v, scale = self.shared or normalize_weight(self.weight)
+        if self.bits == FULL_PRECISION:
+            return self.convolve(x, scale * v, self.bias)
+        n = 2**self.bits - 1
+        if not self.levels:
+            return self.convolve(x, QuantizeNormalized.apply(v, scale, n), self.bias)
+        # The power of two keeps sums of float16 in range. The step n / (n + 1) of each operand is undone in the output.
+        x = (round_ste(n * x) if self.quantized_input else n * x) / (n + 1)
+        y = self.convolve(x, WeightLevels.apply(v, n), None)
+        y = y * (scale * ((n + 1) / n) ** 2).to(y.dtype)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def convolve(self, x, w, bias):
+        if x.shape[2:] == w.shape[2:] and self.padding == (0, 0):  # one output pixel: a matrix product, and faster as one
+            y = nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), w.permute(0, 2, 3, 1).flatten(1), bias)
+            return y[:, :, None, None]
+        return self._conv_forward(x, w, bias)
 
 
 class ActivationQ(nn.Module):
     """The activation function: quantize_activation at self.bits, or its clamp alone where rounding is False."""
 
     bits = FULL_PRECISION
+    plain = False  # True: by the equation
 
     def __init__(self, rounding=True):
         super().__init__()
         self.rounding = rounding
 
     def forward(self, x):
-        return quantize_activation(x, self.bits, self.rounding)
+        if self.plain or not self.rounding or self.bits == FULL_PRECISION:
+            return quantize_activation(x, self.bits, self.rounding)
+        return QuantizeUnit.apply(x, 2**self.bits - 1)
+
+
+class Classifier(nn.Linear):
+    """A linear layer in full precision, also where convolutions are in less: its logits teach."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class SwitchableBatchNorm2d(nn.Module):
@@ -114,8 +221,8 @@ class SwitchableBatchNorm2d(nn.Module):
         """The bit-widths it has, lowest first."""
         return sorted(int(bits) for bits in self.bn_dict)
 
-    def forward(self, x):
-        return self.bn_dict[str(self.bits)](x)
+    def forward(self, x):  # in float32 where convolutions give less, so that the quantizer sees no coarser grid
+        return self.bn_dict[str(self.bits)](x.to(self.bn_dict[str(self.bits)].weight.dtype))
 
 
 def trained_bit_widths(model):
@@ -137,6 +244,15 @@ def set_bit_width(model, bits):
     for layer in model.modules():
         if hasattr(layer, "bits"):
             layer.bits = bits
+
+
+def set_arithmetic(model, plain=False, levels=False):
+    """How model's layers compute: plain by the equations one by one, levels with integer operands (see Conv2dQ)."""
+    for layer in model.modules():
+        if hasattr(layer, "plain"):
+            layer.plain = plain
+        if hasattr(layer, "levels"):
+            layer.levels = levels
 
 
 # ---- bit-widths of saved weights

@@ -3,7 +3,7 @@ from functools import partial
 
 from torch import nn
 
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
+from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
 
 
 class BasicBlock(nn.Module):
@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
         shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(out))
         out = self.conv0(out)
         out = self.conv1(self.act(self.bn1(out)))
-        return out + shortcut
+        return out + shortcut.to(out.dtype)
 
 
 class ResNet20(nn.Module):
@@ -37,22 +37,30 @@ class ResNet20(nn.Module):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
         batch_norm = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
-        full_precision_conv = Conv2dQ if all_conv else nn.Conv2d
+        shortcut_conv = Conv2dQ if all_conv else nn.Conv2d
+        stem_conv = partial(Conv2dQ, quantized_input=False) if all_conv else nn.Conv2d
 
         in_channels = 16 * width
-        self.conv0 = full_precision_conv(3, in_channels, 3, padding=1, bias=False)
+        self.conv0 = stem_conv(3, in_channels, 3, padding=1, bias=False)
         self.layers = nn.Sequential()
         for channels, first_stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for stride in (first_stride, 1, 1):
-                self.layers.append(BasicBlock(in_channels, channels, stride, batch_norm, full_precision_conv))
+                self.layers.append(BasicBlock(in_channels, channels, stride, batch_norm, shortcut_conv))
                 in_channels = channels
         self.bn = batch_norm(in_channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = Classifier(in_channels, num_classes)
+        self.stem_is_shared = not all_conv
         set_bit_width(self, max(bit_widths))
 
     def forward(self, x):  # (N, 3, H, W) -> (N, num_classes)
-        x = self.layers(self.conv0(x))
+        return self.body(self.stem(x))
+
+    def stem(self, x):  # the same at every bit-width, unless all_conv
+        return self.conv0(x)
+
+    def body(self, x):
+        x = self.layers(x)
         x = self.pool(self.bn(x))  # no activation in between, as published
         return self.fc(x.flatten(1))
 
@@ -83,7 +91,7 @@ class Bottleneck(nn.Module):
         out = self.conv0(self.act(self.bn0(x)))
         out = self.conv1(self.act(self.bn1(out)))
         out = self.conv2(self.act(self.bn2(out)))
-        return out + shortcut
+        return out + shortcut.to(out.dtype)
 
 
 class ResNet50(nn.Module):
@@ -93,7 +101,7 @@ class ResNet50(nn.Module):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
         batch_norm = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
-        full_precision_conv = Conv2dQ if all_conv else nn.Conv2d
+        full_precision_conv = partial(Conv2dQ, quantized_input=False) if all_conv else nn.Conv2d
 
         in_channels = 64 * width
         self.conv1 = full_precision_conv(3, in_channels, 7, 2, padding=3, bias=False)
@@ -109,15 +117,21 @@ class ResNet50(nn.Module):
         self.bn = batch_norm(in_channels)
         self.act = ActivationQ()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = Classifier(in_channels, num_classes)
 
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        self.stem_is_shared = not all_conv
         set_bit_width(self, max(bit_widths))
 
     def forward(self, x):  # (N, 3, H, W) -> (N, num_classes)
-        x = self.maxpool(self.conv1(x))
+        return self.body(self.stem(x))
+
+    def stem(self, x):  # the same at every bit-width, unless all_conv
+        return self.maxpool(self.conv1(x))
+
+    def body(self, x):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.pool(self.act(self.bn(x)))
         return self.fc(x.flatten(1))

@@ -20,6 +20,7 @@ import reference  # noqa: E402
 import train  # noqa: E402
 from models import resnet20q  # noqa: E402
 from models.losses import LOSSES, any_precision_backward  # noqa: E402
+from step import Computation, TrainingStep  # noqa: E402
 from utils import Metrics  # noqa: E402
 
 WIDTHS = [2, 8, 32]
@@ -50,7 +51,8 @@ def alone(net, loss, size, shares):
         images, labels = batch(step, size)
         optimizer.zero_grad()
         for share in shares:
-            any_precision_backward(net, images[share], labels[share], WIDTHS, loss, weight=len(labels[share]) / size)
+            any_precision_backward(net, images[share], labels[share], WIDTHS, loss,
+                                   lambda value: len(labels[share]) / size * value)
         optimizer.step()
     return parameters_of(net)
 
@@ -66,10 +68,9 @@ class Batches(list):
 
 def together(net, loss, size):
     """The same steps by train.py's own loop, on every process."""
-    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", "--loss", loss, "--bit_width_list",
-                             ",".join(map(str, WIDTHS))])
-    train.train_one_epoch(net, Batches(size), optimizer_of(net), Metrics(WIDTHS, "cpu"), args, torch.device("cpu"),
-                          "training", lambda: torch.zeros(2), lambda wished: None)
+    step = TrainingStep(Computation(net, torch.device("cpu")), optimizer_of(net), WIDTHS, loss)
+    train.train_one_epoch(net, Batches(size), step, Metrics(WIDTHS, "cpu"), 50, "training", lambda: torch.zeros(2),
+                          lambda wished: None)
     return parameters_of(net)
 
 
@@ -99,7 +100,7 @@ def steps(folder):
 
 def images_1000():
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(1000, 3, 12, 12, generator=generator).double(),
+    return TensorDataset(torch.randint(256, (1000, 3, 12, 12), dtype=torch.uint8, generator=generator),
                          torch.randint(10, (1000,), generator=generator))
 
 
@@ -108,8 +109,8 @@ def evaluation(folder):
     train.get_dataset = lambda *args: images_1000()
     args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", "--batch-size", "48"])
     loader = train.make_loader(args, torch.device("cpu"), train=False)
-    results = train.evaluate(model(), loader, WIDTHS, "cpu")
-    seen = sorted(index for indices in distributed.gather(list(loader.sampler)) for index in indices)
+    results = train.evaluate(Computation(model().float(), torch.device("cpu")), loader, WIDTHS)
+    seen = sorted(index for indices in distributed.gather(torch.cat(loader.indices).tolist()) for index in indices)
     if distributed.rank() == 0:
         torch.save((results, seen), folder / "evaluation.pt")
 

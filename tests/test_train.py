@@ -287,7 +287,7 @@ def test_the_step_that_is_named_is_the_first_bad_one():
     labels = torch.tensor([0, 1])
     for step in range(1, 6):
         loss = {32: torch.tensor(1.0), 1: torch.tensor(math.inf if step >= 4 else 1.0)}
-        metrics.update({bits: (loss[bits], torch.zeros(2, 10)) for bits in (32, 1)}, labels)
+        metrics.add(utils.Metrics.row({bits: (loss[bits], torch.zeros(2, 10)) for bits in (32, 1)}, labels), 2)
         if step == 2:
             metrics.check_finite("epoch 7, training")
     with pytest.raises(utils.UserError, match="epoch 7, training: the 1-bit loss is not finite at step 4"):
@@ -394,7 +394,7 @@ def test_metrics_are_those_of_the_saved_network(tmp_path, tiny_cifar10):
 
 def test_fewer_than_five_classes():
     metrics = utils.Metrics([4], "cpu")
-    metrics.update({4: (torch.tensor(1.0), torch.tensor([[0.0, 1.0, 2.0]] * 3))}, torch.tensor([2, 0, 1]))
+    metrics.add(utils.Metrics.row({4: (torch.tensor(1.0), torch.tensor([[0.0, 1.0, 2.0]] * 3))}, torch.tensor([2, 0, 1])), 3)
     assert metrics.averages() == {4: {"loss": 1.0, "top1": pytest.approx(100 / 3), "top5": 100.0}}
 
 
