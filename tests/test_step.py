@@ -54,8 +54,8 @@ def relative(found, expected):
                                             ("resnet50q", True), ("svhnq", False), ("svhnq", True)])
 def test_shared_equals_everything_anew(name, all_conv, loss):
     model = reference.fill(network(name, all_conv).double(), seed=0)
-    if name == "svhnq":  # where a maximum is found twice, either may take the gradient, by the order of sums
-        model.layers[8] = torch.nn.AvgPool2d(2)
+    if name == "svhnq":  # low-bit sums are equal, or 0, only up to the order of summation: no maximum or clamp of them
+        model.layers[8], model.layers[21] = torch.nn.AvgPool2d(2), torch.nn.Identity()
     images, labels = batch(name)
     plain_model = copy.deepcopy(model)
     expected, expected_gradients = gradients(plain_model, images, labels, loss, plain=True)
