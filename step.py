@@ -3,6 +3,7 @@ import contextlib
 from functools import partial
 
 import torch
+import torch._inductor.config
 
 import distributed
 from distributed import world_size
@@ -37,7 +38,8 @@ def set_tf32(allowed):
 def missing_compiler(device):
     """Why torch.compile does not work here, in one line; None where it does. Takes seconds."""
     try:
-        torch.compile(lambda x: (x + 1).sin())(torch.zeros(64, device=device))
+        with torch._inductor.config.patch(force_disable_caches=True):  # what was compiled before tells nothing
+            torch.compile(lambda x: (x + 1).sin())(torch.zeros(64, device=device))
     except Exception as error:  # no C++ compiler, no Triton, no permission for the cache
         text = str(error).strip().splitlines()
         return text[0] if text else type(error).__name__

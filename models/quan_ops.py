@@ -174,7 +174,7 @@ class Conv2dQ(nn.Conv2d):
         # The power of two keeps sums of float16 in range. The step n / (n + 1) of each operand is undone in the output.
         x = (round_ste(n * x) if self.quantized_input else n * x) / (n + 1)
         y = self.convolve(x, WeightLevels.apply(v, n), None)
-        y = y * (scale * ((n + 1) / n) ** 2).to(y.dtype)
+        y = (y.to(scale.dtype) * (scale * ((n + 1) / n) ** 2)).to(y.dtype)
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def convolve(self, x, w, bias):
