@@ -166,8 +166,8 @@ def test_low_precision_costs_the_quantizer_nothing(dtype, bits, monkeypatch):
     torch.manual_seed(0)
     conv = Conv2dQ(64, 8, 3, bias=False).double()
     conv.bits = bits
-    x = quantize_activation(torch.rand(4, 64, 10, 10), bits)
-    exact = conv(x.double())
+    x = quantize_activation(torch.rand(4, 64, 10, 10, dtype=torch.float64), bits)
+    exact = conv(x)
     monkeypatch.setattr(conv, "convolve", lambda x, w, bias: torch.nn.functional.conv2d(
         x.to(dtype).double(), w.to(dtype).double(), bias))
     conv.levels = True
