@@ -242,7 +242,7 @@ class ShuffledBatches:
 def read_arrays(dataset, workers=0):
     """A data set of (uint8 (3, H, W), label) as arrays: images (N, H, W, 3) uint8, labels (N,) int64."""
     images, labels, start = None, torch.empty(len(dataset), dtype=torch.int64), 0
-    for pictures, targets in DataLoader(dataset, 256, num_workers=workers):
+    for pictures, targets in DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator()):
         if images is None:
             images = torch.empty(len(dataset), *pictures.shape[2:], 3, dtype=torch.uint8)
         images[start:start + len(pictures)] = pictures.permute(0, 2, 3, 1)

@@ -1,5 +1,6 @@
 """Every data set from small files in its real format: splits, transforms, statistics, downloads, seeded batches."""
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -10,7 +11,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 import tiny_data
-from dataset.data import (DATASETS, SeededSamples, ShuffledBatches, data_paths, get_dataset, get_transform)
+import train
+from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader, data_paths,
+                          flipped_crops, get_dataset, get_transform, read_arrays)
 from utils import UserError
 
 SIZES = {  # of the files in tiny_data, per split
@@ -236,3 +239,96 @@ def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
         for workers in (0, 2))
     torch.testing.assert_close(here, there, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)  # nothing drawn from the training's random numbers
+
+
+# ---- in memory
+
+CPU = torch.device("cpu")
+
+
+def loader_of(name, data_dir, *flags, train_split=True):
+    args = train.parse_args(["--dataset", name, "--model", "resnet50q" if name == "imagenet" else "resnet20q",
+                             "--data-dir", str(data_dir), "--batch-size", "5", *map(str, flags)])
+    return train.make_loader(args, CPU, train_split)
+
+
+def epoch_of(loader, epoch=0, start=0):
+    loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start
+    return list(loader)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_batches_from_memory_are_those_of_the_per_sample_transforms(name, tmp_path, monkeypatch):
+    """To the last bit where nothing is drawn; ImageNet, which stays on disk, is normalised batch by batch."""
+    make(name, tmp_path, monkeypatch)
+    fast, plain = loader_of(name, tmp_path), loader_of(name, tmp_path, "--plain")
+    assert isinstance(fast, InMemoryLoader if name != "imagenet" else WorkerLoader)
+    if DATASETS[name].padding is None:
+        torch.testing.assert_close(epoch_of(fast, 3), epoch_of(plain, 3), rtol=0, atol=0)
+    assert [len(labels) for _, labels in epoch_of(fast)] == [len(labels) for _, labels in epoch_of(plain)]
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(epoch_of(fast, 1), epoch_of(plain, 1)))
+    fast, plain = (loader_of(name, tmp_path, *flags, train_split=False) for flags in ((), ["--plain"]))
+    assert len(fast) == len(plain)
+    torch.testing.assert_close(list(fast), list(plain), rtol=0, atol=0)
+    assert next(iter(fast))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_flips_and_crops_in_memory_are_drawn_as_those_per_sample():
+    """Of 162 views each as often, to chi-squared; those of one image tell nothing of the next one's."""
+    pixels = tiny_data.pixels(1, 6, 7, 3)
+    views = {}
+    for flip in (False, True):
+        padded = numpy.pad(pixels[0][:, ::-1] if flip else pixels[0], ((4, 4), (4, 4), (0, 0)))
+        for top in range(9):
+            for left in range(9):
+                views[padded[top:top + 6, left:left + 7].tobytes()] = len(views)
+    assert len(views) == 162
+    count = 162 * 100
+    batches = ShuffledBatches(count, count, 0)
+    _, seeds = batches.draw()
+    crops = flipped_crops(torch.from_numpy(pixels), torch.zeros(count, dtype=torch.int64), seeds, padding=4)
+    seen = numpy.array([views[crop.numpy().tobytes()] for crop in crops])
+    counts = numpy.bincount(seen, minlength=162)
+    assert ((counts - 100) ** 2 / 100).sum() < 161 + 5 * (2 * 161) ** 0.5  # 5 standard deviations
+    assert abs(numpy.corrcoef(seen[1:], seen[:-1])[0, 1]) < 5 / count**0.5
+    # The per-sample transform draws from the same 162, as test_cifar_training_images_are_flips_and_crops_... shows.
+
+
+def test_batches_from_memory_are_a_function_of_seed_and_epoch(tiny_cifar10):
+    first = epoch_of(loader_of("cifar10", tiny_cifar10), 2)
+    torch.testing.assert_close(epoch_of(loader_of("cifar10", tiny_cifar10), 2), first, rtol=0, atol=0)
+    torch.testing.assert_close(epoch_of(loader_of("cifar10", tiny_cifar10), 2, start=2), first[2:], rtol=0, atol=0)
+    for other in (epoch_of(loader_of("cifar10", tiny_cifar10), 1),
+                  epoch_of(loader_of("cifar10", tiny_cifar10, "--seed", 1), 2)):
+        assert not torch.equal(other[0][0], first[0][0])
+    images, labels = read_arrays(get_dataset("cifar10", "train", get_transform("cifar10", False, False), tiny_cifar10))
+    parts = []
+    for rank in range(2):  # of two processes
+        batches = ShuffledBatches(20, 5, 0, rank, 2)
+        batches.epoch = 2
+        parts.append(list(InMemoryLoader(images, labels, "cifar10", CPU, batches)))
+    for one, (whole, _) in enumerate(first):
+        torch.testing.assert_close(parts[0][one][0], whole[0::2], rtol=0, atol=0)
+        torch.testing.assert_close(parts[1][one][0], whole[1::2], rtol=0, atol=0)
+
+
+def test_data_larger_than_the_memory(tiny_cifar10, monkeypatch, capsys):
+    needed = 20 * 3 * 32 * 32
+    memory = {"free": 2 * needed, "available": 2 * needed}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 10**12))
+    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory["available"]))
+    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q"])
+    cuda = torch.device("cuda")
+    assert train.memory_for(args, "train", 20, cuda) == cuda and not capsys.readouterr().out
+    memory["free"] -= 1
+    assert train.memory_for(args, "train", 20, cuda) == CPU
+    assert "are more than half of what is free on cuda" in (told := capsys.readouterr().out) and told.count("\n") == 1
+    assert "kept in host memory" in told
+    memory["available"] -= 1
+    assert train.memory_for(args, "train", 20, cuda) is None
+    capsys.readouterr()
+    random, still = loader_of("cifar10", tiny_cifar10), loader_of("cifar10", tiny_cifar10, train_split=False)
+    assert "read anew every epoch" in capsys.readouterr().out
+    assert isinstance(random, WorkerLoader)
+    torch.testing.assert_close(epoch_of(random), epoch_of(loader_of("cifar10", tiny_cifar10, "--plain")), rtol=0, atol=0)
+    assert len(still) == 1 or len(still) == 2

@@ -178,6 +178,10 @@ BAD_ARGUMENTS = [
     (["--seed", "-1"], "-1 is too small", "from 0 up"),
     (["--seed", "4294967296"], "4294967296 is too large", "up to 4294967295"),
     (["--lr", "1e38"], "'1e38'", "at most 1e+30"),
+    (["--precision", "int8"], "'int8'", "choose from fp32, tf32, bf16, fp16"),
+    (["--plain", "--precision", "bf16"], "--plain computes in fp32", "leave out --precision"),
+    (["--plain", "--compile"], "uncompiled", "leave out --compile"),
+    (["--sync-bn", "--compile"], "--sync-bn", "give one of them"),
     (["--lrr", "1"], "--lrr", "--help"),
     (["--bit_width"], "--bit_width", "--help"),
 ]
@@ -195,6 +199,12 @@ def assert_one_line(capsys, *parts):
 def test_wrong_argument(argv, value, allowed, capsys, tmp_path):
     assert run(["--results-dir", tmp_path / "r", *argv]) == 2
     assert_one_line(capsys, "error: ", value, allowed)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_precision_that_is_not_there(capsys, tmp_path):
+    assert run(["--precision", "tf32", "--device", "cpu", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "--precision tf32 is not in the hardware of cpu", "choose fp32")
     assert not (tmp_path / "r").exists()
 
 
@@ -408,14 +418,14 @@ def test_seeds_and_workers(tmp_path, tiny_cifar10):
     assert not torch.equal(a["conv0.weight"], c["conv0.weight"])
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_resume_continues_as_if_never_stopped(optimizer, tmp_path, tiny_cifar10):
-    argv = ["--optimizer", optimizer]
+@pytest.mark.parametrize("argv", [["--optimizer", "adam"], ["--optimizer", "sgd"], ["--plain"], ["--precision", "fp16"]],
+                         ids=" ".join)
+def test_resume_continues_as_if_never_stopped(argv, tmp_path, tiny_cifar10):
     assert run(tiny(tiny_cifar10, tmp_path / "whole", *argv)) == 0
     assert run(tiny(tiny_cifar10, tmp_path / "parts", *argv, "--epochs", 1, "--start-epoch", 0)) == 0
     assert run(["--resume", tmp_path / "parts", "--epochs", 3]) == 0
     whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
-    for part in ("epoch", "state_dict", "optimizer", "best_prec1", "random_states"):
+    for part in ("epoch", "state_dict", "optimizer", "scaler", "best_prec1", "random_states"):
         assert_same(parts[part], whole[part])
     history = [utils.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     for first, second in zip(*history, strict=True):
@@ -428,13 +438,50 @@ def test_resume_continues_as_if_never_stopped(optimizer, tmp_path, tiny_cifar10)
     (["--loss", "hard"], "--loss was recursive and is now hard"), (["--seed", "4"], "--seed was 0 and is now 4"),
     (["--bit_width_list", "2"], "--bit-width-list was 2,32 and is now 2"), (["--model", "resnet50q"], "--model was"),
     (["--optimizer", "sgd"], "--optimizer was adam and is now sgd"), (["--batch-size", "4"], "--batch-size was 8"),
-    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100"), (["--lr", "0.1"], "--lr was 0.001"),
+    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100"), (["--lr", "0.1"], "--lr was 0.001"), (["--plain"], "--plain was False and is now True"),
+    (["--precision", "bf16"], "--precision was fp32 and is now bf16"),
     (["--lr_decay", "1"], "--lr-decay was 2 and is now 1"), (["--weight-decay", "0.5"], "--weight-decay was 0.0")])
 def test_resume_with_other_flags_is_refused(flags, told, tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     capsys.readouterr()
     assert run(["--resume", tmp_path / "r", *flags]) == 2
     assert_one_line(capsys, told)
+
+
+def test_plain_and_fast_train_alike(tmp_path):
+    """resnet20q on digits draws nothing at random but its weights and the order, so one step gives the same losses."""
+    losses = {}
+    for path in ("--plain", "--precision=fp32"):
+        assert run(["--model", "resnet20q", "--width", 1, "--bit_width_list", "8,32", "--train-fraction", 0.01, "--epochs", 2,
+                    "--device", "cpu", "--results-dir", tmp_path / path, path]) == 0
+        first, second = utils.read_metrics(tmp_path / path / "metrics.jsonl")
+        losses[path] = [epoch["train"][bits]["loss"] for epoch in (first, second) for bits in (8, 32)]
+    assert losses["--plain"] == pytest.approx(losses["--precision=fp32"], rel=1e-3)
+    assert losses["--plain"][2:] != pytest.approx(losses["--plain"][:2], rel=1e-2)  # a step was taken
+
+
+def test_memory_formats_of_a_checkpoint_do_not_matter(tmp_path, tiny_cifar10):
+    """A fused optimizer takes its state and the weights as they lie in memory: both must lie alike."""
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    (tmp_path / "copy" / "ckpt").mkdir(parents=True)
+    state = load(tmp_path / "r")
+    for values in state["optimizer"]["state"].values():
+        values.update({name: value.clone(memory_format=torch.contiguous_format) for name, value in values.items()})
+    torch.save(state, tmp_path / "copy" / "ckpt" / "model_latest.pth.tar")
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0
+    assert run(["--resume", tmp_path / "copy", "--results-dir", tmp_path / "copy", "--epochs", 2]) == 0
+    assert_same(load(tmp_path / "copy")["state_dict"], load(tmp_path / "r")["state_dict"])
+
+
+def test_compile_without_a_compiler_goes_on_and_says_so(tmp_path, tiny_cifar10, environment):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, tiny(tiny_cifar10, tmp_path / "r", "--dataset", "digits", "--epochs", 1,
+                                                           "--train-fraction", 0.01, "--compile"))],
+        env={**environment, "PATH": str(tmp_path), "CXX": str(tmp_path / "none")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told, = [line for line in done.stdout.splitlines() if "--compile" in line]
+    assert told.startswith("--compile needs a compiler that works here, and is left out: ")
+    assert load(tmp_path / "r")["arguments"]["compile"] is False
 
 
 def test_resume_of_a_finished_run_tells_its_results_again(tmp_path, tiny_cifar10, capsys):
