@@ -19,10 +19,12 @@ from errors import UserError
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#6a3d9a"]
 # Arguments that do not make another configuration.
 NOT_CONFIGURATION = {"seed", "results_dir", "resume", "start_epoch", "device", "workers", "print_freq", "save_every",
-                     "data_dir", "save_calibrated", "timeout"}
+                     "data_dir", "save_calibrated", "timeout", "compile"}
+# What the runs had that were made before there was an argument for it.
+DEFAULTS_LATER = [("train_fraction", 1.0), ("precision", "fp32")]
 # Those that an evaluation depends on.
 OF_EVALUATION = {"dataset", "train_split", "model", "width", "all_conv", "bit_width_list", "loss", "evaluate",
-                 "calibrate", "checkpoint"}
+                 "calibrate", "checkpoint", "precision"}
 
 
 # ---- one run: the end of train.py
@@ -149,7 +151,7 @@ def configuration(arguments):
     """What makes two runs repetitions of each other, as a sorted tuple; dedicated models of any width are one."""
     evaluation = arguments.get("evaluate")
     chosen = {name: value for name, value in arguments.items()
-              if value is not None and value is not False and (name, value) != ("train_fraction", 1.0)
+              if value is not None and value is not False and (name, value) not in DEFAULTS_LATER
               and (name in OF_EVALUATION if evaluation else name not in NOT_CONFIGURATION)}
     if not {"dataset", "model", "loss", "bit_width_list"} <= chosen.keys():
         raise KeyError("arguments of a run")

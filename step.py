@@ -65,6 +65,7 @@ class Computation:
     def __init__(self, model, device, plain=False, precision="fp32", compiles=False, batch_size=None, backend="inductor"):
         set_arithmetic(model, plain=plain, levels=precision != "fp32")
         set_tf32(precision == "tf32")
+        torch.backends.cudnn.benchmark = not plain  # the fastest algorithms for shapes that stay the same
         if not plain:
             model.to(memory_format=torch.channels_last)
         self.model, self.device, self.batch_size = model, device, batch_size

@@ -34,8 +34,8 @@ import distributed
 import published
 import report
 import utils
-from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader, get_dataset,
-                          get_transform, read_arrays)
+from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatches, Transformed, WorkerLoader,
+                          get_dataset, get_transform, read_arrays)
 from distributed import rank, world_size
 from errors import Stopped, UsageError, UserError
 from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
@@ -202,10 +202,6 @@ def parse_args(argv=None):
             raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
         if args.save_calibrated and args.calibrate is None:
             raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give both or neither")
-        if args.plain and (args.compile or args.precision != "fp32"):
-            raise UsageError(f"--plain computes in fp32 and uncompiled: leave out --{'compile' if args.compile else 'precision'}")
-        if args.compile and args.sync_bn:
-            raise UsageError("--sync-bn exchanges statistics within the network, which --compile cannot: give one of them")
         if not (args.resume or args.evaluate):  # these two take what is unset from the checkpoint first
             complete(args)
     except UsageError as error:
@@ -223,6 +219,11 @@ def complete(args):
     if args.model == "svhnq" and data.image_size != 40:
         raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
                          f"{data.image_size}: choose --model resnet20q or resnet50q")
+    if args.plain and (args.compile or args.precision != "fp32"):
+        raise UsageError("--plain computes in fp32 and uncompiled: leave out "
+                         f"--{'compile' if args.compile else 'precision'}, or --plain")
+    if args.compile and args.sync_bn:
+        raise UsageError("--sync-bn exchanges statistics within the network, which --compile cannot: give one of them")
     args.width = args.width or DEFAULT_WIDTH[args.model]
     if args.batch_size % world_size() and not args.evaluate:
         raise UsageError(f"--batch-size {args.batch_size} is that of all {world_size()} processes: give a multiple of "
@@ -253,27 +254,21 @@ def make_loader(args, device, train):
     """
     row = DATASETS[args.dataset]
     split = args.train_split if train else row.val_split[args.train_split]
-
-    def opened(transform):
-        with distributed.one_at_a_time_per_machine():  # the first may have to download it
-            dataset = get_dataset(args.dataset, split, transform, args.data_dir)
-        classes = getattr(dataset, "classes", None), getattr(dataset, "root", None)
-        if train and args.train_fraction < 1:
-            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-            dataset = Subset(dataset, chosen[:max(1, round(args.train_fraction * len(dataset)))].tolist())
-        dataset.classes, dataset.root = classes
-        return dataset
-
-    dataset = opened(get_transform(args.dataset, train, normalized=args.plain))
+    with distributed.one_at_a_time_per_machine():  # the first may have to download it
+        dataset = get_dataset(args.dataset, split, data_dir=args.data_dir)
+    classes, root = getattr(dataset, "classes", None), getattr(dataset, "root", None)
+    if train and args.train_fraction < 1:
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+        dataset = Subset(dataset, chosen[:max(1, round(args.train_fraction * len(dataset)))].tolist())
     batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank(), world_size()) if train else None
     batch_size = max(1, args.batch_size // world_size())
     place = memory_for(args, split, len(dataset), device) if row.in_memory and not args.plain else None
-    if place:
-        # Without random transforms: those of training images are drawn on the device.
-        unmoved = opened(get_transform(args.dataset, train=False, normalized=False))
-        images, labels = (array.to(place) for array in read_arrays(unmoved, args.workers))
-        return InMemoryLoader(images, labels, args.dataset, device, batches, batch_size, rank(), world_size())
-    classes, root = dataset.classes, dataset.root
+    if place:  # without the random transforms, which are drawn on the device
+        images, labels = read_arrays(Transformed(dataset, get_transform(args.dataset, False, False)), args.workers)
+        return InMemoryLoader(images.to(place), labels.to(place), args.dataset, device, batches, batch_size, rank(),
+                              world_size())
+
+    dataset = Transformed(dataset, get_transform(args.dataset, train, normalized=args.plain))
     if train:
         dataset, how = SeededSamples(dataset), {"batch_sampler": batches}
     else:
@@ -341,7 +336,11 @@ def set_learning_rate(optimizer, lr):
 
 
 def make_computation(args, model, device):
-    """The Computation that args ask for; says so where --compile does not work here."""
+    """The Computation that args ask for; says so where --compile does not work here.
+
+    UserError where the device lacks the precision.
+    """
+    check_precision(args.precision, device)
     if args.compile:
         reason = missing_compiler(device)
         args.compile = not reason
@@ -574,7 +573,6 @@ def main(args):
     device = utils.choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # helper threads, such as the one that pins memory, use the current device
-    check_precision(args.precision, device)
     with distributed.processes(device, args.timeout):
         if args.evaluate:
             with distributed.one_at_a_time_per_machine():  # the first may have to download it
@@ -616,8 +614,8 @@ def train(args, device, path, checkpoint, in_place):
         utils.load_weights(model, checkpoint["state_dict"], path)
         utils.load_optimizer(optimizer, checkpoint["optimizer"], path)
         with utils.reading(path):
-            step.scaler.load_state_dict(checkpoint.get("scaler", step.scaler.state_dict()))
-        with utils.reading(path):
+            if checkpoint.get("scaler"):
+                step.scaler.load_state_dict(checkpoint["scaler"])
             if in_place:
                 best = float(checkpoint["best_prec1"])
             if "metrics" in checkpoint:
@@ -670,8 +668,8 @@ def train(args, device, path, checkpoint, in_place):
         distributed.share_buffers(model)
         state = {
             "epoch": epoch, "model": args.model, "state_dict": model.state_dict(), "best_prec1": best,
-            "optimizer": optimizer.state_dict(), "scaler": step.scaler.state_dict(), "arguments": arguments, "step": metrics.steps,
-            "num_samples": batches.num_samples, "metrics": metrics.state_dict(),
+            "optimizer": optimizer.state_dict(), "scaler": step.scaler.state_dict(), "arguments": arguments,
+            "step": metrics.steps, "num_samples": batches.num_samples, "metrics": metrics.state_dict(),
             "random_states": distributed.gather(random_state(device))}
         if rank() == 0:
             for name in names:

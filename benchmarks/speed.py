@@ -44,8 +44,8 @@ STORED = {"digits": (8, 8, 3), "svhn": (32, 32, 3), "cifar10": (32, 32, 3), "cif
 class RandomImages(Dataset):
     """Random uint8 images of a data set's stored shape; of a large one a few, again and again."""
 
-    def __init__(self, name, count, transform):
-        self.count, self.transform = count, transform
+    def __init__(self, name, count):
+        self.count = count
         generator = torch.Generator().manual_seed(0)
         different = min(count, 64 if name == "imagenet" else count)
         self.images = torch.randint(256, (different, *STORED[name]), dtype=torch.uint8, generator=generator).numpy()
@@ -54,7 +54,7 @@ class RandomImages(Dataset):
         return self.count
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index % len(self.images)])), index % 10
+        return Image.fromarray(self.images[index % len(self.images)]), index % 10
 
 
 def arguments(options, plain, bit_widths=None):
@@ -130,7 +130,9 @@ def table(title, head, rows):
 
 def memory_of_a_step(options, plain):
     """MiB that a step needs at its height beyond what stays between steps, in a process of its own."""
-    command = [sys.executable, __file__, "memory", *sys.argv[2:], *(["--of-plain"] if plain else [])]
+    command = [sys.executable, __file__, "memory", "--model", options.model, "--dataset", options.dataset, "--batch-size",
+               str(options.batch_size), "--precision", options.precision, "--device", options.device,
+               *(["--compile"] if options.compile else []), *(["--of-plain"] if plain else [])]
     # So that the C library gives what is freed back to the system at once, and the process's size tells.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -207,7 +209,7 @@ def measure_step(options):
 
 
 def loaders(options):
-    train.get_dataset = lambda name, split, transform, data_dir: RandomImages(name, options.images, transform)
+    train.get_dataset = lambda name, split, data_dir: RandomImages(name, options.images)
     result = []
     for plain in (True, False):
         args = arguments(options, plain)

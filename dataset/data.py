@@ -179,6 +179,20 @@ def get_dataset(name, split, transform=None, data_dir=None):
     return dataset
 
 
+class Transformed(Dataset):
+    """A data set of (image, label) with a transform of its images."""
+
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return self.transform(image), label
+
+
 class SeededSamples(Dataset):
     """A data set whose random transforms draw from the seed that comes with each index, whichever process runs them."""
 
