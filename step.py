@@ -1,12 +1,10 @@
 """How a network is computed: the plain path or the fast one, its precision, compiled and captured or not."""
-import contextlib
+import warnings
 from functools import partial
 
 import torch
-import torch._inductor.config
 
 import distributed
-from distributed import world_size
 from errors import UserError
 from models.losses import any_precision_backward, forward_loss, normalize_weights, sharing, sharing_nothing
 from models.quan_ops import set_arithmetic
@@ -37,8 +35,12 @@ def set_tf32(allowed):
 
 def missing_compiler(device):
     """Why torch.compile does not work here, in one line; None where it does. Takes seconds."""
+    import torch._inductor.config  # only here, as it takes its time
+
     try:
-        with torch._inductor.config.patch(force_disable_caches=True):  # what was compiled before tells nothing
+        # Without caches: what was compiled before tells nothing. torch warns of those that are off.
+        with warnings.catch_warnings(), torch._inductor.config.patch(force_disable_caches=True):
+            warnings.simplefilter("ignore")
             torch.compile(lambda x: (x + 1).sin())(torch.zeros(64, device=device))
     except Exception as error:  # no C++ compiler, no Triton, no permission for the cache
         text = str(error).strip().splitlines()

@@ -4,9 +4,9 @@
     python benchmarks/accuracy.py --fast "--precision bf16 --compile"    # of what is to be shown
     python benchmarks/accuracy.py --loss hard --seeds 3
 
-Runs lie in results/accuracy; those that are there are kept, interrupted ones go on. Prints a Markdown table of val top-1,
-mean ± standard error over the seeds: of the last epoch, and of the mean of the last five, within which the weights barely
-move (learning rate 1e-6 from epoch 28) and so chance weighs less.
+Runs lie in results/accuracy; those that are there are kept, interrupted ones go on. Prints a Markdown table of val
+top-1, mean ± standard error over the seeds: of the last epoch, and of the mean of the last five, within which the weights
+barely move (learning rate 1e-5 or less) and so chance weighs less.
 """
 import argparse
 import math
@@ -37,10 +37,12 @@ def cells(history_of_seeds, epochs, plain=None):
     """A row: mean ± standard error over the seeds of each bit-width's top-1 over the last `epochs`; less plain's means."""
     row, means = [], []
     for bits in history_of_seeds[0][-1]["val"]:
-        values = [statistics.mean(record["val"][bits]["top1"] for record in history[-epochs:]) for history in history_of_seeds]
+        values = [statistics.mean(record["val"][bits]["top1"] for record in history[-epochs:])
+                  for history in history_of_seeds]
         means.append(statistics.mean(values))
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        row.append(f"{means[-1]:.2f} ± {error:.2f}" + (f" ({means[-1] - plain[len(row)]:+.2f})" if plain else ""))
+        difference = f" ({means[-1] - plain[len(row)]:+.2f})" if plain else ""
+        row.append(f"{means[-1]:.2f} ± {error:.2f}{difference}")
     return row, means
 
 
@@ -49,8 +51,8 @@ def main(options):
     runs = {}
     for path, flags in paths.items():
         name = "_".join([path, *(word.strip("-") for word in flags if path == "fast"), options.loss])
-        runs[path] = [trained(Path("results", "accuracy", f"{name}_seed{seed}"), [*flags, "--loss", options.loss, "--seed", str(seed)])
-                      for seed in range(options.seeds)]
+        runs[path] = [trained(Path("results", "accuracy", f"{name}_seed{seed}"),
+                              [*flags, "--loss", options.loss, "--seed", str(seed)]) for seed in range(options.seeds)]
     widths = list(runs["plain"][0][-1]["val"])
     print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(map(str, widths))} |\n{'|---' * (len(widths) + 1)}|")
     for epochs, told in ((1, "last epoch"), (5, "mean of the last five")):

@@ -104,8 +104,8 @@ def resumed_run_goes_on(device):
     """A compiled and captured run on digits, stopped after its first epoch and gone on with, ends as the whole one."""
     with tempfile.TemporaryDirectory() as folder:
         def run(name, *flags):
-            subprocess.run([sys.executable, speed.ROOT / "train.py", *flags, "--results-dir", f"{folder}/{name}"], check=True,
-                           stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, speed.ROOT / "train.py", *flags, "--results-dir", f"{folder}/{name}"],
+                           check=True, stdout=subprocess.DEVNULL)
             return utils.read_metrics(Path(folder, name, "metrics.jsonl"))[-1]
         same = ["--precision", "bf16", "--compile", "--lr_decay", "2"]
         whole = run("whole", *same, "--epochs", "3")
@@ -123,8 +123,10 @@ def accuracy_is_kept(device):
             for seed in range(3):
                 subprocess.run([sys.executable, speed.ROOT / "train.py", *flags, "--seed", str(seed), "--results-dir",
                                 f"{folder}/{seed}"], check=True, stdout=subprocess.DEVNULL)
-            records = [record for seed in range(3) for record in utils.read_metrics(Path(folder, str(seed), "metrics.jsonl"))[-5:]]
-        means[flags[0]] = {bits: sum(record["val"][bits]["top1"] for record in records) / len(records) for bits in WIDTHS}
+            records = [record for seed in range(3)
+                       for record in utils.read_metrics(Path(folder, str(seed), "metrics.jsonl"))[-5:]]
+        means[flags[0]] = {bits: sum(record["val"][bits]["top1"] for record in records) / len(records)
+                           for bits in WIDTHS}
     print(means)
     for bits in WIDTHS:
         assert means["--precision"][bits] > means["--plain"][bits] - 0.3, (bits, means)

@@ -19,7 +19,7 @@ from utils import Metrics
 
 CPU = torch.device("cpu")
 WIDTHS = [1, 2, 4, 8, 32]
-SIZES = {"resnet20q": 16, "resnet50q": 32, "svhnq": 40}
+SIZES = {"resnet20q": 16, "resnet50q": 16, "svhnq": 40}
 
 
 def network(name, all_conv=False, width=1, widths=WIDTHS, num_classes=5):
@@ -255,8 +255,9 @@ def test_nothing_in_a_step_waits_for_the_device(precision):
 
 # ---- compiled
 
-@pytest.mark.skipif(missing_compiler(CPU) is not None, reason="no C++ compiler here")
 def test_compiled_equals_eager():
+    if missing_compiler(CPU) is not None:
+        pytest.skip("no C++ compiler here")
     results = {}
     for compiles in (False, True):
         model = network("svhnq", widths=[8])
