@@ -24,13 +24,8 @@ def check_precision(precision, device):
     else:
         lacking, instead = precision == "tf32", "fp32, or bf16 and fp16, which are slow on most CPUs"
     if lacking:
-        raise UserError(f"--precision {precision} is not in the hardware of {device}: choose {instead}")
-
-
-def set_tf32(allowed):
-    """Whether float32 convolutions and products may round their operands to TF32, as torch does where nothing is said."""
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+        raise UserError(f"--precision {precision} is not in the hardware of {device}: choose {instead} (a resumed run "
+                        "keeps its own: go on where it began, or begin anew from it with --pretrain)")
 
 
 def missing_compiler(device):
@@ -54,6 +49,8 @@ def compiled(function, backend="inductor"):
     """function through torch.compile: one graph a bit-width and mode, whole, of fixed shapes."""
     # Each of 9 bit-widths is a graph for training and one for evaluation; the default limit is 8.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):
+        torch._functorch.config.backward_pass_autocast = "off"  # as in the uncompiled backward pass
     return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
 
@@ -66,15 +63,22 @@ class Computation:
 
     def __init__(self, model, device, plain=False, precision="fp32", compiles=False, batch_size=None, backend="inductor"):
         set_arithmetic(model, plain=plain, levels=precision != "fp32")
-        set_tf32(precision == "tf32")
-        torch.backends.cudnn.benchmark = not plain  # the fastest algorithms for shapes that stay the same
+        self.plain, self.precision, self.compiles = plain, precision, compiles
+        self.set_backends()
         if not plain:
             model.to(memory_format=torch.channels_last)
         self.model, self.device, self.batch_size = model, device, batch_size
         self.dtype = DTYPES.get(precision)
         self.compiled_forward = compiled(forward_loss, backend) if compiles else None
         self.share = sharing_nothing if plain else partial(
-            sharing, normalize=compiled(normalize_weights, backend) if compiles else normalize_weights)
+            sharing, normalize=compiled(normalize_weights, backend) if compiles else normalize_weights,
+            autocast=self.autocast)
+
+    def set_backends(self):
+        """Torch's settings of the whole process; to be called again where another Computation was used meanwhile."""
+        # Whether float32 convolutions and products may be rounded to TF32, as torch does where nothing is said.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        torch.backends.cudnn.benchmark = not self.plain  # the fastest algorithms for shapes that stay the same
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -82,7 +86,8 @@ class Computation:
     def forward(self, network, x, target):
         """forward_loss of network(x), compiled where it is to be."""
         whole = self.compiled_forward is not None and len(target) == self.batch_size
-        return (self.compiled_forward if whole else forward_loss)(network, x, target)
+        with self.autocast():  # and not around the backward pass, which goes by what was done here
+            return (self.compiled_forward if whole else forward_loss)(network, x, target)
 
 
 class TrainingStep:
@@ -90,7 +95,7 @@ class TrainingStep:
 
     step(images, labels, weight, flags) returns the batch's row of Metrics and the sum over the processes of the tensor
     flags; weight is this process's share of the batch. captures: as one CUDA graph where a batch has
-    computation.batch_size images.
+    computation.batch_size images; UserError where that fails.
     """
 
     def __init__(self, computation, optimizer, bit_widths, loss, captures=False):
@@ -99,16 +104,19 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(computation.device.type, enabled=computation.dtype == torch.float16)
         self.captures = captures
         self.steps, self.graph = 0, None
+        if captures:
+            self.stream = torch.cuda.Stream()  # of the steps before capturing, which must not use the default one
+            # The optimizer is capturable, and those steps are not captured: as it should be.
+            warnings.filterwarnings("ignore", message=".*running without CUDA graph capture")
 
     def __call__(self, images, labels, weight, flags):
         if not self.captures or len(labels) != self.computation.batch_size:
             return self.run(images, labels, weight, flags)
         if self.graph is None and not self.capture(images, labels):
-            stream = torch.cuda.Stream()  # not the default one, as capturing asks
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 result = self.run(images, labels, weight, flags)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return result
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -126,18 +134,16 @@ class TrainingStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be pinning memory
                 self.row, _ = self.run(self.images, self.labels, 1.0, None)
         except RuntimeError as error:
-            self.captures = False
-            print(f"the step could not be captured as a CUDA graph, and goes on without: {one_line(error)}")
-            return False
+            raise UserError(f"the step could not be captured as a CUDA graph ({one_line(error)}): go on without "
+                            "--compile") from None
         self.graph = graph
         return True
 
     def run(self, images, labels, weight, flags):
         self.optimizer.zero_grad()
-        with self.computation.autocast():
-            results = any_precision_backward(
-                self.computation.model, images, labels, self.bit_widths, self.loss,
-                lambda loss: self.scaler.scale(weight * loss), self.computation.share, self.computation.forward)
+        results = any_precision_backward(
+            self.computation.model, images, labels, self.bit_widths, self.loss,
+            lambda loss: self.scaler.scale(weight * loss), self.computation.share, self.computation.forward)
         flags = distributed.exchange_gradients(self.parameters, flags)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -28,7 +28,6 @@ import psutil
 import torch
 from tensorboardX import SummaryWriter
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 import distributed
 import published
@@ -50,7 +49,7 @@ FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "t
                    "lr_decay", "weight_decay", "batch_size", "seed", "sync_bn", "train_fraction", "precision", "plain")
 # What an evaluation takes from its checkpoint where no flag sets it; those of the network must agree.
 OF_NETWORK = ("model", "width", "all_conv")
-OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size")
+OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size", "precision")
 
 
 # ---- arguments
@@ -287,9 +286,11 @@ def memory_for(args, split, num_images, device):
     needed = num_images * 3 * DATASETS[args.dataset].image_size ** 2
     host = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
-    if needed <= free / 2:
+    if needed <= min(free, host) / 2:  # on their way to the device they pass through the host's
         return device
     place = torch.device("cpu") if device.type == "cuda" and needed <= host / 2 else None
+    if not place:
+        device, free = "the host", host
     if rank() == 0:
         print(f"{args.dataset} {split}: {needed / 2**20:.0f} MiB are more than half of what is free on {device} "
               f"({free / 2**20:.0f} MiB): {'kept in host memory' if place else 'read anew every epoch'}")
@@ -314,17 +315,13 @@ def make_model(args, num_classes):
     return MODELS[args.model](args.bit_width_list, num_classes=num_classes, width=args.width, all_conv=args.all_conv)
 
 
-def make_optimizer(args, parameters, device):
-    captures = captures_steps(args, device)  # a captured step reads its learning rate from the device
+def make_optimizer(args, parameters, device, captures=False):
+    """The optimizer; where it captures, one whose steps a CUDA graph can hold: they read the learning rate on the device."""
     how = {"lr": torch.tensor(args.lr, device=device) if captures else args.lr, "weight_decay": args.weight_decay,
            "fused": None if args.plain else True}
     if args.optimizer == "adam":
         return torch.optim.Adam(parameters, capturable=captures, **how)
     return torch.optim.SGD(parameters, momentum=0.9, **how)
-
-
-def captures_steps(args, device):
-    return args.compile and device.type == "cuda" and world_size() == 1
 
 
 def set_learning_rate(optimizer, lr):
@@ -341,12 +338,11 @@ def make_computation(args, model, device):
     UserError where the device lacks the precision.
     """
     check_precision(args.precision, device)
-    if args.compile:
-        reason = missing_compiler(device)
-        args.compile = not reason
-        if reason and rank() == 0:
-            print(f"--compile needs a compiler that works here, and is left out: {reason}")
-    return Computation(model, device, args.plain, args.precision, args.compile, max(1, args.batch_size // world_size()))
+    reason = missing_compiler(device) if args.compile else None
+    if reason and rank() == 0:
+        print(f"--compile needs a compiler that works here, and is left out: {reason}")
+    compiles = args.compile and not reason
+    return Computation(model, device, args.plain, args.precision, compiles, max(1, args.batch_size // world_size()))
 
 
 def learning_rate(args, epoch):
@@ -450,7 +446,10 @@ def saved_arguments(args, checkpoint, path):
 
 
 def open_evaluated(args):
-    """(path, checkpoint) to evaluate; what no flag sets in args is taken from it, in place. UsageError where flags differ."""
+    """(path, checkpoint) to evaluate; what no flag sets in args is taken from it, in place.
+
+    UsageError where flags differ.
+    """
     if args.pretrain:
         path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
     else:
@@ -603,8 +602,9 @@ def train(args, device, path, checkpoint, in_place):
     if rank() > 0:  # the same weights, but dropout of its own
         torch.manual_seed(args.seed + 1_000_003 * rank())
     computation = make_computation(args, model, device)
-    optimizer = make_optimizer(args, model.parameters(), device)
-    step = TrainingStep(computation, optimizer, args.bit_width_list, args.loss, captures_steps(args, device))
+    captures = computation.compiles and device.type == "cuda" and world_size() == 1
+    optimizer = make_optimizer(args, model.parameters(), device, captures)
+    step = TrainingStep(computation, optimizer, args.bit_width_list, args.loss, captures)
     batches = train_loader.batch_sampler
     bit_widths = args.bit_width_list
     highest = max(bit_widths)
@@ -681,21 +681,24 @@ def train(args, device, path, checkpoint, in_place):
 
     console = utils.Console(bit_widths, args.epochs, len(batches), args.print_freq, rank() == 0 and sys.stdout.isatty())
     last_save = time.monotonic()
-    wished = torch.zeros(2)
+    wished = None
 
     def wishes():
         """Whether this process was asked to stop, and whether it is time to save by rank 0's clock."""
         due = rank() == 0 and args.save_every and time.monotonic() - last_save > 60 * args.save_every
-        return torch.tensor([float(stop.signal is not None), float(bool(due))])
+        values = float(stop.signal is not None), float(bool(due))
+        if world_size() == 1:
+            return torch.tensor(values)  # on the CPU, where reading them waits for nothing
+        return torch.stack([torch.full((), value, device=device) for value in values])  # no copy from here, no waiting
 
     def stop_or_save(flags):
         """Between steps: save if it is time to, or if any process was asked to stop; then all stop."""
         nonlocal last_save, wished
-        wished = wished.to(flags) + flags
+        wished = flags if wished is None else wished + flags
         if wished.device.type == "cuda" and metrics.steps % args.print_freq and metrics.steps < len(batches):
             return  # reading it would wait for the device: at the next log point
         asked, due = wished.tolist()
-        wished = torch.zeros(2)
+        wished = None
         if asked or due:
             metrics.check_finite(f"epoch {epoch + 1}, training")
             save(epoch, metrics)

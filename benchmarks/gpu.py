@@ -19,7 +19,7 @@ import utils
 from models import MODELS
 from models.losses import any_precision_backward, sharing_nothing
 from models.quan_ops import set_arithmetic
-from step import Computation, TrainingStep, missing_compiler, set_tf32
+from step import Computation, TrainingStep, missing_compiler
 
 WIDTHS = [1, 2, 4, 8, 32]
 
@@ -35,14 +35,18 @@ def batch(device, count=16):
     return images, (torch.arange(count) % 10).to(device)
 
 
-def trained(device, steps=8, captures=False, compiles=False, precision="fp32"):
-    """Weights and losses after a few steps in the given way."""
+def trained(device, steps=10, captures=False, compiles=False, precision="fp32", optimizer="adam"):
+    """Weights and losses after a few steps in the given way, the last but two with fewer images, then at another rate."""
     model = network(device)
-    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", *(["--compile"] if captures else [])])
+    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", "--optimizer", optimizer, "--lr", "0.01"])
     computation = Computation(model, device, precision=precision, compiles=compiles, batch_size=16)
-    step = TrainingStep(computation, train.make_optimizer(args, model.parameters(), device), WIDTHS, "recursive", captures)
-    images, labels = batch(device)
-    losses = [step(images, labels, 1.0, None)[0][:, 0].clone() for _ in range(steps)]
+    optimizer = train.make_optimizer(args, model.parameters(), device, captures)
+    step = TrainingStep(computation, optimizer, WIDTHS, "recursive", captures)
+    losses = []
+    for index in range(steps):
+        images, labels = batch(device, 7 if index == steps - 3 else 16)
+        train.set_learning_rate(optimizer, 0.01 if index < steps - 3 else 0.001)
+        losses.append(step(images, labels, 1.0, None)[0][:, 0].clone())
     assert not captures or step.graph, "the step was not captured"
     return model.state_dict(), torch.stack(losses)
 
@@ -79,8 +83,10 @@ def nothing_waits(device):
 
 
 def captured_equals_uncaptured(device):
-    expected, found = (trained(device, captures=captures) for captures in (False, True))
-    assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for precision, optimizer in (("fp32", "adam"), ("fp32", "sgd"), ("fp16", "adam"), ("fp16", "sgd"), ("bf16", "adam")):
+        expected, found = (trained(device, captures=captures, precision=precision, optimizer=optimizer)[1]
+                           for captures in (False, True))
+        assert_close(found, expected, rtol=0.02, atol=0.02, msg=lambda told: f"{precision} {optimizer}: {told}")
 
 
 def compiled_equals_eager(device):
@@ -158,7 +164,6 @@ def speeds():
 def main():
     device = utils.choose_device("cuda")
     torch.cuda.set_device(device)
-    set_tf32(False)
     reason = missing_compiler(device)
     if reason:
         raise utils.UserError(f"torch.compile does not work here: {reason}")

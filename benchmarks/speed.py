@@ -34,7 +34,7 @@ import train  # noqa: E402
 import utils  # noqa: E402
 from dataset.data import DATASETS  # noqa: E402
 from models.quan_ops import BIT_WIDTHS  # noqa: E402
-from step import DTYPES, TrainingStep, set_tf32  # noqa: E402
+from step import DTYPES, TrainingStep  # noqa: E402
 
 SETTINGS = {"svhnq": ("svhn", 64), "resnet20q": ("cifar10", 128), "resnet50q": ("imagenet", 64)}  # data set, batch size
 STORED = {"digits": (8, 8, 3), "svhn": (32, 32, 3), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "mnist": (28, 28),
@@ -79,9 +79,9 @@ class Run:
         train.seed_random_numbers(0)
         self.model = train.make_model(self.args, DATASETS[self.args.dataset].num_classes or 1000).to(self.device)
         self.computation = train.make_computation(self.args, self.model, self.device)
-        self.optimizer = train.make_optimizer(self.args, self.model.parameters(), self.device)
-        self.step = TrainingStep(self.computation, self.optimizer, self.args.bit_width_list, self.args.loss,
-                                 train.captures_steps(self.args, self.device))
+        captures = self.computation.compiles and self.device.type == "cuda"
+        self.optimizer = train.make_optimizer(self.args, self.model.parameters(), self.device, captures)
+        self.step = TrainingStep(self.computation, self.optimizer, self.args.bit_width_list, self.args.loss, captures)
         size = DATASETS[self.args.dataset].image_size
         self.images = torch.randn(self.args.batch_size, 3, size, size, device=self.device)
         if not plain:
@@ -91,7 +91,7 @@ class Run:
 
     def one_step(self):
         self.model.train()
-        set_tf32(self.args.precision == "tf32")
+        self.computation.set_backends()
         row, _ = self.step(self.images, self.labels, 1.0, None)
         self.metrics.add(row, len(self.labels))
         if self.args.plain:
@@ -169,7 +169,7 @@ def print_memory(options):
 def peak_flops(precision, device):
     """FLOP/s of a large matrix product in `precision`: the best of several."""
     size = 8192 if device.type == "cuda" else 2048
-    set_tf32(precision == "tf32")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     a = torch.randn(size, size, device=device, dtype=DTYPES.get(precision, torch.float32))
 
     def once():
@@ -249,7 +249,7 @@ def measure_epoch(options):
         run.seconds(5)
 
     def epoch(run, loader):
-        set_tf32(run.args.precision == "tf32")
+        run.computation.set_backends()
         run.synchronize()
         start = time.perf_counter()
         loader.batch_sampler.epoch += 1

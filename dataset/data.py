@@ -291,7 +291,8 @@ class InMemoryLoader:
         self.images, self.labels, self.name, self.device = images, labels, name, device
         self.batch_sampler = batch_sampler
         if batch_sampler is None:
-            self.indices = torch.arange(rank, len(images), world_size, device=images.device).split(batch_size)
+            own = torch.arange(len(images), device=images.device)[rank::world_size]
+            self.indices = own.split(batch_size) if len(own) else ()
 
     def __len__(self):
         return len(self.indices if self.batch_sampler is None else self.batch_sampler)

@@ -20,11 +20,13 @@ def normalize_weights(weights):
 
 
 @contextlib.contextmanager
-def sharing(model, images, normalize=normalize_weights):
-    """Compute once what no bit-width changes: tanh, maximum and mean of each weight and, unless it is quantized, the stem.
+def sharing(model, images, normalize=normalize_weights, autocast=contextlib.nullcontext):
+    """Compute once what no bit-width changes: tanh, maximum and mean of each weight and, where it is not quantized, the
+    stem.
 
     Yields (network, x) with network(x) equal to model(images) at every bit-width. Their gradients gather at what is
-    shared and go back through it once, at the end: the same sum, for the cost of one.
+    shared and go back through it once, at the end: the same sum, for the cost of one. normalize stands for
+    normalize_weights, such as a compiled one; autocast() is entered for the stem.
     """
     shared = []  # (tensor, the leaf that stands for it)
 
@@ -37,7 +39,11 @@ def sharing(model, images, normalize=normalize_weights):
     try:
         for layer, (v, scale) in zip(layers, normalize([layer.weight for layer in layers])):
             layer.shared = once(v), scale
-        yield (model.body, once(model.stem(images))) if getattr(model, "stem_is_shared", False) else (model, images)
+        network, x = model, images
+        if getattr(model, "stem_is_shared", False):
+            with autocast():
+                network, x = model.body, once(model.stem(images))
+        yield network, x
     finally:
         for layer in layers:
             layer.shared = None
@@ -57,8 +63,8 @@ def any_precision_backward(model, images, labels, bit_widths, loss="recursive", 
     With probabilities p the loss is the batch mean of -sum(p log q). A one-entry list trains a dedicated model.
 
     images (N, 3, H, W); labels (N,) int64; bit_widths in any order. scale(loss) is what goes backward, such as this
-    process's share of a batch that several work on. share(model, images) yields the network and its input, sharing_nothing to
-    compute everything anew; forward stands for forward_loss, such as a compiled one.
+    process's share of a batch that several work on. share(model, images) yields the network and its input,
+    sharing_nothing to compute everything anew; forward stands for forward_loss, such as a compiled one.
     Returns {bit_width: (loss, logits)}, highest first, detached: a scalar and (N, classes).
     ValueError for an unknown loss, or a bit-width that the model was not built for.
     """

@@ -178,7 +178,8 @@ class Conv2dQ(nn.Conv2d):
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def convolve(self, x, w, bias):
-        if x.shape[2:] == w.shape[2:] and self.padding == (0, 0):  # one output pixel: a matrix product, and faster as one
+        # Of one output pixel (groups and dilation are not used here) it is a matrix product, and faster as one.
+        if x.shape[2:] == w.shape[2:] and self.padding == (0, 0):
             y = nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), w.permute(0, 2, 3, 1).flatten(1), bias)
             return y[:, :, None, None]
         return self._conv_forward(x, w, bias)
@@ -201,7 +202,7 @@ class ActivationQ(nn.Module):
 
 
 class Classifier(nn.Linear):
-    """A linear layer in full precision, also where convolutions are in less: its logits teach."""
+    """A linear layer in float32 also where autocast has convolutions in less: its logits teach. (TF32 is no autocast.)"""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):

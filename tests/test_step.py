@@ -40,7 +40,7 @@ def gradients(model, images, labels, loss, plain):
     set_arithmetic(model, plain=plain)
     model.train().zero_grad()
     results = any_precision_backward(model, images, labels, WIDTHS, loss, share=sharing_nothing if plain else sharing)
-    return results, {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    return results, {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
 
 
 def relative(found, expected):
@@ -197,6 +197,33 @@ def test_low_precision_losses_and_gradients_are_near(name, all_conv, precision):
     assert found.isfinite().all()
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Gathers the types of the operands of matrix products and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "convolution", "convolution_backward"):
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            self.found.setdefault(name, set()).update(tensor.dtype for tensor in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def test_convolutions_are_in_low_precision_and_the_classifier_is_not():
+    model = network("resnet20q")  # its only matrix products are the classifier's
+    computation = Computation(model, CPU, precision="bf16")
+    step = TrainingStep(computation, torch.optim.SGD(model.parameters(), 0.1, fused=True), WIDTHS, "recursive")
+    images, labels = batch("resnet20q")
+    with Products() as products:
+        step(images.float(), labels, 1.0, None)
+    for name, dtype in (("mm", torch.float32), ("addmm", torch.float32), ("convolution", torch.bfloat16),
+                        ("convolution_backward", torch.bfloat16)):
+        assert products.found[name] == {dtype}
+
+
 def test_float16_gradients_that_overflow_skip_the_step_and_lower_the_scale():
     model = network("svhnq", widths=[32])
     optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=True)
@@ -280,10 +307,7 @@ def test_no_recompilation_after_the_first_step():
     step = TrainingStep(computation, optimizer, list(BIT_WIDTHS), "recursive")
     images, labels = (part.float() if part.is_floating_point() else part for part in batch("svhnq"))
 
-    class Validation(list):
-        pass
-
-    validation = Validation([(images, labels), (images[:3], labels[:3])])
+    validation = [(images, labels), (images[:3], labels[:3])]
     step(images, labels, 1.0, None)
     train.evaluate(computation, validation, list(BIT_WIDTHS))
     counters = torch._dynamo.utils.counters["stats"]

@@ -404,7 +404,8 @@ def test_metrics_are_those_of_the_saved_network(tmp_path, tiny_cifar10):
 
 def test_fewer_than_five_classes():
     metrics = utils.Metrics([4], "cpu")
-    metrics.add(utils.Metrics.row({4: (torch.tensor(1.0), torch.tensor([[0.0, 1.0, 2.0]] * 3))}, torch.tensor([2, 0, 1])), 3)
+    results = {4: (torch.tensor(1.0), torch.tensor([[0.0, 1.0, 2.0]] * 3))}
+    metrics.add(utils.Metrics.row(results, torch.tensor([2, 0, 1])), 3)
     assert metrics.averages() == {4: {"loss": 1.0, "top1": pytest.approx(100 / 3), "top5": 100.0}}
 
 
@@ -452,8 +453,8 @@ def test_plain_and_fast_train_alike(tmp_path):
     """resnet20q on digits draws nothing at random but its weights and the order, so one step gives the same losses."""
     losses = {}
     for path in ("--plain", "--precision=fp32"):
-        assert run(["--model", "resnet20q", "--width", 1, "--bit_width_list", "8,32", "--train-fraction", 0.01, "--epochs", 2,
-                    "--device", "cpu", "--results-dir", tmp_path / path, path]) == 0
+        assert run(["--model", "resnet20q", "--width", 1, "--bit_width_list", "8,32", "--train-fraction", 0.01,
+                    "--epochs", 2, "--device", "cpu", "--results-dir", tmp_path / path, path]) == 0
         first, second = utils.read_metrics(tmp_path / path / "metrics.jsonl")
         losses[path] = [epoch["train"][bits]["loss"] for epoch in (first, second) for bits in (8, 32)]
     assert losses["--plain"] == pytest.approx(losses["--precision=fp32"], rel=1e-3)
@@ -475,13 +476,13 @@ def test_memory_formats_of_a_checkpoint_do_not_matter(tmp_path, tiny_cifar10):
 
 def test_compile_without_a_compiler_goes_on_and_says_so(tmp_path, tiny_cifar10, environment):
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *map(str, tiny(tiny_cifar10, tmp_path / "r", "--dataset", "digits", "--epochs", 1,
-                                                           "--train-fraction", 0.01, "--compile"))],
+        [sys.executable, ROOT / "train.py", *map(str, tiny(tiny_cifar10, tmp_path / "r", "--dataset", "digits", "--epochs",
+                                                           1, "--train-fraction", 0.01, "--compile"))],
         env={**environment, "PATH": str(tmp_path), "CXX": str(tmp_path / "none")}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, = [line for line in done.stdout.splitlines() if "--compile" in line]
     assert told.startswith("--compile needs a compiler that works here, and is left out: ")
-    assert load(tmp_path / "r")["arguments"]["compile"] is False
+    assert load(tmp_path / "r")["arguments"]["compile"] is True  # a resumed run asks again
 
 
 def test_resume_of_a_finished_run_tells_its_results_again(tmp_path, tiny_cifar10, capsys):
@@ -580,6 +581,17 @@ def test_a_terminal_shows_a_bar(tmp_path, environment):
     assert process.wait() == 0
     assert "epoch 1/1:" in shown.decode() and "step/s" in shown.decode()
     assert " | val " in shown.decode()
+
+
+@pytest.mark.parametrize("what", ["step", "epoch"])
+def test_speed_benchmark(what, environment):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "speed.py", what, "--batch-size", "4", "--images", "6",
+                           "--repeats", "1", "--steps", "1", "--device", "cpu"], env=environment, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plain, fast = [row.split(" | ") for row in done.stdout.splitlines() if row.startswith(("| plain", "| fast"))]
+    assert plain[3] == "1.00" or plain[3] == "1.00 |"
+    assert float(fast[1]) > 0 and float(fast[2]) > 0
 
 
 def test_wrong_argument_as_a_program(environment):
