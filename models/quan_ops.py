@@ -98,6 +98,7 @@ def quantize_activation(x, bits, rounding=True):
 
 
 # ---- the same values and gradients in fewer operations
+# The last one of a forward pass is not in place: torch 2.11 would compile it to a gradient of 0.
 
 def normalize_weight(w):
     """What all bit-widths share of a weight: v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, detached."""
@@ -111,7 +112,7 @@ class QuantizeNormalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, scale, n):
         ctx.save_for_backward(scale)
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(scale * (2 / n)).sub_(scale)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(scale * (2 / n)).sub(scale)
 
     @staticmethod
     def backward(ctx, grad):
@@ -125,7 +126,7 @@ class WeightLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, n):
         ctx.n = n
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div_(n + 1)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div(n + 1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -138,7 +139,7 @@ class QuantizeUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, n):
         ctx.save_for_backward(x)
-        return x.clamp(0, 1).mul_(n).round_().div_(n)
+        return x.clamp(0, 1).mul_(n).round_().div(n)
 
     @staticmethod
     def backward(ctx, grad):

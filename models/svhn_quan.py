@@ -1,24 +1,9 @@
 """The SVHN network: eight layers, shared quantized weights, one BatchNorm per bit-width."""
 from functools import partial
 
-import torch
 from torch import nn
 
 from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU at p = 1/2 of one random bit an element, many times faster."""
-
-    plain = False
-
-    def forward(self, x):
-        fast = self.p == 0.5 and x.device.type == "cpu" and not (self.plain or torch.compiler.is_compiling())
-        if not (fast and self.training):
-            return super().forward(x)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_()  # the top bit of each is 0: not used below
-        twice = (words.view(torch.uint8)[:x.numel()] << 1) & 2  # 0 or 2
-        return x * twice.as_strided(x.shape, x.stride())
 
 
 class SVHNNet(nn.Module):
@@ -38,7 +23,7 @@ class SVHNNet(nn.Module):
             conv(8 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 7, 7)
             conv(16 * e, 16 * e, 3, padding=1), batch_norm(16 * e), ActivationQ(),
             conv(16 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 5, 5)
-            Dropout(0.5),  # elementwise
+            nn.Dropout(0.5),  # elementwise
             conv(16 * e, 64 * e, 5), ActivationQ(rounding=False),  # (N, 64e, 1, 1)
         )
         self.fc = Classifier(64 * e, num_classes)

@@ -11,9 +11,8 @@ import train
 from errors import UserError
 from models import MODELS
 from models.losses import LOSSES, any_precision_backward, sharing, sharing_nothing
-from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, WeightLevels, quantize_activation, quantize_weight,
-                             set_arithmetic)
-from models.svhn_quan import Dropout
+from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, QuantizeNormalized, QuantizeUnit, WeightLevels, clamp_unit,
+                             quantize_activation, quantize_weight, set_arithmetic)
 from step import Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics
 
@@ -282,6 +281,20 @@ def test_nothing_in_a_step_waits_for_the_device(precision):
 
 # ---- compiled
 
+@pytest.mark.parametrize("quantize", [
+    lambda x: clamp_unit(x), lambda x: QuantizeUnit.apply(x, 15), lambda x: WeightLevels.apply(x, 15),
+    lambda x: QuantizeNormalized.apply(x, torch.tensor(0.3), 15)])
+def test_compiled_quantizers_have_their_gradients(quantize):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = (2 * torch.rand(100) - 1).requires_grad_()
+    expected, = torch.autograd.grad(quantize(x).sum(), x)
+    found = torch.compile(quantize, backend="aot_eager")(x)
+    assert_close(found, quantize(x))
+    assert_close(torch.autograd.grad(found.sum(), x)[0], expected)
+    assert expected.any()
+
+
 def test_compiled_equals_eager():
     if missing_compiler(CPU) is not None:
         pytest.skip("no C++ compiler here")
@@ -320,24 +333,3 @@ def test_no_recompilation_after_the_first_step():
             step(images[:count], labels[:count], 1.0, None)
             train.evaluate(computation, validation, list(BIT_WIDTHS))
     assert counters["unique_graphs"] == graphs
-
-
-# ---- dropout
-
-def test_dropout_of_random_bits():
-    torch.manual_seed(0)
-    layer, x = Dropout(0.5), torch.ones(50, 8, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    out = layer(x)
-    assert set(out.unique().tolist()) == {0.0, 2.0} and out.is_contiguous(memory_format=torch.channels_last)
-    kept = (out > 0).double()
-    assert kept.mean() == pytest.approx(0.5, abs=0.02)  # 5 standard deviations
-    sequence = kept.permute(0, 2, 3, 1).flatten()  # as the bits lie in memory
-    for distance in (1, 2, 4, 8, 64):
-        assert (sequence[distance:] == sequence[:-distance]).double().mean() == pytest.approx(0.5, abs=0.03)
-    for position in range(8):  # no byte of a random word is special
-        assert sequence[position::8].mean() == pytest.approx(0.5, abs=0.06)
-    out.sum().backward()
-    assert torch.equal(x.grad, out)
-    torch.manual_seed(0)
-    assert torch.equal(layer(x), out)
-    assert layer.eval()(x) is x
