@@ -151,7 +151,8 @@ class QuantizeUnit(torch.autograd.Function):
 class Conv2dQ(nn.Conv2d):
     """A convolution whose weight is quantized to self.bits; its bias, if any, is not.
 
-    quantized_input: its input comes from an ActivationQ at the same bit-width.
+    quantized_input: its input comes from an ActivationQ at the same bit-width. exact_sums: its output meets a clamp with
+    no BatchNorm in between, whose ends low-bit sums hit, so that it matters whether 0 is 0: integers as operands always.
     """
 
     bits = FULL_PRECISION
@@ -159,9 +160,9 @@ class Conv2dQ(nn.Conv2d):
     levels = False  # True: both operands as integers over a power of two, exact in bfloat16, float16 and TF32
     shared = None  # normalize_weight(self.weight), while bit-widths share it
 
-    def __init__(self, *args, quantized_input=True, **kwargs):
+    def __init__(self, *args, quantized_input=True, exact_sums=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.quantized_input = quantized_input
+        self.quantized_input, self.exact_sums = quantized_input, exact_sums
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
         if self.plain:
@@ -170,7 +171,7 @@ class Conv2dQ(nn.Conv2d):
         if self.bits == FULL_PRECISION:
             return self.convolve(x, scale * v, self.bias)
         n = 2**self.bits - 1
-        if not self.levels:
+        if not (self.levels or self.exact_sums):
             return self.convolve(x, QuantizeNormalized.apply(v, scale, n), self.bias)
         # The power of two keeps sums of float16 in range. The step n / (n + 1) of each operand is undone in the output.
         x = (round_ste(n * x) if self.quantized_input else n * x) / (n + 1)

@@ -24,7 +24,7 @@ class SVHNNet(nn.Module):
             conv(16 * e, 16 * e, 3, padding=1), batch_norm(16 * e), ActivationQ(),
             conv(16 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 5, 5)
             nn.Dropout(0.5),  # elementwise
-            conv(16 * e, 64 * e, 5), ActivationQ(rounding=False),  # (N, 64e, 1, 1)
+            conv(16 * e, 64 * e, 5, exact_sums=True), ActivationQ(rounding=False),  # (N, 64e, 1, 1)
         )
         self.fc = Classifier(64 * e, num_classes)
         self.stem_is_shared = not all_conv
