@@ -202,7 +202,7 @@ def measure_step(options):
     times = medians([lambda run=run: run.seconds(options.steps) / options.steps for run in runs], options.repeats)
     peaks = [peak_flops(run.args.precision, run.device) for run in runs]
     rows = [[name, f"{1000 * seconds:.1f}", f"{options.batch_size / seconds:.0f}", f"{times[0] / seconds:.2f}",
-             f"{mebibytes:.0f}", f"{flops / seconds / 1e9:.0f}", f"{100 * flops / seconds / peak:.0f} %"]
+             f"{mebibytes:.1f}", f"{flops / seconds / 1e9:.0f}", f"{100 * flops / seconds / peak:.0f} %"]
             for name, seconds, mebibytes, peak in zip(names(options), times, memory, peaks)]
     table(f"A step: {describe(options)}", ["path", "ms", "images/s", "ratio", "MiB", "GFLOP/s", "of matmul peak"], rows)
     return {"ratio": times[0] / times[1], "share": flops / times[1] / peaks[1], "memory": memory[1] / memory[0]}
