@@ -25,7 +25,7 @@ class Digits(Dataset):
 
     classes = [str(digit) for digit in range(10)]
 
-    def __init__(self, split, transform=None):
+    def __init__(self, split):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -34,14 +34,12 @@ class Digits(Dataset):
         images = numpy.repeat(grey[..., None], 3, axis=-1)  # (1797, 8, 8, 3)
         parts = train_test_split(images, targets, test_size=0.2, random_state=0, stratify=targets)
         self.data, self.targets = parts[0::2] if split == "train" else parts[1::2]
-        self.transform = transform
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, index):
-        image = Image.fromarray(self.data[index])
-        return image if self.transform is None else self.transform(image), int(self.targets[index])
+        return Image.fromarray(self.data[index]), int(self.targets[index])
 
 
 def load_image(path):
@@ -53,35 +51,35 @@ def load_image(path):
         raise UserError(f"{path} is not a readable image ({one_line(error)}): replace or remove it") from None
 
 
-def open_image_folder(root, split, transform):
+def open_image_folder(root, split):
     folder = Path(root, split)
     if not folder.is_dir():
         raise UserError(f"imagenet was looked for in {folder} and is not there: put one folder of images per class "
                         f"under {Path(root, 'train')} and {Path(root, 'val')}, or name another root with --data-dir")
     try:
-        return datasets.ImageFolder(folder, transform, loader=load_image)
+        return datasets.ImageFolder(folder, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"{folder} must hold one folder of images per class: {one_line(error)}") from None
 
 
-def open_downloadable(kind, root, transform, **split):
+def open_downloadable(kind, root, **split):
     """A torchvision data set, verified; downloaded where it is missing or altered (torchvision's sources and checksums)."""
     try:
-        return kind(root, transform=transform, **split)
+        return kind(root, **split)
     except Exception as error:
         if "not found" not in str(error):  # torchvision's word for missing or altered files
             raise UserError(f"{kind.__name__} in {root} cannot be read ({one_line(error)}): "
                             "remove that folder and start again to download it anew") from None
     print(f"{kind.__name__} is missing from {root}, or altered there: downloading it")
     try:
-        return kind(root, transform=transform, download=True, **split)
+        return kind(root, download=True, **split)
     except Exception as error:
         raise UserError(f"{kind.__name__} is not in {root}, or altered there, and could not be downloaded "
                         f"({one_line(error)}): go online, copy it there, or name another root with --data-dir") from None
 
 
 class DataSet(NamedTuple):
-    open: callable  # (root, split, transform) -> a torch Dataset
+    open: callable  # (root, split) -> a torch Dataset of (PIL image, label)
     val_split: dict  # each split to train on -> the split to validate on; the first is the default
     num_classes: int | None  # None: as many as there are class folders
     image_size: int  # pixels, after the transform
@@ -102,28 +100,25 @@ RESIZE_40 = (transforms.Resize(40),)
 
 DATASETS = {
     "digits": DataSet(
-        open=lambda root, split, transform: Digits(split, transform),
+        open=lambda root, split: Digits(split),
         val_split={"train": "val"}, num_classes=10, image_size=40, mean=(0.5,) * 3, std=(0.5,) * 3,
         train=RESIZE_40, eval=RESIZE_40),
     "cifar10": DataSet(
-        open=lambda root, split, transform: open_downloadable(
-            datasets.CIFAR10, root, transform, train=split == "train"),
+        open=lambda root, split: open_downloadable(datasets.CIFAR10, root, train=split == "train"),
         val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, num_classes=10, image_size=32,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
         held_out_of="train", **flip_and_crop(32, padding=4)),
     "cifar100": DataSet(
-        open=lambda root, split, transform: open_downloadable(
-            datasets.CIFAR100, root, transform, train=split == "train"),
+        open=lambda root, split: open_downloadable(datasets.CIFAR100, root, train=split == "train"),
         val_split={"train": "test"}, num_classes=100, image_size=32,
         mean=(129.3 / 255, 124.1 / 255, 112.4 / 255), std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
         **flip_and_crop(32, padding=4)),
     "mnist": DataSet(  # one channel, given to the networks as three equal ones
-        open=lambda root, split, transform: open_downloadable(
-            datasets.MNIST, root, transform, train=split == "train"),
+        open=lambda root, split: open_downloadable(datasets.MNIST, root, train=split == "train"),
         val_split={"train": "test"}, num_classes=10, image_size=28, mean=(0.1307,) * 3, std=(0.3081,) * 3,
         train=(transforms.Grayscale(3),), eval=(transforms.Grayscale(3),)),
     "svhn": DataSet(
-        open=lambda root, split, transform: open_downloadable(datasets.SVHN, root, transform, split=split),
+        open=lambda root, split: open_downloadable(datasets.SVHN, root, split=split),
         val_split={"train_extra": "test", "train": "test", "extra": "test",
                    "train_extra_auto_quan": "val_auto_quan"},
         num_classes=10, image_size=40, mean=(0.5,) * 3, std=(0.5,) * 3, train=RESIZE_40, eval=RESIZE_40,
@@ -157,28 +152,6 @@ def constant(values, device):
     return torch.tensor(values, device=device)
 
 
-def get_dataset(name, split, transform=None, data_dir=None):
-    """Data set `name` (a key of DATASETS), one of its splits, as a torch Dataset of (transform(PIL image), label).
-
-    It is read from data_paths[name], or from data_dir/name. UserError where it is missing and cannot be downloaded,
-    or cannot be read; ValueError for a split it does not have.
-    """
-    row = DATASETS[name]
-    splits = dict.fromkeys([*row.val_split, *row.val_split.values()])
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split}: choose from {', '.join(splits)}")
-    root = data_paths[name] if data_dir is None else os.path.join(data_dir, name)
-    held_out = split.endswith("_auto_quan")
-    parts = [row.open(root, part, transform) for part in (row.held_out_of if held_out else split).split("_")]
-    dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # "train_extra": train and extra, joined
-    if held_out:
-        indices = list(range(len(dataset)))
-        random.Random(123).shuffle(indices)
-        cut = int(0.95 * len(indices))
-        dataset = Subset(dataset, indices[:cut] if split.startswith("train") else indices[cut:])
-    return dataset
-
-
 class Transformed(Dataset):
     """A data set of (image, label) with a transform of its images."""
 
@@ -191,6 +164,29 @@ class Transformed(Dataset):
     def __getitem__(self, index):
         image, label = self.dataset[index]
         return self.transform(image), label
+
+
+def get_dataset(name, split, transform=None, data_dir=None):
+    """Data set `name` (a key of DATASETS), one of its splits, as a torch Dataset of (transform(PIL image), label); without
+    a transform of the PIL images.
+
+    It is read from data_paths[name], or from data_dir/name. UserError where it is missing and cannot be downloaded,
+    or cannot be read; ValueError for a split it does not have.
+    """
+    row = DATASETS[name]
+    splits = dict.fromkeys([*row.val_split, *row.val_split.values()])
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split}: choose from {', '.join(splits)}")
+    root = data_paths[name] if data_dir is None else os.path.join(data_dir, name)
+    held_out = split.endswith("_auto_quan")
+    parts = [row.open(root, part) for part in (row.held_out_of if held_out else split).split("_")]
+    dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # "train_extra": train and extra, joined
+    if held_out:
+        indices = list(range(len(dataset)))
+        random.Random(123).shuffle(indices)
+        cut = int(0.95 * len(indices))
+        dataset = Subset(dataset, indices[:cut] if split.startswith("train") else indices[cut:])
+    return dataset if transform is None else Transformed(dataset, transform)
 
 
 class SeededSamples(Dataset):
@@ -300,15 +296,13 @@ class InMemoryLoader:
     def __iter__(self):
         padding = DATASETS[self.name].padding
         if self.batch_sampler is None:
-            batches = ((self.images[indices], indices) for indices in self.indices)
+            batches = ((indices, None) for indices in self.indices)
         else:
             order, seeds = (drawn.to(self.images.device) for drawn in self.batch_sampler.draw())
-            parts = self.batch_sampler.parts()
-            if padding:
-                batches = ((flipped_crops(self.images, order[part], seeds[part], padding), order[part]) for part in parts)
-            else:
-                batches = ((self.images[order[part]], order[part]) for part in parts)
-        for images, indices in batches:
+            batches = ((order[part], seeds[part]) for part in self.batch_sampler.parts())
+        for indices, seeds_of_batch in batches:
+            augmented = padding and seeds_of_batch is not None
+            images = flipped_crops(self.images, indices, seeds_of_batch, padding) if augmented else self.images[indices]
             images, labels = images.permute(0, 3, 1, 2), self.labels[indices]
             if self.images.device != self.device:
                 images, labels = (batch.pin_memory().to(self.device, non_blocking=True) for batch in (images, labels))
