@@ -85,7 +85,7 @@ class Computation:
 
     def forward(self, network, x, target):
         """forward_loss of network(x), compiled where it is to be."""
-        whole = self.compiled_forward is not None and len(target) == self.batch_size
+        whole = self.compiles and len(target) == self.batch_size
         with self.autocast():  # and not around the backward pass, which goes by what was done here
             return (self.compiled_forward if whole else forward_loss)(network, x, target)
 

@@ -234,6 +234,11 @@ def complete(args):
                          f"give less than --epochs {args.epochs}")
 
 
+def as_dict(args):
+    """The arguments as a results folder and a checkpoint keep them."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
 def run_name(args):
     """Names a run by what sets it apart: data, model, bit-widths, loss (for more than one bit-width), seed."""
     parts = [args.dataset, args.model, "-".join(map(str, args.bit_width_list))]
@@ -260,7 +265,7 @@ def make_loader(args, device, train):
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
         dataset = Subset(dataset, chosen[:max(1, round(args.train_fraction * len(dataset)))].tolist())
     batches = ShuffledBatches(len(dataset), args.batch_size, args.seed, rank(), world_size()) if train else None
-    batch_size = max(1, args.batch_size // world_size())
+    batch_size = images_per_process(args)
     place = memory_for(args, split, len(dataset), device) if row.in_memory and not args.plain else None
     if place:  # without the random transforms, which are drawn on the device
         images, labels = read_arrays(Transformed(dataset, get_transform(args.dataset, False, False)), args.workers)
@@ -278,6 +283,10 @@ def make_loader(args, device, train):
                         persistent_workers=args.workers > 0, prefetch_factor=4 if args.workers else None,
                         worker_init_fn=utils.ignore_stop_signals, **how)
     return WorkerLoader(loader, args.dataset, device)
+
+
+def images_per_process(args):
+    return max(1, args.batch_size // world_size())
 
 
 def memory_for(args, split, num_images, device):
@@ -342,7 +351,7 @@ def make_computation(args, model, device):
     if reason and rank() == 0:
         print(f"--compile needs a compiler that works here, and is left out: {reason}")
     compiles = args.compile and not reason
-    return Computation(model, device, args.plain, args.precision, compiles, max(1, args.batch_size // world_size()))
+    return Computation(model, device, args.plain, args.precision, compiles, images_per_process(args))
 
 
 def learning_rate(args, epoch):
@@ -352,13 +361,13 @@ def learning_rate(args, epoch):
 
 # ---- loop and evaluation
 
-def train_one_epoch(model, loader, step, metrics, read_every, what, wishes, after_step):
+def train_one_epoch(loader, step, metrics, read_every, what, wishes, after_step):
     """Train over `loader` by `step`, a TrainingStep, adding to `metrics`.
 
     wishes() gives a tensor that is summed over the processes along with the gradients; after_step(sum) runs after the
     step. UserError, beginning with `what`, where a loss is not finite: that is looked at every read_every steps.
     """
-    model.train()
+    step.computation.model.train()
     batches = loader.batch_sampler
     start = time.perf_counter()
     for images, labels in loader:
@@ -385,7 +394,7 @@ def evaluate(computation, loader, bit_widths, what="validation", after_batch=lam
     metrics = Metrics(bit_widths, computation.device)
     for images, labels in loader:
         results = {}
-        with computation.autocast(), computation.share(model, images) as (network, x):
+        with computation.share(model, images) as (network, x):
             for bits in bit_widths:
                 set_bit_width(model, bits)
                 results[bits] = computation.forward(network, x, labels)
@@ -519,9 +528,8 @@ def evaluate_checkpoint(args, device, path, checkpoint):
     if rank() > 0:
         return folder
 
-    arguments = {name: value for name, value in vars(args).items() if name != "given"}
     utils.write_json(folder / "config.json", {
-        "arguments": {**arguments, "bit_width_list": trained}, "seed": args.seed, "command": sys.argv,
+        "arguments": {**as_dict(args), "bit_width_list": trained}, "seed": args.seed, "command": sys.argv,
         "checkpoint": str(path), "epoch": checkpoint.get("epoch"), **utils.environment(device)})
     utils.write_json(folder / "evaluation.json", results)
     report.save_evaluation_figure(folder / "accuracy.png", results, name)
@@ -634,7 +642,7 @@ def train(args, device, path, checkpoint, in_place):
         utils.load_weights(model, state_dict, path)
 
     folder = open_results_folder(args, run_name(args), in_place)
-    arguments = {name: value for name, value in vars(args).items() if name != "given"}
+    arguments = as_dict(args)
     metrics_file = folder / "metrics.jsonl"
     history, writer = [], None
     if rank() == 0:
@@ -721,7 +729,7 @@ def train(args, device, path, checkpoint, in_place):
             lr = learning_rate(args, epoch)
             set_learning_rate(optimizer, lr)
             batches.epoch, batches.start = epoch, metrics.steps
-            train_one_epoch(model, train_loader, step, metrics, 1 if args.plain else args.print_freq,
+            train_one_epoch(train_loader, step, metrics, 1 if args.plain else args.print_freq,
                             f"epoch {epoch + 1}, training", wishes, after_step)
             if world_size() > 1:
                 save(epoch, metrics)  # several do not stop within the validation; it shares the BatchNorm statistics too

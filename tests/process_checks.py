@@ -69,7 +69,7 @@ class Batches(list):
 def together(net, loss, size):
     """The same steps by train.py's own loop, on every process."""
     step = TrainingStep(Computation(net, torch.device("cpu")), optimizer_of(net), WIDTHS, loss)
-    train.train_one_epoch(net, Batches(size), step, Metrics(WIDTHS, "cpu"), 50, "training", lambda: torch.zeros(2),
+    train.train_one_epoch(Batches(size), step, Metrics(WIDTHS, "cpu"), 50, "training", lambda: torch.zeros(2),
                           lambda wished: None)
     return parameters_of(net)
 

@@ -15,7 +15,7 @@ def write_run(folder, top1, *flags):
     folder.mkdir(parents=True)
     epochs = len(next(iter(top1.values())))
     args = train.parse_args(["--epochs", str(max(1, epochs)), *flags, "--bit_width_list", ",".join(map(str, top1))])
-    arguments = {name: value for name, value in vars(args).items() if name != "given"}
+    arguments = train.as_dict(args)
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
     for epoch in range(epochs):
         val = {bits: {"loss": 1.0, "top1": values[epoch], "top5": 99.0} for bits, values in top1.items()}
