@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --fast "--precision bf16 --compile"    # of what is to be shown
     python benchmarks/accuracy.py --loss hard --seeds 3
 
-Runs lie in results/accuracy; those that are there are kept, interrupted ones go on. Prints a Markdown table of val
+Runs lie in --folder; those that are there are kept, interrupted ones go on. Prints a Markdown table of val
 top-1, mean ± standard error over the seeds: of the last epoch, and of the mean of the last five, within which the weights
 barely move (learning rate 1e-5 or less) and so chance weighs less.
 """
@@ -34,7 +34,8 @@ def trained(folder, flags):
 
 
 def cells(history_of_seeds, epochs, plain=None):
-    """A row: mean ± standard error over the seeds of each bit-width's top-1 over the last `epochs`; less plain's means."""
+    """(a row, its means): mean ± standard error over the seeds of each bit-width's top-1 over the last `epochs`, and the
+    difference from plain's means."""
     row, means = [], []
     for bits in history_of_seeds[0][-1]["val"]:
         values = [statistics.mean(record["val"][bits]["top1"] for record in history[-epochs:])
@@ -47,18 +48,20 @@ def cells(history_of_seeds, epochs, plain=None):
 
 
 def main(options):
+    """Print the table; returns {bit_width: fast less plain} of the mean of the last five epochs."""
     paths = {"plain": ["--plain"], "fast": shlex.split(options.fast)}
     runs = {}
     for path, flags in paths.items():
         name = "_".join([path, *(word.strip("-") for word in flags if path == "fast"), options.loss])
-        runs[path] = [trained(Path("results", "accuracy", f"{name}_seed{seed}"),
+        runs[path] = [trained(Path(options.folder, f"{name}_seed{seed}"),
                               [*flags, "--loss", options.loss, "--seed", str(seed)]) for seed in range(options.seeds)]
     widths = list(runs["plain"][0][-1]["val"])
     print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(map(str, widths))} |\n{'|---' * (len(widths) + 1)}|")
     for epochs, told in ((1, "last epoch"), (5, "mean of the last five")):
         plain, means = cells(runs["plain"], epochs)
-        fast, _ = cells(runs["fast"], epochs, means)
+        fast, fast_means = cells(runs["fast"], epochs, means)
         print(f"| {told}, plain | {' | '.join(plain)} |\n| {told}, fast {options.fast}| {' | '.join(fast)} |")
+    return {bits: fast - plain for bits, plain, fast in zip(widths, means, fast_means)}
 
 
 def parse_args(argv=None):
@@ -66,6 +69,7 @@ def parse_args(argv=None):
     parser.add_argument("--loss", choices=LOSSES, default="recursive")
     parser.add_argument("--seeds", type=whole_number(1), default=8, help="seeds 0, 1, ...")
     parser.add_argument("--fast", default="", help="further flags of the fast path, in quotes")
+    parser.add_argument("--folder", default="results/accuracy", help="of the runs")
     return parser.parse_args(argv)
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import accuracy
 import speed
 import torch
 from torch.testing import assert_close
@@ -122,20 +123,12 @@ def resumed_run_goes_on(device):
 
 
 def accuracy_is_kept(device):
-    """Digits, 3 seeds: the mean of the last five epochs of bf16, compiled, within 0.3 points of the plain path's."""
-    means = {}
-    for flags in (("--plain",), ("--precision", "bf16", "--compile")):
-        with tempfile.TemporaryDirectory() as folder:
-            for seed in range(3):
-                subprocess.run([sys.executable, speed.ROOT / "train.py", *flags, "--seed", str(seed), "--results-dir",
-                                f"{folder}/{seed}"], check=True, stdout=subprocess.DEVNULL)
-            records = [record for seed in range(3)
-                       for record in utils.read_metrics(Path(folder, str(seed), "metrics.jsonl"))[-5:]]
-        means[flags[0]] = {bits: sum(record["val"][bits]["top1"] for record in records) / len(records)
-                           for bits in WIDTHS}
-    print(means)
-    for bits in WIDTHS:
-        assert means["--precision"][bits] > means["--plain"][bits] - 0.3, (bits, means)
+    """Digits, 3 seeds: bf16, compiled, is at most 0.3 points below the plain path at every bit-width."""
+    with tempfile.TemporaryDirectory() as folder:
+        differences = accuracy.main(accuracy.parse_args(
+            ["--seeds", "3", "--fast", "--precision bf16 --compile", "--folder", folder]))
+    for bits, difference in differences.items():
+        assert difference > -0.3, (bits, differences)
 
 
 # ---- speed

@@ -100,23 +100,31 @@ class Run:
 
     def seconds(self, steps):
         """The time of `steps` steps."""
-        self.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         for _ in range(steps):
             self.one_step()
         self.metrics.check_finite("step")
-        self.synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
 
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def medians(functions, repeats):
     """The median time of each function, called in turn."""
     times = [[function() for function in functions] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times)]
+
+
+def seconds_of_steps(runs, options):
+    """The median time of a step of each run."""
+    for run in runs:
+        run.seconds(5)  # lazy initialisation, compiling, capturing
+    return medians([lambda run=run: run.seconds(options.steps) / options.steps for run in runs], options.repeats)
 
 
 def table(title, head, rows):
@@ -147,7 +155,7 @@ def print_memory(options):
         run.one_step()
     gc.collect()
     if run.device.type == "cuda":
-        run.synchronize()
+        synchronize(run.device)
         torch.cuda.reset_peak_memory_stats(run.device)
         run.seconds(2)
         peak = torch.cuda.max_memory_reserved(run.device) if run.step.graph else torch.cuda.max_memory_allocated(run.device)
@@ -173,13 +181,11 @@ def peak_flops(precision, device):
     a = torch.randn(size, size, device=device, dtype=DTYPES.get(precision, torch.float32))
 
     def once():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(5):
             a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
     return 5 * 2 * size**3 / min(once() for _ in range(5))
 
@@ -197,9 +203,7 @@ def measure_step(options):
     memory = [memory_of_a_step(options, plain) for plain in (True, False)]
     flops = flops_of_a_step(options)
     runs = [Run(options, plain) for plain in (True, False)]
-    for run in runs:
-        run.seconds(5)  # lazy initialisation, compiling, capturing
-    times = medians([lambda run=run: run.seconds(options.steps) / options.steps for run in runs], options.repeats)
+    times = seconds_of_steps(runs, options)
     peaks = [peak_flops(run.args.precision, run.device) for run in runs]
     rows = [[name, f"{1000 * seconds:.1f}", f"{options.batch_size / seconds:.0f}", f"{times[0] / seconds:.2f}",
              f"{mebibytes:.1f}", f"{flops / seconds / 1e9:.0f}", f"{100 * flops / seconds / peak:.0f} %"]
@@ -222,17 +226,14 @@ def seconds_of_loader(loader, device):
     start = time.perf_counter()
     for images, labels in loader:
         pass
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
 def measure_loader(options):
     runs = [Run(options, plain) for plain in (True, False)]
     both = loaders(options)
-    for run in runs:
-        run.seconds(5)
-    steps = medians([lambda run=run: run.seconds(options.steps) / options.steps for run in runs], options.repeats)
+    steps = seconds_of_steps(runs, options)
     loading = medians([lambda loader=loader: seconds_of_loader(loader, runs[0].device) for loader in both], options.repeats)
     rows = [[name, f"{options.images / seconds:.0f}", f"{options.batch_size / step:.0f}",
              f"{options.images / seconds / (options.batch_size / step):.1f}"]
@@ -250,12 +251,12 @@ def measure_epoch(options):
 
     def epoch(run, loader):
         run.computation.set_backends()
-        run.synchronize()
+        synchronize(run.device)
         start = time.perf_counter()
         loader.batch_sampler.epoch += 1
-        train.train_one_epoch(run.model, loader, run.step, utils.Metrics(run.args.bit_width_list, run.device),
+        train.train_one_epoch(loader, run.step, utils.Metrics(run.args.bit_width_list, run.device),
                               1 if run.args.plain else run.args.print_freq, "epoch", lambda: None, lambda wished: None)
-        run.synchronize()
+        synchronize(run.device)
         return time.perf_counter() - start
     times = medians([lambda pair=pair: epoch(*pair) for pair in zip(runs, both)], options.repeats)
     rows = [[name, f"{seconds:.2f}", f"{options.images / seconds:.0f}", f"{times[0] / seconds:.2f}"]
@@ -268,14 +269,9 @@ def measure_epoch(options):
 def measure_widths(options):
     lists = [sorted(BIT_WIDTHS, reverse=True)[:count] for count in range(1, 10)]
     runs = [Run(options, False, widths) for widths in lists]
-    for run in runs:
-        run.seconds(5)
-    times = medians([lambda run=run: run.seconds(options.steps) / options.steps for run in runs], options.repeats)
+    times = seconds_of_steps(runs, options)
     single = [Run(options, False, [bits]) for bits in sorted(BIT_WIDTHS, reverse=True)]
-    for run in single:
-        run.seconds(5)
-    alone = medians([lambda run=run: run.seconds(options.steps) / options.steps for run in single], options.repeats)
-    sums = list(itertools.accumulate(alone))
+    sums = list(itertools.accumulate(seconds_of_steps(single, options)))
     rows = [[len(widths), ",".join(map(str, widths)), f"{1000 * seconds:.1f}", f"{seconds / times[0]:.2f}",
              f"{seconds / total:.2f}"] for widths, seconds, total in zip(lists, times, sums)]
     table(f"Number of bit-widths: {describe(options)}, fast path",
