@@ -6,8 +6,8 @@ import torch
 
 import distributed
 from errors import UserError
-from models.losses import any_precision_backward, forward_loss, normalize_weights, sharing, sharing_nothing
-from models.quan_ops import set_arithmetic
+from models.losses import any_precision_backward, forward_loss, sharing, sharing_nothing
+from models.quan_ops import normalize_weights, set_arithmetic
 from utils import Metrics, one_line
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

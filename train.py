@@ -38,7 +38,7 @@ from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatch
 from distributed import rank, world_size
 from errors import Stopped, UsageError, UserError
 from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
-                    trained_bit_widths)
+                    switchable_layers, trained_bit_widths)
 from models.losses import LOSSES
 from step import PRECISIONS, Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics, log
@@ -391,13 +391,14 @@ def evaluate(computation, loader, bit_widths, what="validation", after_batch=lam
     """
     model = computation.model
     model.eval()
+    layers = switchable_layers(model)
     metrics = Metrics(bit_widths, computation.device)
     for images, labels in loader:
         results = {}
-        with computation.share(model, images) as (network, x):
+        with computation.share(model, images) as shared:
             for bits in bit_widths:
-                set_bit_width(model, bits)
-                results[bits] = computation.forward(network, x, labels)
+                set_bit_width(layers, bits)
+                results[bits] = computation.forward(*shared(), labels)
         metrics.add(Metrics.row(results, labels), len(labels))
         after_batch()
     metrics.check_finite(what)

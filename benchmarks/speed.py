@@ -90,7 +90,6 @@ class Run:
         self.metrics = utils.Metrics(self.args.bit_width_list, self.device)
 
     def one_step(self):
-        self.model.train()
         self.computation.set_backends()
         row, _ = self.step(self.images, self.labels, 1.0, None)
         self.metrics.add(row, len(self.labels))

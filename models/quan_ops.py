@@ -46,6 +46,8 @@ def unit_gradient(grad, x):
 
     torch.clamp's own is not used: releases differ at the ends, and low-bit sums land exactly on them.
     """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":  # whose compiled kernels are slow at storing booleans
+        return grad * (1 - (x - x.clamp(0, 1)).abs().sign())
     limits = torch.finfo(x.dtype)
     return torch.ops.aten.hardtanh_backward(grad, x, -limits.tiny, 1 + limits.eps)  # its ends are not included
 
@@ -98,12 +100,22 @@ def quantize_activation(x, bits, rounding=True):
 
 
 # ---- the same values and gradients in fewer operations
-# The last one of a forward pass is not in place: torch 2.11 would compile it to a gradient of 0.
 
 def normalize_weight(w):
     """What all bit-widths share of a weight: v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, detached."""
     t = torch.tanh(w)
     return t / t.abs().max(), w.abs().mean().detach()
+
+
+def quantize_normalized(v, scale, bits, levels=False):
+    """quantize_weight(w, bits) of v, scale = normalize_weight(w); with levels integers over a power of two.
+
+    levels:  (2 * round(n * (v / 2 + 1/2)) - n) / (n + 1),  which is  quantize_weight(w, bits) / scale * n / (n + 1)
+    """
+    if bits == FULL_PRECISION:
+        return scale * v
+    n = 2**bits - 1
+    return WeightLevels.apply(v, n) if levels else QuantizeNormalized.apply(v, scale, n)
 
 
 class QuantizeNormalized(torch.autograd.Function):
@@ -112,7 +124,7 @@ class QuantizeNormalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, scale, n):
         ctx.save_for_backward(scale)
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(scale * (2 / n)).sub(scale)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2 / n).sub_(1).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):
@@ -126,24 +138,25 @@ class WeightLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, n):
         ctx.n = n
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div(n + 1)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div_(n + 1)
 
     @staticmethod
     def backward(ctx, grad):
         return grad * (ctx.n / (ctx.n + 1)), None
 
 
-class QuantizeUnit(torch.autograd.Function):
-    """round(n * clamp(x, 0, 1)) / n, with unit_gradient."""
-
-    @staticmethod
-    def forward(ctx, x, n):
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1).mul_(n).round_().div(n)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return unit_gradient(grad, *ctx.saved_tensors), None
+def quantize_unit(x, bits, rounding=True):
+    """quantize_activation of at most 8 bits. Straight-through without a function of its own: the values of a clamp are
+    rounded in place, which its gradient does not see."""
+    limits = torch.finfo(x.dtype)
+    a = nn.functional.hardtanh(x, -limits.tiny, 1 + limits.eps)  # as in unit_gradient
+    with torch.no_grad():
+        if rounding:
+            n = 2**bits - 1
+            a.mul_(n).round_().div_(n)
+        else:
+            a.clamp_(0, 1)
+    return a
 
 
 # ---- layers
@@ -151,31 +164,32 @@ class QuantizeUnit(torch.autograd.Function):
 class Conv2dQ(nn.Conv2d):
     """A convolution whose weight is quantized to self.bits; its bias, if any, is not.
 
-    quantized_input: its input comes from an ActivationQ at the same bit-width. exact_sums: its output meets a clamp with
-    no BatchNorm in between, whose ends low-bit sums hit, so that it matters whether 0 is 0: integers as operands always.
+    quantized_input: its input comes from an ActivationQ at the same bit-width.
     """
 
     bits = FULL_PRECISION
     plain = False  # True: by the equations, everything anew
     levels = False  # True: both operands as integers over a power of two, exact in bfloat16, float16 and TF32
-    shared = None  # normalize_weight(self.weight), while bit-widths share it
+    shared = None  # (quantize_normalized weight, E), while share_weights gives them
 
-    def __init__(self, *args, quantized_input=True, exact_sums=False, **kwargs):
+    def __init__(self, *args, quantized_input=True, **kwargs):
         super().__init__(*args, **kwargs)
-        self.quantized_input, self.exact_sums = quantized_input, exact_sums
+        self.quantized_input = quantized_input
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
         if self.plain:
             return self._conv_forward(x, quantize_weight(self.weight, self.bits), self.bias)
-        v, scale = self.shared or normalize_weight(self.weight)
-        if self.bits == FULL_PRECISION:
-            return self.convolve(x, scale * v, self.bias)
-        n = 2**self.bits - 1
-        if not (self.levels or self.exact_sums):
-            return self.convolve(x, QuantizeNormalized.apply(v, scale, n), self.bias)
+        if self.shared:
+            w, scale = self.shared
+        else:
+            v, scale = normalize_weight(self.weight)
+            w = quantize_normalized(v, scale, self.bits, self.levels)
+        if self.bits == FULL_PRECISION or not self.levels:
+            return self.convolve(x, w, self.bias)
         # The power of two keeps sums of float16 in range. The step n / (n + 1) of each operand is undone in the output.
+        n = 2**self.bits - 1
         x = (round_ste(n * x) if self.quantized_input else n * x) / (n + 1)
-        y = self.convolve(x, WeightLevels.apply(v, n), None)
+        y = self.convolve(x, w, None)
         y = (y.to(scale.dtype) * (scale * ((n + 1) / n) ** 2)).to(y.dtype)
         return y if self.bias is None else y + self.bias[:, None, None]
 
@@ -185,6 +199,25 @@ class Conv2dQ(nn.Conv2d):
             y = nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), w.permute(0, 2, 3, 1).flatten(1), bias)
             return y[:, :, None, None]
         return self._conv_forward(x, w, bias)
+
+
+def normalize_weights(weights):
+    """normalize_weight of each weight (C_out, C_in, H, W), joined: v (P,), E of each entry (P,), and the list of E.
+
+    Joined in the order of channels last, for which nothing is copied.
+    """
+    pairs = [normalize_weight(weight) for weight in weights]
+    return (torch.cat([v.permute(0, 2, 3, 1).flatten() for v, _ in pairs]),
+            torch.cat([scale.expand(v.numel()) for v, scale in pairs]), [scale for _, scale in pairs])
+
+
+def share_weights(layers, v, scale, scales):
+    """Give layers (Conv2dQ at one bit-width) their quantized weights out of normalize_weights': one operation for all."""
+    joined = quantize_normalized(v, scale, layers[0].bits, layers[0].levels)
+    parts = joined.split([layer.weight.numel() for layer in layers])
+    for layer, part, scale_of_layer in zip(layers, parts, scales):
+        c_out, c_in, height, width = layer.weight.shape
+        layer.shared = part.view(c_out, height, width, c_in).permute(0, 3, 1, 2), scale_of_layer
 
 
 class ActivationQ(nn.Module):
@@ -198,9 +231,10 @@ class ActivationQ(nn.Module):
         self.rounding = rounding
 
     def forward(self, x):
-        if self.plain or not self.rounding or self.bits == FULL_PRECISION:
+        # A compiler fuses the equation itself.
+        if self.plain or self.bits == FULL_PRECISION or torch.compiler.is_compiling():
             return quantize_activation(x, self.bits, self.rounding)
-        return QuantizeUnit.apply(x, 2**self.bits - 1)
+        return quantize_unit(x, self.bits, self.rounding)
 
 
 class Classifier(nn.Linear):
@@ -225,12 +259,18 @@ class SwitchableBatchNorm2d(nn.Module):
         return sorted(int(bits) for bits in self.bn_dict)
 
     def forward(self, x):  # in float32 where convolutions give less, so that the quantizer sees no coarser grid
-        return self.bn_dict[str(self.bits)](x.to(self.bn_dict[str(self.bits)].weight.dtype))
+        batch_norm = self.bn_dict[str(self.bits)]
+        return batch_norm(x.to(batch_norm.weight.dtype))
 
 
-def trained_bit_widths(model):
-    """The bit-widths model has BatchNorms for, lowest first; [] where it has no switchable BatchNorm."""
-    for layer in model.modules():
+def switchable_layers(model):
+    """The layers of model whose attribute `bits` set_bit_width writes."""
+    return [layer for layer in model.modules() if hasattr(layer, "bits")]
+
+
+def trained_bit_widths(layers):
+    """The bit-widths there are BatchNorms for, lowest first; [] without a switchable one. layers: a model or some of its."""
+    for layer in layers.modules() if isinstance(layers, nn.Module) else layers:
         if isinstance(layer, SwitchableBatchNorm2d):
             return layer.bit_widths
     return []
@@ -239,14 +279,15 @@ def trained_bit_widths(model):
 def set_bit_width(model, bits):
     """Switch model to `bits` bits: write the `bits` attribute of every layer that has one, and nothing else.
 
-    ValueError where the model was not built for that bit-width; the model then stays as it was.
+    model: or its switchable_layers, where they are at hand. ValueError where the model was not built for that bit-width;
+    the model then stays as it was.
     """
-    allowed = trained_bit_widths(model) or list(BIT_WIDTHS)
+    layers = switchable_layers(model) if isinstance(model, nn.Module) else model
+    allowed = trained_bit_widths(layers) or list(BIT_WIDTHS)
     if bits not in allowed:
         raise ValueError(f"{bits} bits was not trained; choose from {', '.join(map(str, allowed))}")
-    for layer in model.modules():
-        if hasattr(layer, "bits"):
-            layer.bits = bits
+    for layer in layers:
+        layer.bits = bits
 
 
 def set_arithmetic(model, plain=False, levels=False):

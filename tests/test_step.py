@@ -11,8 +11,9 @@ import train
 from errors import UserError
 from models import MODELS
 from models.losses import LOSSES, any_precision_backward, sharing, sharing_nothing
-from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, QuantizeNormalized, QuantizeUnit, WeightLevels, clamp_unit,
-                             quantize_activation, quantize_weight, set_arithmetic)
+from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, WeightLevels, clamp_unit, quantize_activation,
+                             quantize_weight, round_ste, set_arithmetic)
+from models.svhn_quan import Dropout
 from step import Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics
 
@@ -95,18 +96,23 @@ def test_an_error_within_a_step_leaves_nothing_shared():
 ENDS = [-1.0, -1e-300, 0.0, 1e-300, 0.5, 1.0, 1 + 2**-50, 2.0]
 
 
+@pytest.mark.parametrize("rounding", [True, False])
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
-def test_layers_equal_the_equations(bits):
+def test_activations_equal_the_equation(bits, rounding):
     torch.manual_seed(0)
     x = torch.cat([torch.randn(200, dtype=torch.float64), torch.tensor(ENDS, dtype=torch.float64)]).requires_grad_()
     upstream = torch.randn_like(x)
-    layer = ActivationQ()
+    layer = ActivationQ(rounding)
     layer.bits = bits
     found, = torch.autograd.grad(layer(x), x, upstream)
-    expected, = torch.autograd.grad(quantize_activation(x, bits), x, upstream)
-    assert torch.equal(layer(x), quantize_activation(x, bits))
+    expected, = torch.autograd.grad(quantize_activation(x, bits, rounding), x, upstream)
+    assert torch.equal(layer(x), quantize_activation(x, bits, rounding))
     assert_close(found, expected, rtol=1e-14, atol=0)
 
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_convolutions_equal_the_equation(bits):
+    torch.manual_seed(0)
     conv, images = Conv2dQ(3, 4, 3).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     conv.bits = bits
     upstream = torch.randn(2, 4, 6, 6, dtype=torch.float64)
@@ -115,6 +121,19 @@ def test_layers_equal_the_equations(bits):
         out = conv(images)
         results.append((out, *torch.autograd.grad(out, list(conv.parameters()), upstream)))
     assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_keeps_half_of_the_elements_at_random():
+    torch.manual_seed(0)
+    layer, x = Dropout(0.5), torch.ones(40, 32, 5, 5).contiguous(memory_format=torch.channels_last)
+    kept = [layer(x).flatten() for _ in range(2)]
+    for elements in kept:
+        assert set(elements.tolist()) == {0.0, 2.0}
+        assert abs(elements.mean() - 1) < 4 / len(elements)**0.5  # 4 standard deviations
+    neighbours = [(kept[0][:-shift] * kept[0][shift:]).mean() for shift in (1, 8, 25, 32)]  # 1 where independent
+    assert max(abs(value - 1) for value in (*neighbours, (kept[0] * kept[1]).mean())) < 8 / len(kept[0])**0.5
+    assert torch.equal(layer.eval()(x), x)
+    assert layer.train()(torch.ones(1, 3, 1, 1)).shape == (1, 3, 1, 1)  # fewer than the bits of a word
 
 
 def test_a_convolution_to_one_pixel():
@@ -281,13 +300,11 @@ def test_nothing_in_a_step_waits_for_the_device(precision):
 
 # ---- compiled
 
-@pytest.mark.parametrize("quantize", [
-    lambda x: clamp_unit(x), lambda x: QuantizeUnit.apply(x, 15), lambda x: WeightLevels.apply(x, 15),
-    lambda x: QuantizeNormalized.apply(x, torch.tensor(0.3), 15)])
+@pytest.mark.parametrize("quantize", [clamp_unit, round_ste])
 def test_compiled_quantizers_have_their_gradients(quantize):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    x = (2 * torch.rand(100) - 1).requires_grad_()
+    x = torch.cat([2 * torch.rand(100) - 0.5, torch.tensor([0.0, 1.0])]).requires_grad_()
     expected, = torch.autograd.grad(quantize(x).sum(), x)
     found = torch.compile(quantize, backend="aot_eager")(x)
     assert_close(found, quantize(x))
