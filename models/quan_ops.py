@@ -245,12 +245,53 @@ class Classifier(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
 
+class NormalizeRows(torch.autograd.Function):
+    """Batch normalization of x (N, C, H, W), channels last: (output, mean (C,), biased variance (C,))."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N H W, C)
+        mean = rows.mean(0)
+        variance = (rows - mean).square_().mean(0)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt_())
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.eps = eps
+        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0], mean, variance
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, inverse_deviation = ctx.saved_tensors
+        return *torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse_deviation, True, ctx.eps, [True] * 3), None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d, accurate in channels last on a CPU too.
+
+    Torch's own adds up all pixels there one after the other in float32, and where backgrounds are even is wrong by 1e-4:
+    enough for activations to cross a rounding threshold, whole backgrounds at a time, and to cost accuracy.
+    """
+
+    def forward(self, x):
+        inaccurate = (x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling()
+                      and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
+        if not (inaccurate and self.training):
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        out, mean, variance = NormalizeRows.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1]
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+        return out
+
+
 class SwitchableBatchNorm2d(nn.Module):
     """One full BatchNorm2d per bit-width, chosen by self.bits: the only layers that bit-widths do not share."""
 
     def __init__(self, num_features, bit_widths):
         super().__init__()
-        self.bn_dict = nn.ModuleDict({str(bits): nn.BatchNorm2d(num_features) for bits in sorted(bit_widths)})
+        self.bn_dict = nn.ModuleDict({str(bits): BatchNorm2d(num_features) for bits in sorted(bit_widths)})
         self.bits = max(bit_widths)
 
     @property

@@ -3,7 +3,8 @@ from functools import partial
 
 from torch import nn
 
-from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
+from models.quan_ops import (ActivationQ, BatchNorm2d, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
+                             set_bit_width)
 
 
 class BasicBlock(nn.Module):
@@ -20,7 +21,7 @@ class BasicBlock(nn.Module):
         self.skip_conv = None
         if stride != 1:
             self.skip_conv = shortcut_conv(in_channels, channels, 1, stride, bias=False)
-            self.skip_bn = nn.BatchNorm2d(channels)
+            self.skip_bn = BatchNorm2d(channels)
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C, H / stride, W / stride)
         out = self.act(self.bn0(x))

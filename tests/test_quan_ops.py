@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, quantize_activation,
+from models.quan_ops import (BIT_WIDTHS, ActivationQ, BatchNorm2d, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, quantize_activation,
                              quantize_weight)
 
 LEVELS = {  # bits: n, and by hand round(n * 0.6), round(n * 0.5) with halves to even, round(n * 0.75)
@@ -87,6 +87,38 @@ def test_activation_layer():
         layer, x = ActivationQ(rounding), torch.randn(50)
         layer.bits = 2
         assert_close(layer(x), quantize_activation(x, 2, rounding))
+
+
+def normalized(layer, x, upstream):
+    """What a BatchNorm gives, its gradients and its statistics after two batches."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer(2 * x)
+    out = layer(x)
+    gradients = torch.autograd.grad(out, [x, layer.weight, layer.bias], upstream)
+    return out, *gradients, *layer.buffers()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_in_channels_last_is_torchs(momentum):
+    torch.manual_seed(0)
+    x, upstream = (torch.randn(4, 6, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last) for _ in "ab")
+    layers = [kind(6, momentum=momentum).double() for kind in (torch.nn.BatchNorm2d, BatchNorm2d)]
+    expected, found = (normalized(layer, x, upstream) for layer in layers)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert_close(layers[1].eval()(x), layers[0].eval()(x))
+
+
+def test_batch_norm_of_even_backgrounds_is_accurate_in_channels_last():
+    torch.manual_seed(0)
+    digit = torch.rand(64, 1, 18, 18) < 0.4
+    x = torch.where(digit, torch.randn(64, 16, 18, 18) + 3, torch.randn(1, 16, 1, 1))
+    exact, layer = BatchNorm2d(16).double(), BatchNorm2d(16)
+    found = normalized(layer, x.contiguous(memory_format=torch.channels_last), torch.ones_like(x))
+    expected = normalized(exact, x.double(), torch.ones_like(x).double())
+    for index, name in ((0, "output"), (4, "running mean"), (5, "running variance")):
+        error = (found[index] - expected[index]).abs().max() / expected[index].abs().max()
+        assert error < 2e-6, name  # torch's own: 5e-5 and more
 
 
 def test_only_the_active_batch_norm_moves():
