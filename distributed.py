@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 from errors import UserError
+from models.quan_ops import BatchNorm2d
 
 
 def rank():
@@ -137,7 +138,7 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class SyncBatchNorm2d(BatchNorm2d):
     """BatchNorm2d whose training statistics are those of the batch over all processes, on CPUs too (torch's own
     SyncBatchNorm works on GPUs alone)."""
 
@@ -160,5 +161,5 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def synchronise_batch_norm(model):
     """Make every BatchNorm of the model a SyncBatchNorm2d, in place; its state stays."""
     for layer in model.modules():
-        if type(layer) is nn.BatchNorm2d:
+        if isinstance(layer, nn.BatchNorm2d):
             layer.__class__ = SyncBatchNorm2d

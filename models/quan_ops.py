@@ -100,6 +100,7 @@ def quantize_activation(x, bits, rounding=True):
 
 
 # ---- the same values and gradients in fewer operations
+# The last one of a function's forward is not in place: torch 2.11 would compile it to a gradient of 0.
 
 def normalize_weight(w):
     """What all bit-widths share of a weight: v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, detached."""
@@ -124,7 +125,7 @@ class QuantizeNormalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, scale, n):
         ctx.save_for_backward(scale)
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2 / n).sub_(1).mul_(scale)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2 / n).sub_(1).mul(scale)
 
     @staticmethod
     def backward(ctx, grad):
@@ -138,7 +139,7 @@ class WeightLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, n):
         ctx.n = n
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div_(n + 1)
+        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2).sub_(n).div(n + 1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -151,11 +152,11 @@ def quantize_unit(x, bits, rounding=True):
     limits = torch.finfo(x.dtype)
     a = nn.functional.hardtanh(x, -limits.tiny, 1 + limits.eps)  # as in unit_gradient
     with torch.no_grad():
+        if not rounding or x.dtype.itemsize < 4:  # bfloat16's eps is not lost in rounding
+            a.clamp_(0, 1)
         if rounding:
             n = 2**bits - 1
             a.mul_(n).round_().div_(n)
-        else:
-            a.clamp_(0, 1)
     return a
 
 
@@ -204,7 +205,7 @@ class Conv2dQ(nn.Conv2d):
 def normalize_weights(weights):
     """normalize_weight of each weight (C_out, C_in, H, W), joined: v (P,), E of each entry (P,), and the list of E.
 
-    Joined in the order of channels last, for which nothing is copied.
+    Joined in the order of channels last.
     """
     pairs = [normalize_weight(weight) for weight in weights]
     return (torch.cat([v.permute(0, 2, 3, 1).flatten() for v, _ in pairs]),
@@ -212,7 +213,10 @@ def normalize_weights(weights):
 
 
 def share_weights(layers, v, scale, scales):
-    """Give layers (Conv2dQ at one bit-width) their quantized weights out of normalize_weights': one operation for all."""
+    """Give layers (Conv2dQ at one bit-width) their quantized weights out of normalize_weights': one operation for all.
+
+    They are in channels last, and so then are the convolutions' outputs.
+    """
     joined = quantize_normalized(v, scale, layers[0].bits, layers[0].levels)
     parts = joined.split([layer.weight.numel() for layer in layers])
     for layer, part, scale_of_layer in zip(layers, parts, scales):
@@ -266,10 +270,11 @@ class NormalizeRows(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, accurate in channels last on a CPU too.
+    """nn.BatchNorm2d whose outputs and statistics are accurate in channels last on a CPU too.
 
     Torch's own adds up all pixels there one after the other in float32, and where backgrounds are even is wrong by 1e-4:
-    enough for activations to cross a rounding threshold, whole backgrounds at a time, and to cost accuracy.
+    enough for activations to cross a rounding threshold, whole backgrounds at a time, and to cost accuracy. Its backward
+    pass, used here, adds up in the same way; no threshold hangs on that.
     """
 
     def forward(self, x):
@@ -310,7 +315,7 @@ def switchable_layers(model):
 
 
 def trained_bit_widths(layers):
-    """The bit-widths there are BatchNorms for, lowest first; [] without a switchable one. layers: a model or some of its."""
+    """The bit-widths there are BatchNorms for, lowest first; [] without a switchable one. layers: a model, or a list of its layers."""
     for layer in layers.modules() if isinstance(layers, nn.Module) else layers:
         if isinstance(layer, SwitchableBatchNorm2d):
             return layer.bit_widths

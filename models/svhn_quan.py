@@ -8,7 +8,7 @@ from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNor
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU at p = 1/2 of one random bit an element, many times faster."""
+    """nn.Dropout; on a CPU at p = 1/2 its mask is a bit of a random byte for each element, many times faster."""
 
     plain = False
 

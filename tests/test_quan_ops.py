@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from models.quan_ops import (BIT_WIDTHS, ActivationQ, BatchNorm2d, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, quantize_activation,
-                             quantize_weight)
+from models.quan_ops import (BIT_WIDTHS, ActivationQ, BatchNorm2d, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
+                             quantize_activation, quantize_weight)
 
 LEVELS = {  # bits: n, and by hand round(n * 0.6), round(n * 0.5) with halves to even, round(n * 0.75)
     1: (1, 1, 0, 1), 2: (3, 2, 2, 2), 3: (7, 4, 4, 5), 4: (15, 9, 8, 11), 5: (31, 19, 16, 23), 6: (63, 38, 32, 47),
