@@ -33,7 +33,7 @@ def sharing(model, images, normalize=normalize_weights, autocast=contextlib.null
 
     layers = [layer for layer in model.modules() if isinstance(layer, Conv2dQ)]
     if layers:
-        v, *scales = normalize([layer.weight for layer in layers])
+        v, scales = normalize([layer.weight for layer in layers])
         v = once(v)
     network, x = model, images
     if getattr(model, "stem_is_shared", False):
@@ -42,7 +42,7 @@ def sharing(model, images, normalize=normalize_weights, autocast=contextlib.null
 
     def shared():
         if layers:
-            share_weights(layers, v, *scales)
+            share_weights(layers, v, scales)
         return network, x
 
     try:

@@ -108,29 +108,41 @@ def normalize_weight(w):
     return t / t.abs().max(), w.abs().mean().detach()
 
 
-def quantize_normalized(v, scale, bits, levels=False):
+def quantize_normalized(v, scales, bits, levels=False, sizes=None):
     """quantize_weight(w, bits) of v, scale = normalize_weight(w); with levels integers over a power of two.
 
-    levels:  (2 * round(n * (v / 2 + 1/2)) - n) / (n + 1),  which is  quantize_weight(w, bits) / scale * n / (n + 1)
+    v of one layer with scales [E], or of several, joined, with their numbers of entries, sizes.
+    levels:  (2 * round(n * (v / 2 + 1/2)) - n) / (n + 1),  which is  quantize_weight(w, bits) / E * n / (n + 1)
     """
-    if bits == FULL_PRECISION:
-        return scale * v
-    n = 2**bits - 1
-    return WeightLevels.apply(v, n) if levels else QuantizeNormalized.apply(v, scale, n)
+    if levels and bits < FULL_PRECISION:
+        return WeightLevels.apply(v, 2**bits - 1)
+    return QuantizeNormalized.apply(v, scales, bits, sizes or [len(v)])
 
 
 class QuantizeNormalized(torch.autograd.Function):
-    """scale * (2 * round(n * (v / 2 + 1/2)) / n - 1) of v in [-1, 1]; straight-through, so its gradient is scale."""
+    """E * (2 * round(n * (v / 2 + 1/2)) / n - 1) of v in [-1, 1], at 32 bits E * v; straight-through, so its gradient is E.
+
+    Of v (P, ...) E is scales[0] for the first sizes[0] entries, and so on.
+    """
 
     @staticmethod
-    def forward(ctx, v, scale, n):
-        ctx.save_for_backward(scale)
-        return torch.add(n / 2, v, alpha=n / 2).round_().mul_(2 / n).sub_(1).mul(scale)
+    def forward(ctx, v, scales, bits, sizes):
+        ctx.scales, ctx.sizes = scales, sizes
+        if bits == FULL_PRECISION:
+            return QuantizeNormalized.scaled(v, ctx)
+        n = 2**bits - 1
+        return QuantizeNormalized.scaled(torch.add(n / 2, v, alpha=n / 2).round_().mul_(2 / n).sub_(1), ctx)
 
     @staticmethod
     def backward(ctx, grad):
-        scale, = ctx.saved_tensors
-        return grad * scale, None, None
+        return QuantizeNormalized.scaled(grad, ctx), None, None, None
+
+    @staticmethod
+    def scaled(x, ctx):
+        out = torch.empty_like(x)
+        for scale, part, target in zip(ctx.scales, x.split(ctx.sizes), out.split(ctx.sizes)):
+            torch.mul(part, scale, out=target)
+        return out
 
 
 class WeightLevels(torch.autograd.Function):
@@ -184,7 +196,7 @@ class Conv2dQ(nn.Conv2d):
             w, scale = self.shared
         else:
             v, scale = normalize_weight(self.weight)
-            w = quantize_normalized(v, scale, self.bits, self.levels)
+            w = quantize_normalized(v, [scale], self.bits, self.levels)
         if self.bits == FULL_PRECISION or not self.levels:
             return self.convolve(x, w, self.bias)
         # The power of two keeps sums of float16 in range. The step n / (n + 1) of each operand is undone in the output.
@@ -203,25 +215,21 @@ class Conv2dQ(nn.Conv2d):
 
 
 def normalize_weights(weights):
-    """normalize_weight of each weight (C_out, C_in, H, W), joined: v (P,), E of each entry (P,), and the list of E.
-
-    Joined in the order of channels last.
-    """
+    """normalize_weight of each weight (C_out, C_in, H, W): v (P,), joined in the order of channels last, and the Es."""
     pairs = [normalize_weight(weight) for weight in weights]
-    return (torch.cat([v.permute(0, 2, 3, 1).flatten() for v, _ in pairs]),
-            torch.cat([scale.expand(v.numel()) for v, scale in pairs]), [scale for _, scale in pairs])
+    return torch.cat([v.permute(0, 2, 3, 1).flatten() for v, _ in pairs]), [scale for _, scale in pairs]
 
 
-def share_weights(layers, v, scale, scales):
+def share_weights(layers, v, scales):
     """Give layers (Conv2dQ at one bit-width) their quantized weights out of normalize_weights': one operation for all.
 
     They are in channels last, and so then are the convolutions' outputs.
     """
-    joined = quantize_normalized(v, scale, layers[0].bits, layers[0].levels)
-    parts = joined.split([layer.weight.numel() for layer in layers])
-    for layer, part, scale_of_layer in zip(layers, parts, scales):
+    sizes = [layer.weight.numel() for layer in layers]
+    parts = quantize_normalized(v, scales, layers[0].bits, layers[0].levels, sizes).split(sizes)
+    for layer, part, scale in zip(layers, parts, scales):
         c_out, c_in, height, width = layer.weight.shape
-        layer.shared = part.view(c_out, height, width, c_in).permute(0, 3, 1, 2), scale_of_layer
+        layer.shared = part.view(c_out, height, width, c_in).permute(0, 3, 1, 2), scale
 
 
 class ActivationQ(nn.Module):

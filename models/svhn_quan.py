@@ -21,6 +21,36 @@ class Dropout(nn.Dropout):
         return x * twice.view(n, height, width, c).permute(0, 3, 1, 2)
 
 
+class Maximum(torch.autograd.Function):
+    """max_pool2d(x, size), which keeps for its backward pass where the maxima are and not, as torch's own does, x too."""
+
+    @staticmethod
+    def forward(ctx, x, size):
+        out, indices = torch.ops.aten.max_pool2d_with_indices(x, [size, size])
+        ctx.save_for_backward(indices)
+        ctx.size, ctx.shape = size, x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        indices, = ctx.saved_tensors
+        memory_format = torch.contiguous_format if indices.is_contiguous() else torch.channels_last
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)  # for its shape
+        size = [ctx.size, ctx.size]
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, size, size, [0, 0], [1, 1], False, indices), None
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d(size), in less memory."""
+
+    plain = False
+
+    def forward(self, x):
+        if self.plain or torch.compiler.is_compiling():
+            return super().forward(x)
+        return Maximum.apply(x, self.kernel_size)
+
+
 class SVHNNet(nn.Module):
     """Seven convolutions and a classifier on 40 x 40 images; `width` is the paper's expansion e."""
 
@@ -32,9 +62,9 @@ class SVHNNet(nn.Module):
         conv = partial(Conv2dQ, bias=False)
         e = width
         self.layers = nn.Sequential(
-            stem_conv(3, 6 * e, 5), nn.MaxPool2d(2), ActivationQ(),  # (N, 6e, 18, 18)
+            stem_conv(3, 6 * e, 5), MaxPool2d(2), ActivationQ(),  # (N, 6e, 18, 18)
             conv(6 * e, 8 * e, 3, padding=1), batch_norm(8 * e), ActivationQ(),
-            conv(8 * e, 8 * e, 3, padding=1), batch_norm(8 * e), nn.MaxPool2d(2), ActivationQ(),  # (N, 8e, 9, 9)
+            conv(8 * e, 8 * e, 3, padding=1), batch_norm(8 * e), MaxPool2d(2), ActivationQ(),  # (N, 8e, 9, 9)
             conv(8 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 7, 7)
             conv(16 * e, 16 * e, 3, padding=1), batch_norm(16 * e), ActivationQ(),
             conv(16 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 5, 5)

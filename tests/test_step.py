@@ -13,7 +13,7 @@ from models import MODELS
 from models.losses import LOSSES, any_precision_backward, sharing, sharing_nothing
 from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, WeightLevels, clamp_unit, quantize_activation,
                              quantize_normalized, quantize_weight, round_ste, set_arithmetic)
-from models.svhn_quan import Dropout
+from models.svhn_quan import Dropout, MaxPool2d
 from step import Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics
 
@@ -123,6 +123,16 @@ def test_convolutions_equal_the_equation(bits):
         out = conv(images)
         results.append((out, *torch.autograd.grad(out, list(conv.parameters()), upstream)))
     assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pooling_is_torchs(memory_format):
+    torch.manual_seed(0)
+    x = torch.randint(4, (3, 5, 9, 8)).double().contiguous(memory_format=memory_format).requires_grad_()  # many are equal
+    expected, found = torch.nn.MaxPool2d(2)(x), MaxPool2d(2)(x)
+    upstream = torch.randn_like(expected)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)))
 
 
 def test_dropout_keeps_half_of_the_elements_at_random():
@@ -306,7 +316,7 @@ def test_nothing_in_a_step_waits_for_the_device(precision):
 # ---- compiled
 
 @pytest.mark.parametrize("quantize", [
-    lambda x: clamp_unit(x), lambda x: round_ste(x), lambda x: quantize_normalized(x, torch.tensor(0.3), 4),
+    lambda x: clamp_unit(x), lambda x: round_ste(x), lambda x: quantize_normalized(x, [torch.tensor(0.3)], 4),
     lambda x: quantize_normalized(x, None, 4, levels=True)])
 def test_compiled_quantizers_have_their_gradients(quantize):
     torch._dynamo.reset()
