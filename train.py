@@ -269,6 +269,9 @@ def make_loader(args, device, train):
     place = memory_for(args, split, len(dataset), device) if row.in_memory and not args.plain else None
     if place:  # without the random transforms, which are drawn on the device
         images, labels = read_arrays(Transformed(dataset, get_transform(args.dataset, False, False)), args.workers)
+        # To validate on (a training batch is as batches say). Nothing is kept for a backward pass, so there is room; what
+        # is compiled is so for batches of one size.
+        batch_size = batch_size if args.compile else 4 * batch_size
         return InMemoryLoader(images.to(place), labels.to(place), args.dataset, device, batches, batch_size, rank(),
                               world_size())
 
