@@ -151,10 +151,7 @@ class SyncBatchNorm2d(BatchNorm2d):
         mean = totals[:-1] / count
         centred = x - mean[:, None, None]
         var = all_reduce_with_gradient(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        self.track(mean, var, count)
         return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
 

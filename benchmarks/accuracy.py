@@ -1,6 +1,6 @@
 """Whether the fast path trains to the plain path's accuracy: both on digits, over seeds.
 
-    python benchmarks/accuracy.py                                        # 8 seeds, about half an hour on 2 CPU cores
+    python benchmarks/accuracy.py                                        # 8 seeds, about 40 minutes on 2 CPU cores
     python benchmarks/accuracy.py --fast "--precision bf16 --compile"    # of what is to be shown
     python benchmarks/accuracy.py --loss hard --seeds 3
 

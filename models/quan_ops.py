@@ -41,6 +41,12 @@ class RoundSTE(torch.autograd.Function):
 round_ste = RoundSTE.apply
 
 
+def unit_ends(dtype):
+    """The numbers just beyond 0 and 1: hardtanh's gradient does not include its ends, and so with these does [0, 1]."""
+    limits = torch.finfo(dtype)
+    return -limits.tiny, 1 + limits.eps
+
+
 def unit_gradient(grad, x):
     """The gradient of clamp(x, 0, 1): grad where 0 <= x <= 1, both ends included, else 0.
 
@@ -48,8 +54,7 @@ def unit_gradient(grad, x):
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":  # whose compiled kernels are slow at storing booleans
         return grad * (1 - (x - x.clamp(0, 1)).abs().sign())
-    limits = torch.finfo(x.dtype)
-    return torch.ops.aten.hardtanh_backward(grad, x, -limits.tiny, 1 + limits.eps)  # its ends are not included
+    return torch.ops.aten.hardtanh_backward(grad, x, *unit_ends(x.dtype))
 
 
 class ClampUnit(torch.autograd.Function):
@@ -161,8 +166,7 @@ class WeightLevels(torch.autograd.Function):
 def quantize_unit(x, bits, rounding=True):
     """quantize_activation of at most 8 bits. Straight-through without a function of its own: the values of a clamp are
     rounded in place, which its gradient does not see."""
-    limits = torch.finfo(x.dtype)
-    a = nn.functional.hardtanh(x, -limits.tiny, 1 + limits.eps)  # as in unit_gradient
+    a = nn.functional.hardtanh(x, *unit_ends(x.dtype))
     with torch.no_grad():
         if not rounding or x.dtype.itemsize < 4:  # bfloat16's eps is not lost in rounding
             a.clamp_(0, 1)
@@ -290,13 +294,17 @@ class BatchNorm2d(nn.BatchNorm2d):
                       and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
         if not (inaccurate and self.training):
             return super().forward(x)
+        out, mean, variance = NormalizeRows.apply(x, self.weight, self.bias, self.eps)
+        self.track(mean, variance, x.numel() // x.shape[1])
+        return out
+
+    @torch.no_grad()
+    def track(self, mean, variance, count):
+        """Take a batch's mean and biased variance over `count` pixels into the running statistics."""
         self.num_batches_tracked.add_(1)
         momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        out, mean, variance = NormalizeRows.apply(x, self.weight, self.bias, self.eps)
-        count = x.numel() // x.shape[1]
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), momentum)
-        return out
 
 
 class SwitchableBatchNorm2d(nn.Module):
@@ -323,7 +331,7 @@ def switchable_layers(model):
 
 
 def trained_bit_widths(layers):
-    """The bit-widths there are BatchNorms for, lowest first; [] without a switchable one. layers: a model, or a list of its layers."""
+    """The bit-widths that layers, a model or a list of its layers, have BatchNorms for, lowest first; [] without any."""
     for layer in layers.modules() if isinstance(layers, nn.Module) else layers:
         if isinstance(layer, SwitchableBatchNorm2d):
             return layer.bit_widths

@@ -108,8 +108,8 @@ def test_activations_equal_the_equation(bits, rounding, dtype):
     found, = torch.autograd.grad(layer(x), x, upstream)
     expected, = torch.autograd.grad(quantize_activation(x, bits, rounding), x, upstream)
     assert torch.equal(layer(x), quantize_activation(x, bits, rounding))
-    limits = torch.finfo(dtype)  # n * grad / n of the equation is rounded
-    assert_close(found, expected, rtol=2 * limits.eps, atol=limits.tiny)
+    limits = torch.finfo(dtype)  # n * grad / n of the equation is rounded, and float16's smallest have fewer digits
+    assert_close(found, expected, rtol=2 * limits.eps, atol=limits.tiny if dtype == torch.float16 else 0)
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
