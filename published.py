@@ -1,7 +1,6 @@
 """Where a checkpoint comes from: a file, a results folder, a URL, or the name of one that the paper's authors published."""
 import hashlib
 import http.client
-import os
 import socket
 import sys
 import tempfile
@@ -11,6 +10,7 @@ import torch
 
 import utils
 from errors import UserError
+from models.fused import cache_folder
 
 PREFIX = "https://www.dropbox.com/s/"
 FILES = {  # name -> its part of the link; the data set is that of its model, below
@@ -38,11 +38,6 @@ FILES = {  # name -> its part of the link; the data set is that of its model, be
     "resnet50q_any_recursive": "df87f40od0g8uq9/resnet50q_any_recursive.pth.tar",
 }
 DATASET = {"resnet20q": "cifar10", "svhnq": "svhn", "resnet50q": "imagenet"}  # what each published model was trained on
-
-
-def cache_folder():
-    """~/.cache/any_precision, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "any_precision"
 
 
 def find_checkpoint(source, *names):

@@ -37,8 +37,8 @@ from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatch
                           get_dataset, get_transform, read_arrays)
 from distributed import rank, world_size
 from errors import Stopped, UsageError, UserError
-from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
-                    switchable_layers, trained_bit_widths)
+from models import (DEFAULT_WIDTH, MODELS, calibrate, check_bit_widths, fit_bit_widths, fused, saved_bit_widths,
+                    set_bit_width, switchable_layers, trained_bit_widths)
 from models.losses import LOSSES
 from step import PRECISIONS, Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics, log
@@ -354,6 +354,8 @@ def make_computation(args, model, device):
     if reason and rank() == 0:
         print(f"--compile needs a compiler that works here, and is left out: {reason}")
     compiles = args.compile and not reason
+    if not args.plain and device.type == "cpu" and fused.load()[1] and rank() == 0:
+        print(f"models/fused.c could not be compiled here, and without it training takes longer: {fused.load()[1]}")
     return Computation(model, device, args.plain, args.precision, compiles, images_per_process(args))
 
 

@@ -9,6 +9,8 @@ import re
 import torch
 from torch import nn
 
+from models import fused
+
 FULL_PRECISION = 32
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 
@@ -220,6 +222,9 @@ class Conv2dQ(nn.Conv2d):
 
 def normalize_weights(weights):
     """normalize_weight of each weight (C_out, C_in, H, W): v (P,), joined in the order of channels last, and the Es."""
+    if fused.available(weights[0]):
+        v, scales = fused.NormalizeWeights.apply(*weights)
+        return v, list(scales)
     pairs = [normalize_weight(weight) for weight in weights]
     return torch.cat([v.permute(0, 2, 3, 1).flatten() for v, _ in pairs]), [scale for _, scale in pairs]
 
@@ -229,11 +234,18 @@ def share_weights(layers, v, scales):
 
     They are in channels last, and so then are the convolutions' outputs.
     """
-    sizes = [layer.weight.numel() for layer in layers]
-    parts = quantize_normalized(v, scales, layers[0].bits, layers[0].levels, sizes).split(sizes)
+    bits, levels = layers[0].bits, layers[0].levels
+    shapes = [layer.weight.shape for layer in layers]
+    if fused.available(v) and not levels:
+        n = 0 if bits == FULL_PRECISION else 2**bits - 1
+        parts = fused.QuantizeWeights.apply(v, scales, n, shapes)
+    else:
+        sizes = [shape.numel() for shape in shapes]
+        joined = quantize_normalized(v, scales, bits, levels, sizes).split(sizes)
+        parts = [part.view(c_out, height, width, c_in).permute(0, 3, 1, 2)
+                 for part, (c_out, c_in, height, width) in zip(joined, shapes)]
     for layer, part, scale in zip(layers, parts, scales):
-        c_out, c_in, height, width = layer.weight.shape
-        layer.shared = part.view(c_out, height, width, c_in).permute(0, 3, 1, 2), scale
+        layer.shared = part, scale
 
 
 class ActivationQ(nn.Module):
@@ -246,11 +258,24 @@ class ActivationQ(nn.Module):
         super().__init__()
         self.rounding = rounding
 
+    def code(self):
+        """Its number in models/fused.py, which has rounding ones."""
+        return fused.RELU if self.bits == FULL_PRECISION else 2**self.bits - 1
+
     def forward(self, x):
+        if self.rounding and not self.plain and fused.fits(x):
+            return fused.Activation.apply(x, self.code())
         # A compiler fuses the equation itself.
         if self.plain or self.bits == FULL_PRECISION or torch.compiler.is_compiling():
             return quantize_activation(x, self.bits, self.rounding)
         return quantize_unit(x, self.bits, self.rounding)
+
+
+def through(following, x):
+    """x through the layers that follow."""
+    for layer in following:
+        x = layer(x)
+    return x
 
 
 class Classifier(nn.Linear):
@@ -261,50 +286,48 @@ class Classifier(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
 
-class NormalizeRows(torch.autograd.Function):
-    """Batch normalization of x (N, C, H, W), channels last: (output, mean (C,), biased variance (C,))."""
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d(2), faster where models/fused.py can."""
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N H W, C)
-        mean = rows.mean(0)
-        variance = (rows - mean).square_().mean(0)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt_())
-        ctx.mark_non_differentiable(mean, variance)
-        ctx.eps = eps
-        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0], mean, variance
+    plain = False
 
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, inverse_deviation = ctx.saved_tensors
-        return *torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, inverse_deviation, True, ctx.eps, [True] * 3), None
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x):  # (N, C, H, W) -> (N, C, H / 2, W / 2)
+        if not self.plain and fused.fits(x) and min(x.shape[2:]) >= 2:
+            return fused.Pool.apply(x)
+        return super().forward(x)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose outputs and statistics are accurate in channels last on a CPU too.
+    """nn.BatchNorm2d, and the layers that follow it; MaxPool2d, ActivationQ or both in one pass where models/fused.py can.
 
-    Torch's own adds up all pixels there one after the other in float32, and where backgrounds are even is wrong by 1e-4:
-    enough for activations to cross a rounding threshold, whole backgrounds at a time, and to cost accuracy. Its backward
-    pass, used here, adds up in the same way; no threshold hangs on that.
+    Torch's own adds up all pixels in channels last on a CPU one after the other, and where backgrounds are even its
+    float32 means are wrong by 1e-4: enough for activations to cross a rounding threshold, whole backgrounds at a time,
+    and to cost accuracy. It is not used there: without fused.c images go through it in torch's usual layout.
     """
 
-    def forward(self, x):
-        inaccurate = (x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling()
-                      and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
-        if not (inaccurate and self.training):
-            return super().forward(x)
-        out, mean, variance = NormalizeRows.apply(x, self.weight, self.bias, self.eps)
-        self.track(mean, variance, x.numel() // x.shape[1])
-        return out
+    def forward(self, x, *following):  # (N, C, H, W)
+        if not self.training or torch.compiler.is_compiling():
+            return through(following, super().forward(x))
+        if fused.fits(x) and self.fuses(x, following):
+            self.num_batches_tracked.add_(1)
+            kinds = [type(layer) for layer in following]
+            activation = following[-1].code() if ActivationQ in kinds else fused.NONE
+            return fused.Normalize.apply(x, self.weight, self.bias, self.eps, activation, MaxPool2d in kinds, self.momentum,
+                                         self.running_mean, self.running_var)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        out = super().forward(x.contiguous() if x.device.type == "cpu" else x)
+        return through(following, out.contiguous(memory_format=layout))
 
-    @torch.no_grad()
-    def track(self, mean, variance, count):
-        """Take a batch's mean and biased variance over `count` pixels into the running statistics."""
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+    def fuses(self, x, following):
+        """Whether fused.Normalize is for x and these layers."""
+        kinds = [type(layer) for layer in following]
+        return (fused.available(self.weight) and x.shape[1] == self.num_features and self.momentum is not None
+                and kinds in ([], [ActivationQ], [MaxPool2d], [MaxPool2d, ActivationQ])
+                and not any(layer.plain or not getattr(layer, "rounding", True) for layer in following)
+                and (MaxPool2d not in kinds or min(x.shape[2:]) >= 2))
 
 
 class SwitchableBatchNorm2d(nn.Module):
@@ -320,9 +343,10 @@ class SwitchableBatchNorm2d(nn.Module):
         """The bit-widths it has, lowest first."""
         return sorted(int(bits) for bits in self.bn_dict)
 
-    def forward(self, x):  # in float32 where convolutions give less, so that the quantizer sees no coarser grid
+    def forward(self, x, *following):
         batch_norm = self.bn_dict[str(self.bits)]
-        return batch_norm(x.to(batch_norm.weight.dtype))
+        # In float32 where convolutions give less, so that the quantizer sees no coarser grid.
+        return batch_norm(x.to(batch_norm.weight.dtype), *following)
 
 
 def switchable_layers(model):
@@ -349,7 +373,7 @@ def set_bit_width(model, bits):
     if bits not in allowed:
         raise ValueError(f"{bits} bits was not trained; choose from {', '.join(map(str, allowed))}")
     for layer in layers:
-        layer.bits = bits
+        object.__setattr__(layer, "bits", bits)  # nn.Module's own way looks for much else first, and this is often done
 
 
 def set_arithmetic(model, plain=False, levels=False):

@@ -24,10 +24,10 @@ class BasicBlock(nn.Module):
             self.skip_bn = BatchNorm2d(channels)
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C, H / stride, W / stride)
-        out = self.act(self.bn0(x))
+        out = self.bn0(x, self.act)
         shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(out))
         out = self.conv0(out)
-        out = self.conv1(self.act(self.bn1(out)))
+        out = self.conv1(self.bn1(out, self.act))
         return out + shortcut.to(out.dtype)
 
 
@@ -89,9 +89,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, 4 C, H / stride, W / stride)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.conv0(self.act(self.bn0(x)))
-        out = self.conv1(self.act(self.bn1(out)))
-        out = self.conv2(self.act(self.bn2(out)))
+        out = self.conv0(self.bn0(x, self.act))
+        out = self.conv1(self.bn1(out, self.act))
+        out = self.conv2(self.bn2(out, self.act))
         return out + shortcut.to(out.dtype)
 
 
@@ -134,7 +134,7 @@ class ResNet50(nn.Module):
 
     def body(self, x):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.pool(self.act(self.bn(x)))
+        x = self.pool(self.bn(x, self.act))
         return self.fc(x.flatten(1))
 
 

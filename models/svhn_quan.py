@@ -4,51 +4,20 @@ from functools import partial
 import torch
 from torch import nn
 
-from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
+from models import fused
+from models.quan_ops import (ActivationQ, Classifier, Conv2dQ, MaxPool2d, SwitchableBatchNorm2d, check_bit_widths,
+                             set_bit_width)
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU at p = 1/2 its mask is a bit of a random byte for each element, many times faster."""
-
-    plain = False
-
-    def forward(self, x):  # (N, C, H, W)
-        if self.plain or not (self.training and self.p == 0.5 and x.device.type == "cpu"):
-            return super().forward(x)
-        words = torch.randint(2**62, (-(-x.numel() // 8),))
-        twice = words.view(torch.uint8)[:x.numel()] & 2  # 0 or 2
-        n, c, height, width = x.shape
-        return x * twice.view(n, height, width, c).permute(0, 3, 1, 2)
-
-
-class Maximum(torch.autograd.Function):
-    """max_pool2d(x, size), which keeps for its backward pass where the maxima are and not, as torch's own does, x too."""
-
-    @staticmethod
-    def forward(ctx, x, size):
-        out, indices = torch.ops.aten.max_pool2d_with_indices(x, [size, size])
-        ctx.save_for_backward(indices)
-        ctx.size, ctx.shape = size, x.shape
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        indices, = ctx.saved_tensors
-        memory_format = torch.contiguous_format if indices.is_contiguous() else torch.channels_last
-        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)  # for its shape
-        size = [ctx.size, ctx.size]
-        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, size, size, [0, 0], [1, 1], False, indices), None
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(size), in less memory."""
+    """nn.Dropout, faster where models/fused.py can."""
 
     plain = False
 
     def forward(self, x):
-        if self.plain or torch.compiler.is_compiling():
-            return super().forward(x)
-        return Maximum.apply(x, self.kernel_size)
+        if self.training and self.p == 0.5 and not self.plain and fused.fits(x):
+            return fused.Dropout.apply(x)
+        return super().forward(x)
 
 
 class SVHNNet(nn.Module):
@@ -62,9 +31,9 @@ class SVHNNet(nn.Module):
         conv = partial(Conv2dQ, bias=False)
         e = width
         self.layers = nn.Sequential(
-            stem_conv(3, 6 * e, 5), MaxPool2d(2), ActivationQ(),  # (N, 6e, 18, 18)
+            stem_conv(3, 6 * e, 5), MaxPool2d(), ActivationQ(),  # (N, 6e, 18, 18)
             conv(6 * e, 8 * e, 3, padding=1), batch_norm(8 * e), ActivationQ(),
-            conv(8 * e, 8 * e, 3, padding=1), batch_norm(8 * e), MaxPool2d(2), ActivationQ(),  # (N, 8e, 9, 9)
+            conv(8 * e, 8 * e, 3, padding=1), batch_norm(8 * e), MaxPool2d(), ActivationQ(),  # (N, 8e, 9, 9)
             conv(8 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 7, 7)
             conv(16 * e, 16 * e, 3, padding=1), batch_norm(16 * e), ActivationQ(),
             conv(16 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 5, 5)
@@ -82,8 +51,12 @@ class SVHNNet(nn.Module):
         return self.layers[1](self.layers[0](x))
 
     def body(self, x):
-        for layer in list(self.layers)[2:]:
-            x = layer(x)
+        layers = list(self.layers)[2:]
+        while layers:
+            layer, following = layers.pop(0), []
+            while isinstance(layer, SwitchableBatchNorm2d) and isinstance(layers[0], (MaxPool2d, ActivationQ)):
+                following.append(layers.pop(0))  # the BatchNorm takes care of them
+            x = layer(x, *following)
         return self.fc(x.flatten(1))
 
 

@@ -10,8 +10,10 @@ import torch  # noqa: E402
 
 import tiny_data  # noqa: E402
 import utils  # noqa: E402
+from models import fused  # noqa: E402
 
 torch.set_num_threads(1)  # the networks are tiny: more threads only wait for each other
+fused.load()  # before a test moves the folder that it is kept in
 
 
 @pytest.fixture(autouse=True)

@@ -114,11 +114,13 @@ def test_batch_norm_of_even_backgrounds_is_accurate_in_channels_last():
     digit = torch.rand(64, 1, 18, 18) < 0.4
     x = torch.where(digit, torch.randn(64, 16, 18, 18) + 3, torch.randn(1, 16, 1, 1))
     exact, layer = BatchNorm2d(16).double(), BatchNorm2d(16)
-    found = normalized(layer, x.contiguous(memory_format=torch.channels_last), torch.ones_like(x))
-    expected = normalized(exact, x.double(), torch.ones_like(x).double())
-    for index, name in ((0, "output"), (4, "running mean"), (5, "running variance")):
+    upstream = torch.rand_like(x)
+    found = normalized(layer, x.contiguous(memory_format=torch.channels_last), upstream)
+    expected = normalized(exact, x.double(), upstream.double())
+    bounds = {"output": 5e-6, "gradient": 5e-6, "weight's": 1e-3, "bias's": 5e-6, "running mean": 5e-6, "variance": 5e-6}
+    for index, (name, bound) in enumerate(bounds.items()):  # the weight's gradient is a small difference of large sums
         error = (found[index] - expected[index]).abs().max() / expected[index].abs().max()
-        assert error < 2e-6, name  # torch's own: 5e-5 and more
+        assert error < bound, name  # torch's own: 5e-5 and more, and 1e-2 of the weight
 
 
 def test_only_the_active_batch_norm_moves():

@@ -478,10 +478,13 @@ def test_compile_without_a_compiler_goes_on_and_says_so(tmp_path, tiny_cifar10, 
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *map(str, tiny(tiny_cifar10, tmp_path / "r", "--dataset", "digits", "--epochs",
                                                            1, "--train-fraction", 0.01, "--compile"))],
-        env={**environment, "PATH": str(tmp_path), "CXX": str(tmp_path / "none")}, capture_output=True, text=True)
+        env={**environment, "PATH": str(tmp_path), "CC": "cc", "CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, = [line for line in done.stdout.splitlines() if "--compile" in line]
     assert told.startswith("--compile needs a compiler that works here, and is left out: ")
+    told, = [line for line in done.stdout.splitlines() if "fused.c" in line]
+    assert told.startswith("models/fused.c could not be compiled here, and without it training takes longer: ") and "'cc'" in told
     assert load(tmp_path / "r")["arguments"]["compile"] is True  # a resumed run asks again
 
 
