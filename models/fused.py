@@ -100,19 +100,20 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         words = torch.empty(-(-x.numel() // 32), dtype=torch.int32).random_(-2**31, 2**31)
-        y = torch.empty_like(x)
-        load()[0].dropout(x.data_ptr(), words.data_ptr(), x.numel(), y.data_ptr())
         ctx.save_for_backward(words)
-        return y
+        return Dropout.kept(x, words)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         words, = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = torch.empty_like(grad)
-        load()[0].dropout(grad.data_ptr(), words.data_ptr(), grad.numel(), dx.data_ptr())
-        return dx
+        return Dropout.kept(grad.contiguous(memory_format=torch.channels_last), words)
+
+    @staticmethod
+    def kept(x, words):
+        y = torch.empty_like(x)
+        load()[0].dropout(x.data_ptr(), words.data_ptr(), x.numel(), y.data_ptr())
+        return y
 
 
 class Pool(torch.autograd.Function):
@@ -138,6 +139,11 @@ class Pool(torch.autograd.Function):
         return dx
 
 
+def check(failed):
+    if failed:
+        raise MemoryError("no memory for the sums of a BatchNorm")
+
+
 class Normalize(torch.autograd.Function):
     """activation(batch_norm(x)), or if pooled activation(max_pool2d(batch_norm(x), 2)), of x (N, C, H, W), by the batch's
     own statistics; the running ones move by momentum. Keeps x and, if pooled (H and W at least 2), a byte an output."""
@@ -148,12 +154,10 @@ class Normalize(torch.autograd.Function):
         y = images(n, c, height // 2, width // 2) if pooled else torch.empty_like(x)
         where = torch.empty(y.numel() if pooled else 0, dtype=torch.uint8)  # its data_ptr is NULL where it is empty
         statistics = torch.empty(4, c)
-        failed = load()[0].normalize(
+        check(load()[0].normalize(
             x.data_ptr(), batch_norm_weight.data_ptr(), bias.data_ptr(), n, height, width, c, eps, activation, momentum,
             running_mean.data_ptr(), running_variance.data_ptr(), y.data_ptr(), where.data_ptr(), statistics.data_ptr(),
-            torch.get_num_threads())
-        if failed:
-            raise MemoryError("no memory for the sums of a BatchNorm")
+            torch.get_num_threads()))
         ctx.save_for_backward(x, where, statistics)
         ctx.activation = activation
         return y
@@ -164,11 +168,9 @@ class Normalize(torch.autograd.Function):
         x, where, statistics = ctx.saved_tensors
         n, c, height, width = x.shape
         grad, dx, gradients = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x), torch.empty(2, c)
-        failed = load()[0].normalize_backward(
+        check(load()[0].normalize_backward(
             grad.data_ptr(), x.data_ptr(), where.data_ptr(), statistics.data_ptr(), n, height, width, c, ctx.activation,
-            dx.data_ptr(), gradients.data_ptr(), torch.get_num_threads())
-        if failed:
-            raise MemoryError("no memory for the sums of a BatchNorm")
+            dx.data_ptr(), gradients.data_ptr(), torch.get_num_threads()))
         return dx, gradients[0], gradients[1], *[None] * 6
 
 

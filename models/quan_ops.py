@@ -220,6 +220,11 @@ class Conv2dQ(nn.Conv2d):
         return self._conv_forward(x, w, bias)
 
 
+def steps(bits):
+    """The number of steps between a bit-width's levels, 2^bits - 1, and 0 at 32 bits: what models/fused.c goes by."""
+    return 0 if bits == FULL_PRECISION else 2**bits - 1
+
+
 def normalize_weights(weights):
     """normalize_weight of each weight (C_out, C_in, H, W): v (P,), joined in the order of channels last, and the Es."""
     if fused.available(weights[0]):
@@ -237,8 +242,7 @@ def share_weights(layers, v, scales):
     bits, levels = layers[0].bits, layers[0].levels
     shapes = [layer.weight.shape for layer in layers]
     if fused.available(v) and not levels:
-        n = 0 if bits == FULL_PRECISION else 2**bits - 1
-        parts = fused.QuantizeWeights.apply(v, scales, n, shapes)
+        parts = fused.QuantizeWeights.apply(v, scales, steps(bits), shapes)
     else:
         sizes = [shape.numel() for shape in shapes]
         joined = quantize_normalized(v, scales, bits, levels, sizes).split(sizes)
@@ -258,13 +262,9 @@ class ActivationQ(nn.Module):
         super().__init__()
         self.rounding = rounding
 
-    def code(self):
-        """Its number in models/fused.py, which has rounding ones."""
-        return fused.RELU if self.bits == FULL_PRECISION else 2**self.bits - 1
-
     def forward(self, x):
         if self.rounding and not self.plain and fused.fits(x):
-            return fused.Activation.apply(x, self.code())
+            return fused.Activation.apply(x, steps(self.bits))
         # A compiler fuses the equation itself.
         if self.plain or self.bits == FULL_PRECISION or torch.compiler.is_compiling():
             return quantize_activation(x, self.bits, self.rounding)
@@ -311,20 +311,19 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x, *following):  # (N, C, H, W)
         if not self.training or torch.compiler.is_compiling():
             return through(following, super().forward(x))
-        if fused.fits(x) and self.fuses(x, following):
+        kinds = [type(layer) for layer in following]
+        if self.fuses(x, following, kinds):
             self.num_batches_tracked.add_(1)
-            kinds = [type(layer) for layer in following]
-            activation = following[-1].code() if ActivationQ in kinds else fused.NONE
+            activation = steps(following[-1].bits) if ActivationQ in kinds else fused.NONE
             return fused.Normalize.apply(x, self.weight, self.bias, self.eps, activation, MaxPool2d in kinds, self.momentum,
                                          self.running_mean, self.running_var)
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         out = super().forward(x.contiguous() if x.device.type == "cpu" else x)
         return through(following, out.contiguous(memory_format=layout))
 
-    def fuses(self, x, following):
-        """Whether fused.Normalize is for x and these layers."""
-        kinds = [type(layer) for layer in following]
-        return (fused.available(self.weight) and x.shape[1] == self.num_features and self.momentum is not None
+    def fuses(self, x, following, kinds):
+        """Whether fused.Normalize is for x and the layers that follow, of these kinds."""
+        return (fused.fits(x) and fused.available(self.weight) and x.shape[1] == self.num_features and self.momentum is not None
                 and kinds in ([], [ActivationQ], [MaxPool2d], [MaxPool2d, ActivationQ])
                 and not any(layer.plain or not getattr(layer, "rounding", True) for layer in following)
                 and (MaxPool2d not in kinds or min(x.shape[2:]) >= 2))

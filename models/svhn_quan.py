@@ -1,7 +1,6 @@
 """The SVHN network: eight layers, shared quantized weights, one BatchNorm per bit-width."""
 from functools import partial
 
-import torch
 from torch import nn
 
 from models import fused

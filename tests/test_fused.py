@@ -5,10 +5,9 @@ from torch.nn.functional import max_pool2d
 from torch.testing import assert_close
 
 import reference
-from models import fused, svhnq
-from models.losses import any_precision_backward, sharing_nothing
-from models.quan_ops import (ActivationQ, BatchNorm2d, MaxPool2d, normalize_weight, quantize_activation, quantize_weight,
-                             set_arithmetic)
+from models import fused
+from models.quan_ops import ActivationQ, BatchNorm2d, MaxPool2d, normalize_weight, quantize_activation, quantize_weight
+from test_step import batch, gradients, network
 
 needs_compiler = pytest.mark.skipif(fused.load()[0] is None, reason="fused.c could not be compiled here")
 ACTIVATIONS = {1: 1, 3: 7, 8: 255, 32: fused.RELU, None: fused.NONE}  # bits: fused.c's number
@@ -85,16 +84,6 @@ def test_results_do_not_depend_on_the_number_of_threads(pooled):
         results.append([out, *statistics, *torch.autograd.grad(out.square().sum(), leaves)])
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other))
-
-
-@needs_compiler
-def test_pool_finds_the_first_of_equals_as_torch_does():
-    torch.manual_seed(0)
-    x = torch.randint(-1, 3, (3, 5, 9, 8)).float().contiguous(memory_format=torch.channels_last).requires_grad_()
-    found, expected = MaxPool2d()(x), max_pool2d(x, 2)
-    upstream = torch.randn_like(expected)
-    assert torch.equal(found, expected)
-    assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)))
 
 
 @needs_compiler
@@ -198,28 +187,18 @@ def test_weights(bits):
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def run_svhnq(dtype, plain, widths):
-    torch.manual_seed(0)
-    model = svhnq(widths, num_classes=5, width=1)
-    model.layers[19] = torch.nn.Identity()  # no dropout
-    reference.fill(model, seed=0)
-    model.to(dtype)
-    if not plain:
-        model.to(memory_format=torch.channels_last)
-    set_arithmetic(model, plain=plain)
-    results = any_precision_backward(
-        model, reference.values("images", (8, 3, 40, 40), 0).to(dtype), torch.arange(8) % 5, widths,
-        **({"share": sharing_nothing} if plain else {}))
-    return ([float(loss) for loss, _ in results.values()],
-            torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]))
-
-
 def near_the_equations(widths):
-    losses, gradients = run_svhnq(torch.float32, False, widths)
-    expected, expected_gradients = run_svhnq(torch.float64, True, widths)
-    assert_close(losses, expected, rtol=1e-3, atol=0)
+    found = []
+    for dtype, plain in ((torch.float32, False), (torch.float64, True)):
+        model = reference.fill(network("svhnq", widths=widths), seed=0).to(dtype)
+        model.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
+        images, labels = batch("svhnq", 8)
+        results, by_name = gradients(model, images.to(dtype), labels, "recursive", plain, widths)
+        found.append((torch.stack([loss.double() for loss, _ in results.values()]),
+                      torch.cat([gradient.double().flatten() for gradient in by_name.values()])))
+    assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
     # Not to the last digits: where a sum crosses a rounding threshold a level changes.
-    assert torch.nn.functional.cosine_similarity(gradients, expected_gradients, dim=0) > 0.999
+    assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.999
 
 
 @needs_compiler
