@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 from errors import UserError
-from models.quan_ops import BatchNorm2d, through
+from models.quan_ops import BatchNorm2d
 
 
 def rank():
@@ -142,9 +142,12 @@ class SyncBatchNorm2d(BatchNorm2d):
     """BatchNorm2d whose training statistics are those of the batch over all processes, on CPUs too (torch's own
     SyncBatchNorm works on GPUs alone)."""
 
-    def forward(self, x, *following):  # (N, C, H, W)
+    def link(self, shape):
+        return super().link(shape) if world_size() == 1 else None
+
+    def forward(self, x):  # (N, C, H, W)
         if not self.training or world_size() == 1:
-            return super().forward(x, *following)
+            return super().forward(x)
         count = x.new_full((1,), x.numel() / x.shape[1])
         totals = all_reduce_with_gradient(torch.cat([x.sum((0, 2, 3)), count]))
         count = totals[-1].detach()
@@ -156,8 +159,7 @@ class SyncBatchNorm2d(BatchNorm2d):
             momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(var * (count / (count - 1)), momentum)
-        out = centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
-        return through(following, out)
+        return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
 
 def synchronise_batch_norm(model):

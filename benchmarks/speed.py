@@ -193,6 +193,8 @@ def flops_of_a_step(options):
     """Multiplications and additions of the convolutions and products of one step, what is shared counted once."""
     fast = argparse.Namespace(**{**vars(options), "compile": False, "precision": "fp32"})
     run = Run(fast, plain=False)
+    run.model.double()  # by torch's operations, which are counted
+    run.images = run.images.double()
     with FlopCounterMode(display=False) as counter:
         run.one_step()
     return counter.get_total_flops()

@@ -19,11 +19,19 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
 RELU, NONE = 0, -1  # activations, as fused.c numbers them; n > 0 rounds to steps of 1/n
 
-TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
+
+
+class Geometry(ctypes.Structure):
+    """fused.c's Layer."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in (
+        "images", "height", "width", "channels", "pooled", "activation", "out", "window", "padding")),
+        ("weight", ctypes.c_void_p), ("statistics", ctypes.c_void_p)]
+
+
+TYPES = {"g": ctypes.POINTER(Geometry), "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
 ARGUMENTS = {  # of fused.c's functions
-    "activation": "plippi", "activation_backward": "pplpi", "dropout": "pplp",
-    "pool": "pllllppi", "pool_backward": "ppllllpi",
-    "normalize": "pppllll" "did" "ppppp" "i", "normalize_backward": "ppppllll" "ippi",
+    "normalize": "gpppddpppi", "forward": "gppi", "backward": "gpppppi", "dropout": "pplp",
     "normalize_weight": "plppp", "normalize_weight_backward": "pplpp", "quantize_weight": "plpip"}
 
 
@@ -73,105 +81,131 @@ def images(*shape):
     return torch.empty(shape, memory_format=torch.channels_last)
 
 
-class Activation(torch.autograd.Function):
-    """activation(x) of x (N, C, H, W); keeps a byte a number for its backward pass, and not x."""
+class Chain(torch.autograd.Function):
+    """Links one after the other, as one operation: apply(links, x (N, C, H, W), *tensors), tensors those of all links."""
 
     @staticmethod
-    def forward(ctx, x, activation):
-        y, passed = torch.empty_like(x), torch.empty(x.numel(), dtype=torch.uint8)
-        load()[0].activation(x.data_ptr(), x.numel(), activation, y.data_ptr(), passed.data_ptr(), torch.get_num_threads())
-        ctx.save_for_backward(passed)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        passed, = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = torch.empty_like(grad)
-        load()[0].activation_backward(
-            grad.data_ptr(), passed.data_ptr(), grad.numel(), dx.data_ptr(), torch.get_num_threads())
-        return dx, None
-
-
-class Dropout(torch.autograd.Function):
-    """dropout(x, 1/2) of x (N, C, H, W), its mask the bits of random words."""
-
-    @staticmethod
-    def forward(ctx, x):
-        words = torch.empty(-(-x.numel() // 32), dtype=torch.int32).random_(-2**31, 2**31)
-        ctx.save_for_backward(words)
-        return Dropout.kept(x, words)
+    def forward(ctx, links, x, *tensors):
+        ctx.links = links
+        ctx.save_for_backward(x, *tensors)
+        for link in links:
+            x = link.forward(x)
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        words, = ctx.saved_tensors
-        return Dropout.kept(grad.contiguous(memory_format=torch.channels_last), words)
+        ctx.saved_tensors  # an error where they were changed since, or are used up
+        gradients = []
+        for link in reversed(ctx.links):
+            grad, *own = link.backward(grad.contiguous(memory_format=torch.channels_last))
+            gradients = own + gradients
+        return None, grad, *gradients
 
-    @staticmethod
-    def kept(x, words):
+
+def chain(links, x):
+    """x through links."""
+    return Chain.apply(links, x, *(tensor for link in links for tensor in link.tensors))
+
+
+class Link:
+    """A piece of a Chain: out is the shape of its outputs, tensors what else it differentiates by.
+
+    forward(x) returns y and keeps what backward(grad) needs, which returns the gradient of x, and of each of tensors.
+    """
+
+    tensors = ()
+
+    def absorbs(self, link):
+        """Whether it has taken up what the link after it does."""
+        return False
+
+
+class Dropout(Link):
+    """dropout(x, 1/2), its mask the bits of random words."""
+
+    def __init__(self, shape):
+        self.out = shape
+
+    def forward(self, x):
+        self.words = torch.empty(-(-x.numel() // 32), dtype=torch.int32).random_(-2**31, 2**31)
+        return self.kept(x)
+
+    def backward(self, grad):
+        return self.kept(grad),
+
+    def kept(self, x):
         y = torch.empty_like(x)
-        load()[0].dropout(x.data_ptr(), words.data_ptr(), x.numel(), y.data_ptr())
+        load()[0].dropout(x.data_ptr(), self.words.data_ptr(), x.numel(), y.data_ptr())
         return y
 
 
-class Pool(torch.autograd.Function):
-    """max_pool2d(x, 2) of x (N, C, H, W), H and W at least 2; keeps a byte an output for its backward pass, and not x."""
+class Layer(Link):
+    """conv2d(activation(max_pool2d(batch_norm(x), 2))), of which only what is given; keeps x.
 
-    @staticmethod
-    def forward(ctx, x):
-        n, c, height, width = ctx.shape = x.shape
-        y = images(n, c, height // 2, width // 2)
-        where = torch.empty(y.numel(), dtype=torch.uint8)
-        load()[0].pool(x.data_ptr(), n, height, width, c, y.data_ptr(), where.data_ptr(), torch.get_num_threads())
-        ctx.save_for_backward(where)
+    norm: a torch.nn.BatchNorm2d; by the batch's own statistics, and its running ones move. pooled: True. activation: fused.c's
+    number. convolution: (weight (C_out, C, K, K) in channels last, padding), of stride 1.
+    """
+
+    ORDER = "norm", "pooled", "activation", "convolution"
+
+    def __init__(self, shape, **parts):
+        self.shape, self.parts = shape, parts
+        n, c, height, width = shape
+        if "pooled" in parts:
+            height, width = height // 2, width // 2
+        if "convolution" in parts:
+            weight, padding = parts["convolution"]
+            c, grown = len(weight), 2 * padding - weight.shape[2] + 1
+            height, width = height + grown, width + grown
+        self.out = n, c, height, width
+
+    def absorbs(self, link):
+        follows = isinstance(link, Layer) and (
+            max(map(self.ORDER.index, self.parts)) < min(map(self.ORDER.index, link.parts)))
+        if follows:
+            self.__init__(self.shape, **self.parts, **link.parts)
+        return follows
+
+    @property
+    def tensors(self):
+        norm, (weight, _) = self.parts.get("norm"), self.parts.get("convolution", (None, 0))
+        return *(() if norm is None else (norm.weight, norm.bias)), *(() if weight is None else (weight,))
+
+    def forward(self, x):
+        norm, (weight, padding) = self.parts.get("norm"), self.parts.get("convolution", (None, 0))
+        self.x, self.norm, self.weight, y = x, norm, weight, images(*self.out)
+        n, c, height, width = self.shape
+        self.geometry = Geometry(n, height, width, c, "pooled" in self.parts, self.parts.get("activation", NONE))
+        if weight is not None:
+            self.geometry.out, self.geometry.window, self.geometry.padding = len(weight), weight.shape[2], padding
+            self.geometry.weight = weight.data_ptr()
+        if norm is not None:
+            norm.num_batches_tracked.add_(1)
+            self.statistics = torch.empty(4, c)
+            check(load()[0].normalize(
+                self.geometry, x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps, norm.momentum,
+                norm.running_mean.data_ptr(), norm.running_var.data_ptr(), self.statistics.data_ptr(),
+                torch.get_num_threads()))
+            self.geometry.statistics = self.statistics.data_ptr()
+        check(load()[0].forward(self.geometry, x.data_ptr(), y.data_ptr(), torch.get_num_threads()))
         return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        where, = ctx.saved_tensors
-        n, c, height, width = ctx.shape
-        grad, dx = grad.contiguous(memory_format=torch.channels_last), images(*ctx.shape)
-        load()[0].pool_backward(grad.data_ptr(), where.data_ptr(), n, height, width, c, dx.data_ptr(),
-                                torch.get_num_threads())
-        return dx
+    def backward(self, grad):
+        dx, dw, of_norm = images(*self.shape), None, None
+        if self.weight is not None:
+            dw = images(*self.weight.shape)
+        if self.norm is not None:
+            of_norm = torch.empty(2, self.shape[1])
+        check(load()[0].backward(
+            self.geometry, grad.data_ptr(), self.x.data_ptr(), dx.data_ptr(), None if dw is None else dw.data_ptr(),
+            None if of_norm is None else of_norm.data_ptr(), torch.get_num_threads()))
+        return dx, *(() if of_norm is None else of_norm), *(() if dw is None else (dw,))
 
 
 def check(failed):
     if failed:
-        raise MemoryError("no memory for the sums of a BatchNorm")
-
-
-class Normalize(torch.autograd.Function):
-    """activation(batch_norm(x)), or if pooled activation(max_pool2d(batch_norm(x), 2)), of x (N, C, H, W), by the batch's
-    own statistics; the running ones move by momentum. Keeps x and, if pooled (H and W at least 2), a byte an output."""
-
-    @staticmethod
-    def forward(ctx, x, batch_norm_weight, bias, eps, activation, pooled, momentum, running_mean, running_variance):
-        n, c, height, width = x.shape
-        y = images(n, c, height // 2, width // 2) if pooled else torch.empty_like(x)
-        where = torch.empty(y.numel() if pooled else 0, dtype=torch.uint8)  # its data_ptr is NULL where it is empty
-        statistics = torch.empty(4, c)
-        check(load()[0].normalize(
-            x.data_ptr(), batch_norm_weight.data_ptr(), bias.data_ptr(), n, height, width, c, eps, activation, momentum,
-            running_mean.data_ptr(), running_variance.data_ptr(), y.data_ptr(), where.data_ptr(), statistics.data_ptr(),
-            torch.get_num_threads()))
-        ctx.save_for_backward(x, where, statistics)
-        ctx.activation = activation
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, where, statistics = ctx.saved_tensors
-        n, c, height, width = x.shape
-        grad, dx, gradients = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x), torch.empty(2, c)
-        check(load()[0].normalize_backward(
-            grad.data_ptr(), x.data_ptr(), where.data_ptr(), statistics.data_ptr(), n, height, width, c, ctx.activation,
-            dx.data_ptr(), gradients.data_ptr(), torch.get_num_threads()))
-        return dx, gradients[0], gradients[1], *[None] * 6
+        raise MemoryError("no memory to compute in")
 
 
 def addresses(tensor, shapes):

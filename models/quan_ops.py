@@ -195,6 +195,18 @@ class Conv2dQ(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.quantized_input = quantized_input
 
+    def link(self, shape):
+        (window, _), (padding, _), channels = self.kernel_size, self.padding, max(self.in_channels, self.out_channels)
+        simple = (self.bias is None and self.stride == (1, 1) and self.kernel_size == (window, window)
+                  and self.padding == (padding, padding) and padding < window <= min(shape[2:]) + 2 * padding)
+        # Larger ones torch's own do as well, and of one output pixel it is the matrix product below.
+        small = channels <= 96 and channels * shape[2] * shape[3] <= 2**15
+        product = self.kernel_size == tuple(shape[2:]) and not padding
+        if (self.plain or self.levels or not self.shared or not self.quantized_input or shape[1] != self.in_channels
+                or not simple or not small or product):
+            return None
+        return fused.Layer(shape, convolution=(self.shared[0], padding))
+
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
         if self.plain:
             return self._conv_forward(x, quantize_weight(self.weight, self.bits), self.bias)
@@ -262,20 +274,28 @@ class ActivationQ(nn.Module):
         super().__init__()
         self.rounding = rounding
 
+    def link(self, shape):
+        return fused.Layer(shape, activation=steps(self.bits)) if self.rounding and not self.plain else None
+
     def forward(self, x):
-        if self.rounding and not self.plain and fused.fits(x):
-            return fused.Activation.apply(x, steps(self.bits))
         # A compiler fuses the equation itself.
         if self.plain or self.bits == FULL_PRECISION or torch.compiler.is_compiling():
             return quantize_activation(x, self.bits, self.rounding)
         return quantize_unit(x, self.bits, self.rounding)
 
 
-def through(following, x):
-    """x through the layers that follow."""
-    for layer in following:
-        x = layer(x)
-    return x
+def through(layers, x):
+    """x through layers, one after the other, but where models/fused.py has links for them as one operation."""
+    links = []
+    for layer in layers:
+        fits = hasattr(layer, "link") and (links or fused.fits(x))
+        link = layer.link(links[-1].out if links else x.shape) if fits else None
+        if link is None:
+            x = layer(fused.chain(links, x) if links else x)
+            links = []
+        elif not links or not links[-1].absorbs(link):
+            links.append(link)
+    return fused.chain(links, x) if links else x
 
 
 class Classifier(nn.Linear):
@@ -287,46 +307,43 @@ class Classifier(nn.Linear):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(2), faster where models/fused.py can."""
+    """nn.MaxPool2d(2)."""
 
     plain = False
 
     def __init__(self):
         super().__init__(2)
 
-    def forward(self, x):  # (N, C, H, W) -> (N, C, H / 2, W / 2)
-        if not self.plain and fused.fits(x) and min(x.shape[2:]) >= 2:
-            return fused.Pool.apply(x)
-        return super().forward(x)
+    def link(self, shape):
+        return fused.Layer(shape, pooled=True) if not self.plain and min(shape[2:]) >= 2 else None
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout."""
+
+    plain = False
+
+    def link(self, shape):
+        return fused.Dropout(shape) if self.training and self.p == 0.5 and not self.plain else None
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, and the layers that follow it; MaxPool2d, ActivationQ or both in one pass where models/fused.py can.
+    """nn.BatchNorm2d.
 
     Torch's own adds up all pixels in channels last on a CPU one after the other, and where backgrounds are even its
     float32 means are wrong by 1e-4: enough for activations to cross a rounding threshold, whole backgrounds at a time,
     and to cost accuracy. It is not used there: without fused.c images go through it in torch's usual layout.
     """
 
-    def forward(self, x, *following):  # (N, C, H, W)
-        if not self.training or torch.compiler.is_compiling():
-            return through(following, super().forward(x))
-        kinds = [type(layer) for layer in following]
-        if self.fuses(x, following, kinds):
-            self.num_batches_tracked.add_(1)
-            activation = steps(following[-1].bits) if ActivationQ in kinds else fused.NONE
-            return fused.Normalize.apply(x, self.weight, self.bias, self.eps, activation, MaxPool2d in kinds, self.momentum,
-                                         self.running_mean, self.running_var)
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        out = super().forward(x.contiguous() if x.device.type == "cpu" else x)
-        return through(following, out.contiguous(memory_format=layout))
+    def link(self, shape):
+        fits = (self.training and self.momentum is not None and shape[1] == self.num_features
+                and fused.available(self.weight))
+        return fused.Layer(shape, norm=self) if fits else None
 
-    def fuses(self, x, following, kinds):
-        """Whether fused.Normalize is for x and the layers that follow, of these kinds."""
-        return (fused.fits(x) and fused.available(self.weight) and x.shape[1] == self.num_features and self.momentum is not None
-                and kinds in ([], [ActivationQ], [MaxPool2d], [MaxPool2d, ActivationQ])
-                and not any(layer.plain or not getattr(layer, "rounding", True) for layer in following)
-                and (MaxPool2d not in kinds or min(x.shape[2:]) >= 2))
+    def forward(self, x):  # (N, C, H, W)
+        if not self.training or x.device.type != "cpu" or x.is_contiguous() or torch.compiler.is_compiling():
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
 class SwitchableBatchNorm2d(nn.Module):
@@ -342,10 +359,13 @@ class SwitchableBatchNorm2d(nn.Module):
         """The bit-widths it has, lowest first."""
         return sorted(int(bits) for bits in self.bn_dict)
 
-    def forward(self, x, *following):
+    def link(self, shape):
+        return self.bn_dict[str(self.bits)].link(shape)
+
+    def forward(self, x):
         batch_norm = self.bn_dict[str(self.bits)]
         # In float32 where convolutions give less, so that the quantizer sees no coarser grid.
-        return batch_norm(x.to(batch_norm.weight.dtype), *following)
+        return through([batch_norm], x.to(batch_norm.weight.dtype))
 
 
 def switchable_layers(model):

@@ -4,7 +4,11 @@ from functools import partial
 from torch import nn
 
 from models.quan_ops import (ActivationQ, BatchNorm2d, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
-                             set_bit_width)
+                             set_bit_width, through)
+
+
+def add(out, shortcut):  # what the layers give may be of another precision than the shortcut
+    return out + shortcut.to(out.dtype)
 
 
 class BasicBlock(nn.Module):
@@ -24,11 +28,11 @@ class BasicBlock(nn.Module):
             self.skip_bn = BatchNorm2d(channels)
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C, H / stride, W / stride)
-        out = self.bn0(x, self.act)
-        shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(out))
-        out = self.conv0(out)
-        out = self.conv1(self.bn1(out, self.act))
-        return out + shortcut.to(out.dtype)
+        first, rest = [self.bn0, self.act], [self.conv0, self.bn1, self.act, self.conv1]
+        if self.skip_conv is None:
+            return add(through(first + rest, x), x)
+        out = through(first, x)
+        return add(through(rest, out), through([self.skip_conv, self.skip_bn], out))
 
 
 class ResNet20(nn.Module):
@@ -62,7 +66,7 @@ class ResNet20(nn.Module):
 
     def body(self, x):
         x = self.layers(x)
-        x = self.pool(self.bn(x))  # no activation in between, as published
+        x = self.pool(through([self.bn], x))  # no activation in between, as published
         return self.fc(x.flatten(1))
 
 
@@ -88,11 +92,9 @@ class Bottleneck(nn.Module):
                 shortcut_conv(in_channels, out_channels, 1, stride, bias=False), batch_norm(out_channels))
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, 4 C, H / stride, W / stride)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.conv0(self.bn0(x, self.act))
-        out = self.conv1(self.bn1(out, self.act))
-        out = self.conv2(self.bn2(out, self.act))
-        return out + shortcut.to(out.dtype)
+        shortcut = x if self.downsample is None else through(self.downsample, x)
+        out = through([self.bn0, self.act, self.conv0, self.bn1, self.act, self.conv1, self.bn2, self.act, self.conv2], x)
+        return add(out, shortcut)
 
 
 class ResNet50(nn.Module):
@@ -134,7 +136,7 @@ class ResNet50(nn.Module):
 
     def body(self, x):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.pool(self.bn(x, self.act))
+        x = self.pool(through([self.bn, self.act], x))
         return self.fc(x.flatten(1))
 
 

@@ -3,20 +3,8 @@ from functools import partial
 
 from torch import nn
 
-from models import fused
-from models.quan_ops import (ActivationQ, Classifier, Conv2dQ, MaxPool2d, SwitchableBatchNorm2d, check_bit_widths,
-                             set_bit_width)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, faster where models/fused.py can."""
-
-    plain = False
-
-    def forward(self, x):
-        if self.training and self.p == 0.5 and not self.plain and fused.fits(x):
-            return fused.Dropout.apply(x)
-        return super().forward(x)
+from models.quan_ops import (ActivationQ, Classifier, Conv2dQ, Dropout, MaxPool2d, SwitchableBatchNorm2d, check_bit_widths,
+                             set_bit_width, through)
 
 
 class SVHNNet(nn.Module):
@@ -47,16 +35,10 @@ class SVHNNet(nn.Module):
         return self.body(self.stem(x))
 
     def stem(self, x):  # the same at every bit-width, unless all_conv
-        return self.layers[1](self.layers[0](x))
+        return through(list(self.layers)[:2], x)
 
     def body(self, x):
-        layers = list(self.layers)[2:]
-        while layers:
-            layer, following = layers.pop(0), []
-            while isinstance(layer, SwitchableBatchNorm2d) and isinstance(layers[0], (MaxPool2d, ActivationQ)):
-                following.append(layers.pop(0))  # the BatchNorm takes care of them
-            x = layer(x, *following)
-        return self.fc(x.flatten(1))
+        return self.fc(through(list(self.layers)[2:], x).flatten(1))
 
 
 def svhnq(bit_widths, num_classes=10, width=2, all_conv=False):

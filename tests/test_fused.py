@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import reference
 from models import fused
-from models.quan_ops import ActivationQ, BatchNorm2d, MaxPool2d, normalize_weight, quantize_activation, quantize_weight
+from models.quan_ops import (ActivationQ, BatchNorm2d, Conv2dQ, Dropout, MaxPool2d, normalize_weight, normalize_weights,
+                             quantize_activation, quantize_weight, share_weights, through)
 from test_step import batch, gradients, network
 
 needs_compiler = pytest.mark.skipif(fused.load()[0] is None, reason="fused.c could not be compiled here")
@@ -41,8 +42,12 @@ def compare(function, equation, inputs, tolerance, level=0):
             assert not wrong.any()
 
 
+def weight_of(out, channels, window):
+    return images(out, channels, window, window) / (channels * window**2) ** 0.5
+
+
 @needs_compiler
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (3, 130, 5, 4), (40, 12, 9, 9)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (3, 130, 5, 4), (40, 12, 9, 9), (1, 8, 70, 3)])
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("bits", ACTIVATIONS)
 def test_normalize(bits, pooled, shape):
@@ -57,7 +62,9 @@ def test_normalize(bits, pooled, shape):
     def function(x, weight, bias):
         del layers[0].weight, layers[0].bias  # parameters: these are not
         layers[0].weight, layers[0].bias = weight, bias
-        return layers[0](x, *following)
+        out = through([layers[0], *following], x)
+        assert type(out.grad_fn).__name__ == "ChainBackward" and len(out.grad_fn.links) == 1
+        return out
 
     def equation(x, weight, bias):
         z = torch.nn.functional.batch_norm(x, layers[1].running_mean, layers[1].running_var, weight, bias, True)
@@ -71,17 +78,61 @@ def test_normalize(bits, pooled, shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("count, channels, height, width, out, window, padding", [
+    (1, 1, 5, 4, 1, 3, 1), (7, 3, 8, 11, 20, 3, 0), (13, 12, 6, 6, 16, 3, 2), (50, 16, 3, 4, 33, 3, 1), (9, 17, 7, 3, 8, 1, 0),
+    (70, 32, 5, 5, 16, 5, 0), (70, 32, 5, 5, 16, 5, 2), (4, 40, 1, 2, 32, 2, 1), (4, 40, 1, 1, 32, 3, 1),
+    (5, 64, 9, 9, 64, 4, 0), (5, 64, 9, 9, 64, 4, 3)])
+def test_convolution(count, channels, height, width, out, window, padding):
+    torch.manual_seed(0)
+
+    def function(x, w):
+        w = w.contiguous(memory_format=torch.channels_last)
+        return fused.chain([fused.Layer(x.shape, convolution=(w, padding))], x)
+
+    compare(function, lambda x, w: torch.nn.functional.conv2d(x, w, padding=padding),
+            [images(count, channels, height, width), weight_of(out, channels, window)], 2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("bits", [2, 8, 32, None])
+def test_a_layer_is_its_parts(bits, normalized, pooled):
+    """The values and gradients of one link are those of a link for each of its parts."""
+    torch.manual_seed(0)
+    x, w, norm = images(11, 12, 9, 7) + 0.3, weight_of(20, 12, 3), BatchNorm2d(12)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    parts = {**({"norm": norm} if normalized else {}), **({"pooled": True} if pooled else {}),
+             **({"activation": fused.RELU if bits == 32 else 2**bits - 1} if bits else {}), "convolution": (w, 1)}
+    results = []
+    for merged in (True, False):
+        leaves = [x.clone().requires_grad_(), w.requires_grad_(), norm.weight, norm.bias]
+        links = []
+        for name, part in parts.items():
+            link = fused.Layer(links[-1].out if links else x.shape, **{name: part})
+            if not (merged and links and links[-1].absorbs(link)):
+                links.append(link)
+        assert len(links) == (1 if merged else len(parts))
+        out = fused.chain(links, leaves[0])
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=not normalized)])
+    for merged, separate in zip(*results):
+        assert_close(merged, separate, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
 @pytest.mark.parametrize("pooled", [False, True])
 def test_results_do_not_depend_on_the_number_of_threads(pooled):
     torch.manual_seed(0)
-    x, weight, bias = images(30, 12, 18, 18), torch.rand(12), torch.rand(12)
+    x, weight, bias, w = images(30, 12, 18, 18), torch.rand(12), torch.rand(12), weight_of(20, 12, 3)
     results = []
     for threads in (2, 3, 1):  # ends as the other tests have it
         torch.set_num_threads(threads)
-        statistics = torch.zeros(12), torch.ones(12)
-        leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
-        out = fused.Normalize.apply(*leaves, 1e-5, 3, pooled, 0.1, *statistics)
-        results.append([out, *statistics, *torch.autograd.grad(out.square().sum(), leaves)])
+        norm = BatchNorm2d(12)
+        norm.weight.data, norm.bias.data = weight.clone(), bias.clone()
+        leaves = [x.clone().requires_grad_(), *norm.parameters(), w.clone().requires_grad_()]
+        link = fused.Layer(x.shape, norm=norm, **({"pooled": True} if pooled else {}), activation=3, convolution=(leaves[3], 1))
+        out = fused.chain([link], leaves[0])
+        results.append([out, norm.running_mean, norm.running_var, *torch.autograd.grad(out.square().sum(), leaves)])
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other))
 
@@ -95,9 +146,9 @@ def test_activation_and_its_ends(bits):
     x = x.view(2, 40, 5, 3).permute(0, 3, 1, 2).requires_grad_()
     activation = ActivationQ()
     activation.bits = bits
-    found, expected = activation(x), quantize_activation(x, bits)
+    found, expected = through([activation], x), quantize_activation(x, bits)
     upstream = torch.randn_like(x)
-    assert torch.equal(found, expected) and type(found.grad_fn).__name__ == "ActivationBackward"
+    assert torch.equal(found, expected) and type(found.grad_fn).__name__ == "ChainBackward"
     assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)))
 
 
@@ -109,8 +160,11 @@ def test_gradients_where_normalized_values_lie_on_the_ends(bits):
     x = torch.cat([torch.ones(3, 2, 4, 5), -torch.ones(3, 2, 4, 5)])[torch.randperm(6)]
 
     def function(x, weight, bias):
-        return fused.Normalize.apply(x.contiguous(memory_format=torch.channels_last), weight, bias, 0.0, ACTIVATIONS.get(
-            bits, 2**bits - 1), False, 0.1, torch.zeros(2), torch.ones(2))
+        norm = BatchNorm2d(2, eps=0.0)
+        del norm.weight, norm.bias
+        norm.weight, norm.bias = weight, bias
+        x = x.contiguous(memory_format=torch.channels_last)
+        return fused.chain([fused.Layer(x.shape, norm=norm, activation=ACTIVATIONS.get(bits, 2**bits - 1))], x)
 
     def equation(x, weight, bias):
         centred = x - x.mean((0, 2, 3), keepdim=True)
@@ -122,7 +176,8 @@ def test_gradients_where_normalized_values_lie_on_the_ends(bits):
 
 @needs_compiler
 @pytest.mark.parametrize("following", [
-    (ActivationQ(), MaxPool2d()), (MaxPool2d(), MaxPool2d()), (ActivationQ(rounding=False),), (torch.nn.ReLU(),)])
+    (ActivationQ(), MaxPool2d()), (MaxPool2d(), MaxPool2d()), (ActivationQ(rounding=False),), (torch.nn.ReLU(),),
+    (Dropout(0.0), ActivationQ()), (BatchNorm2d(4),)])
 def test_layers_that_follow_in_another_order(following):
     torch.manual_seed(0)
     for layer in following:
@@ -131,15 +186,40 @@ def test_layers_that_follow_in_another_order(following):
     out = expected(x.contiguous())
     for after in following:
         out = after(out)
-    assert_close(layer(x, *following), out, rtol=1e-5, atol=1e-6)
+    assert_close(through([layer, *following], x), out, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("conv", [
+    Conv2dQ(16, 8, 3, stride=2), Conv2dQ(16, 8, 3), Conv2dQ(16, 8, 3, padding=(1, 0)), Conv2dQ(16, 8, (3, 1)),
+    Conv2dQ(16, 8, 9), Conv2dQ(16, 130, 3), Conv2dQ(16, 8, 3, padding=3), Conv2dQ(16, 8, 3, quantized_input=False),
+    Conv2dQ(16, 8, 3, bias=False)])
+def test_which_convolutions_are_links(conv):
+    torch.manual_seed(0)
+    x = images(5, 16, 9, 9)
+    v, scales = normalize_weights([conv.weight])
+    share_weights([conv], v, scales)
+    try:
+        assert (conv.link(x.shape) is not None) == (conv.bias is None)
+        found = through([conv], x)
+        conv.shared = None
+        assert_close(found, conv(x), rtol=1e-4, atol=1e-5)
+    finally:
+        conv.shared = None
 
 
 @needs_compiler
 def test_what_does_not_fit_is_torchs_error():
     with pytest.raises(RuntimeError, match="running_mean"):
-        BatchNorm2d(6)(images(2, 8, 4, 4))
+        through([BatchNorm2d(6)], images(2, 8, 4, 4))
     with pytest.raises(RuntimeError, match="[Oo]utput size is too small"):
-        BatchNorm2d(8)(images(2, 8, 1, 4), MaxPool2d())
+        through([BatchNorm2d(8), MaxPool2d()], images(2, 8, 1, 4))
+    conv = Conv2dQ(8, 4, 3, bias=False)
+    share_weights([conv], *normalize_weights([conv.weight]))
+    with pytest.raises(RuntimeError, match="channels"):
+        through([conv], images(2, 6, 4, 4))
+    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+        through([conv], images(2, 8, 2, 4))
 
 
 @needs_compiler
@@ -147,16 +227,26 @@ def test_pool_and_activation_pass_on_what_is_not_a_number():
     for place in range(4):
         x = images(1, 2, 2, 2)
         x[0, 0, place // 2, place % 2] = float("nan")
-        assert fused.Pool.apply(x)[0, :, 0, 0].isnan().tolist() == [True, False]
-        assert fused.Activation.apply(x, 3).isnan().sum() == 1
+        assert through([MaxPool2d()], x)[0, :, 0, 0].isnan().tolist() == [True, False]
+        assert fused.chain([fused.Layer(x.shape, activation=3)], x).isnan().sum() == 1
 
 
 @needs_compiler
 def test_gradients_are_not_differentiated_again():
     x = images(2, 3, 4, 4).requires_grad_()
-    gradient, = torch.autograd.grad(fused.Activation.apply(x, 3).sum(), x, create_graph=True)
+    gradient, = torch.autograd.grad(fused.chain([fused.Layer(x.shape, activation=3)], x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+
+
+@needs_compiler
+def test_what_the_gradient_needs_must_not_change():
+    x = images(2, 3, 4, 4).requires_grad_()
+    inside = x + 0
+    out = fused.chain([fused.Layer(x.shape, activation=3)], inside).sum()
+    inside.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 @needs_compiler
@@ -203,13 +293,16 @@ def near_the_equations(widths):
 
 @needs_compiler
 def test_a_network_is_near_the_equations(monkeypatch):
-    calls = []
-    for name in ("Normalize", "Pool", "Activation", "NormalizeWeights", "QuantizeWeights"):
-        function = getattr(fused, name)
-        monkeypatch.setattr(function, "apply", lambda *args, name=name, apply=function.apply: calls.append(name) or apply(*args))
+    chains, weights = [], []
+    monkeypatch.setattr(fused, "chain", lambda links, x, chain=fused.chain: chains.append(links) or chain(links, x))
+    monkeypatch.setattr(fused.QuantizeWeights, "apply",
+                        lambda *args, apply=fused.QuantizeWeights.apply: weights.append(args) or apply(*args))
     near_the_equations([8, 32])
-    assert {name: calls.count(name) for name in calls} == {
-        "NormalizeWeights": 1, "QuantizeWeights": 2, "Pool": 1, "Activation": 2, "Normalize": 10}
+    first, inner = ["activation", "convolution"], ["norm", "activation", "convolution"]
+    pooled, last = ["norm", "pooled", "activation", "convolution"], ["norm", "activation"]
+    body = [first, inner, pooled, inner, inner, last]
+    assert [[list(link.parts) for link in links] for links in chains] == [[["pooled"]], body, body]
+    assert len(weights) == 2
 
 
 @pytest.mark.parametrize("compiler, reason", [

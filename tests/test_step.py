@@ -11,9 +11,8 @@ import train
 from errors import UserError
 from models import MODELS
 from models.losses import LOSSES, any_precision_backward, sharing, sharing_nothing
-from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, MaxPool2d, WeightLevels, clamp_unit,
+from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, Dropout, MaxPool2d, WeightLevels, clamp_unit,
                              quantize_activation, quantize_normalized, quantize_weight, round_ste, set_arithmetic)
-from models.svhn_quan import Dropout
 from step import Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics
 
