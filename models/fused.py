@@ -116,9 +116,8 @@ class Link:
 
     tensors = ()
 
-    def absorbs(self, link):
-        """Whether it has taken up what the link after it does."""
-        return False
+    def joined(self, link):
+        """One link that does what this and the next do; None where there is none."""
 
 
 class Dropout(Link):
@@ -160,12 +159,9 @@ class Layer(Link):
             height, width = height + grown, width + grown
         self.out = n, c, height, width
 
-    def absorbs(self, link):
-        follows = isinstance(link, Layer) and (
-            max(map(self.ORDER.index, self.parts)) < min(map(self.ORDER.index, link.parts)))
-        if follows:
-            self.__init__(self.shape, **self.parts, **link.parts)
-        return follows
+    def joined(self, link):
+        if isinstance(link, Layer) and max(map(self.ORDER.index, self.parts)) < min(map(self.ORDER.index, link.parts)):
+            return Layer(self.shape, **self.parts, **link.parts)
 
     @property
     def tensors(self):

@@ -293,8 +293,11 @@ def through(layers, x):
         if link is None:
             x = layer(fused.chain(links, x) if links else x)
             links = []
-        elif not links or not links[-1].absorbs(link):
-            links.append(link)
+            continue
+        joined = links[-1].joined(link) if links else None
+        if joined:
+            links.pop()
+        links.append(joined or link)
     return fused.chain(links, x) if links else x
 
 

@@ -110,8 +110,7 @@ def test_a_layer_is_its_parts(bits, normalized, pooled):
         links = []
         for name, part in parts.items():
             link = fused.Layer(links[-1].out if links else x.shape, **{name: part})
-            if not (merged and links and links[-1].absorbs(link)):
-                links.append(link)
+            links.append(links.pop().joined(link) if merged and links else link)
         assert len(links) == (1 if merged else len(parts))
         out = fused.chain(links, leaves[0])
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=not normalized)])
@@ -277,12 +276,12 @@ def test_weights(bits):
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def near_the_equations(widths):
+def near_the_equations(widths, name="svhnq", all_conv=False):
     found = []
     for dtype, plain in ((torch.float32, False), (torch.float64, True)):
-        model = reference.fill(network("svhnq", widths=widths), seed=0).to(dtype)
+        model = reference.fill(network(name, all_conv, widths=widths), seed=0).to(dtype)
         model.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
-        images, labels = batch("svhnq", 8)
+        images, labels = batch(name, 8)
         results, by_name = gradients(model, images.to(dtype), labels, "recursive", plain, widths)
         found.append((torch.stack([loss.double() for loss, _ in results.values()]),
                       torch.cat([gradient.double().flatten() for gradient in by_name.values()])))
@@ -303,6 +302,12 @@ def test_a_network_is_near_the_equations(monkeypatch):
     body = [first, inner, pooled, inner, inner, last]
     assert [[list(link.parts) for link in links] for links in chains] == [[["pooled"]], body, body]
     assert len(weights) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, all_conv", [("resnet20q", False), ("resnet20q", True), ("resnet50q", False), ("svhnq", True)])
+def test_other_networks_are_near_the_equations(name, all_conv):
+    near_the_equations([8, 32], name, all_conv)
 
 
 @pytest.mark.parametrize("compiler, reason", [
