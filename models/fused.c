@@ -19,7 +19,7 @@ typedef struct {
     int64_t out, window, padding;  /* of the convolution, of stride 1; out is 0 without one */
     const float *weight;           /* (out, window, window, channels) */
     const float *statistics;       /* (4, channels): mean, 1 / deviation, scale, shift; NULL without batch_norm */
-} Layer;
+} Geometry;
 
 static inline float activate(float x, int n)
 {
@@ -114,8 +114,8 @@ static void unpool_line(const float *grad, const uint8_t *where, int64_t row, in
     for (int64_t i = 0; i < count; i++)
         index[i] = where[start + i] - row % 2 * 2;
     for (int64_t pixel = 0; pixel < width / 2 * 2; pixel++)
-        for (int64_t start = 0, at = pixel / 2 * channels; start < channels; start += STEP)
-            for (int64_t i = start; i < start + STEP; i++)
+        for (int64_t first = 0, at = pixel / 2 * channels; first < channels; first += STEP)
+            for (int64_t i = first; i < first + STEP; i++)
                 spread[pixel * channels + i] = from[at + i] & -(index[at + i] == pixel % 2);
     memset(spread + 2 * count, 0, (line - 2 * count) * sizeof *spread);
     memcpy(to, spread, line * sizeof *to);
@@ -152,7 +152,7 @@ static double sum_of(const double *totals, int64_t channel, int64_t images, int6
 
 /* The statistics of x, scale = weight / deviation, shift = bias - mean * scale. The running ones move towards them by
  * momentum. Returns 0, or 1 without memory. */
-int normalize(const Layer *l, const float *x, const float *weight, const float *bias, double eps, double momentum,
+int normalize(const Geometry *l, const float *x, const float *weight, const float *bias, double eps, double momentum,
               float *running_mean, float *running_variance, float *statistics, int threads)
 {
     const int64_t channels = l->channels, line = l->width * channels, size = l->height * line;
@@ -247,7 +247,7 @@ static int64_t apart(int64_t size)  /* how far apart images are kept: not in the
 
 /* (groups, window, window, in, GROUP) of (out, window, window, in), for the gradient turned about and in and out, in whole
  * groups, exchanged; NULL without memory. */
-static float *pack(const Layer *l, int turned)
+static float *pack(const Geometry *l, int turned)
 {
     const int64_t area = l->window * l->window, in = l->channels, out = l->out, whole = whole_groups(out);
     const int64_t count = area * (turned ? whole : in), size = (turned ? whole_groups(in) : whole) * count;
@@ -379,7 +379,7 @@ static void correlate(const float *x, int64_t size, int64_t images, int64_t heig
 /* ---- layers */
 
 /* What the convolution takes, of one image. where: of pool_line, (height / 2, width / 2, channels), if pooled. */
-static void activate_image(const Layer *l, const float *x, const float *scale, const float *shift, float *to, uint8_t *where)
+static void activate_image(const Geometry *l, const float *x, const float *scale, const float *shift, float *to, uint8_t *where)
 {
     const int64_t line = l->width * l->channels, count = l->width / 2 * l->channels;
     const int kind = l->activation;
@@ -405,7 +405,7 @@ static void activate_image(const Layer *l, const float *x, const float *scale, c
 }
 
 /* y of x. Returns 0, or 1 without memory. */
-int forward(const Layer *l, const float *x, float *y, int threads)
+int forward(const Geometry *l, const float *x, float *y, int threads)
 {
     const int64_t channels = l->channels, line = l->width * channels, size = l->height * line;
     const int64_t height = l->pooled ? l->height / 2 : l->height, width = l->pooled ? l->width / 2 : l->width;
@@ -444,9 +444,38 @@ int forward(const Layer *l, const float *x, float *y, int threads)
 /* With u = the gradient where it passes the activation and the pooling, v = (x - mean) / deviation, and the mean over all
  * pixels: dbias = sum u, dweight = sum u v, dx = scale * (u - mean u - v * mean(u v)). */
 
+/* u of an image, out of the gradient of what the convolution takes; with batch_norm sums of u and u * (x - mean) are added to
+ * total (2, channels), by way of the lines s and t, which are 0 before and after. */
+static void pass_image(const Geometry *l, const float *grad, const float *x, const float *scale, const float *shift,
+                       const float *means, const uint8_t *where, float *s, float *t, double *total, float *u)
+{
+    const int64_t channels = l->channels, line = l->width * channels;
+    const int kind = l->activation;
+    for (int64_t row = 0; row < l->height; row++, x += line, u += line) {
+        if (l->pooled)
+            unpool_line(grad, where, row, l->height, l->width, channels, u);
+        else if (l->statistics)
+            for (int64_t i = 0; i < line; i++)
+                u[i] = passes(x[i] * scale[i] + shift[i], kind) ? grad[row * line + i] : 0;
+        else
+            for (int64_t i = 0; i < line; i++)
+                u[i] = passes(x[i], kind) ? grad[row * line + i] : 0;
+        if (!l->statistics)
+            continue;
+        for (int64_t i = 0; i < line; i++) {
+            s[i] += u[i];
+            t[i] += u[i] * (x[i] - means[i]);
+        }
+        if (row % SPAN == SPAN - 1 || row == l->height - 1) {
+            add_up(total, s, channels, line);
+            add_up(total + channels, t, channels, line);
+        }
+    }
+}
+
 /* dx, dw (out, window, window, channels) and of_norm (2, channels), dweight and dbias, of dy = grad; the latter two where the
  * layer has them. The images are summed up in parts, whatever the number of threads. Returns 0, or 1 without memory. */
-int backward(const Layer *l, const float *grad, const float *x, float *dx, float *dw, float *of_norm, int threads)
+int backward(const Geometry *l, const float *grad, const float *x, float *dx, float *dw, float *of_norm, int threads)
 {
     const int64_t channels = l->channels, line = l->width * channels, size = l->height * line, images = l->images;
     const int64_t height = l->pooled ? l->height / 2 : l->height, width = l->pooled ? l->width / 2 : l->width;
@@ -454,10 +483,11 @@ int backward(const Layer *l, const float *grad, const float *x, float *dx, float
     const int64_t rows = height + 2 * l->padding - l->window + 1, columns = width + 2 * l->padding - l->window + 1;
     const int64_t out = whole_groups(l->out), area = l->out ? rows * columns : 0, grad_distance = apart(area * out);
     const int64_t weights = out * l->window * l->window * channels;
-    const int64_t tiles = (images + TILE - 1) / TILE, units = tiles + tiles % 2, parts = least(units, PARTS);
+    /* An even number for two threads. More would mean tiles that are not full, and more sums of parts to add up. */
+    const int64_t tiles = (images + TILE - 1) / TILE, units = l->out ? tiles + tiles % 2 : images;
+    const int64_t parts = l->out ? least(units, PARTS) : units;
     const int64_t room = l->out || l->pooled ? TILE * (2 * distance + grad_distance) : 0;
-    const float *mean = l->statistics, *inverse = mean + channels;
-    const int kind = l->activation;
+    const float *mean = l->statistics, *inverse = mean ? mean + channels : NULL;
     float *packed = l->out ? pack(l, 1) : NULL, *scratch = allocate(threads * room), *sums = allocate(parts * weights);
     uint8_t *places = malloc(threads * TILE * inner);
     double *totals = calloc(images * 2 * channels, sizeof *totals);
@@ -496,32 +526,10 @@ int backward(const Layer *l, const float *grad, const float *x, float *dx, float
                         correlate(activated, distance, some, height, width, channels, out, l->window, l->padding, outer_grad,
                                   grad_distance, sums + part * weights);
                     }
-                    for (int64_t i = 0; i < some; i++) {
-                        const float *g = l->out ? inner_grad + i * distance : grad + (first + i) * inner;
-                        const float *p = x + (first + i) * size;
-                        float *u = dx + (first + i) * size;
-                        double *total = totals + (first + i) * 2 * channels;
-                        for (int64_t row = 0; row < l->height; row++, p += line, u += line) {
-                            if (l->pooled)
-                                unpool_line(g, where + i * inner, row, l->height, l->width, channels, u);
-                            else if (l->statistics)
-                                for (int64_t k = 0; k < line; k++)
-                                    u[k] = passes(p[k] * scale[k] + shift[k], kind) ? g[row * line + k] : 0;
-                            else
-                                for (int64_t k = 0; k < line; k++)
-                                    u[k] = passes(p[k], kind) ? g[row * line + k] : 0;
-                            if (!l->statistics)
-                                continue;
-                            for (int64_t k = 0; k < line; k++) {
-                                s[k] += u[k];
-                                t[k] += u[k] * (p[k] - means[k]);
-                            }
-                            if (row % SPAN == SPAN - 1 || row == l->height - 1) {
-                                add_up(total, s, channels, line);
-                                add_up(total + channels, t, channels, line);
-                            }
-                        }
-                    }
+                    for (int64_t i = 0; i < some; i++)
+                        pass_image(l, l->out ? inner_grad + i * distance : grad + (first + i) * inner, x + (first + i) * size,
+                                   scale, shift, means, where + i * inner, s, t,
+                                   totals + (first + i) * 2 * channels, dx + (first + i) * size);
                 }
             }
             if (l->statistics) {

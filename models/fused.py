@@ -1,4 +1,4 @@
-"""What follows the convolutions in one pass over memory, for float32 on CPUs: fused.c, compiled when first used.
+"""Layers, from a BatchNorm to the convolution after it, in one go for float32 on CPUs: fused.c, compiled when first used.
 
 Each function's values and gradients are those of the torch operations that its docstring names.
 """
@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
+LONGEST_LINE = 2**15  # width * channels
 RELU, NONE = 0, -1  # activations, as fused.c numbers them; n > 0 rounds to steps of 1/n
 
 
-
 class Geometry(ctypes.Structure):
-    """fused.c's Layer."""
+    """fused.c's."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in (
         "images", "height", "width", "channels", "pooled", "activation", "out", "window", "padding")),
@@ -72,46 +72,49 @@ def available(tensor):
 
 
 def fits(x):
-    """Whether they are for the images x (N, C, H, W): in channels last, too."""
+    """Whether they are for the images x (N, C, H, W): in channels last, too, and a line of them has its place on a stack."""
     return (x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-            and available(x))
+            and x.shape[1] * x.shape[3] <= LONGEST_LINE and available(x))
 
 
 def images(*shape):
-    return torch.empty(shape, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 class Chain(torch.autograd.Function):
-    """Links one after the other, as one operation: apply(links, x (N, C, H, W), *tensors), tensors those of all links."""
+    """Links one after the other, as one operation: apply(links, x (N, C, H, W), *tensors), tensors those of all links.
+
+    The links serve this once.
+    """
 
     @staticmethod
     def forward(ctx, links, x, *tensors):
-        ctx.links = links
-        ctx.save_for_backward(x, *tensors)
+        ctx.links, inputs = links, []
         for link in links:
+            inputs.append(x)
             x = link.forward(x)
+        ctx.save_for_backward(*inputs, *tensors)  # the tensors, too: it is an error to change them
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        ctx.saved_tensors  # an error where they were changed since, or are used up
         gradients = []
-        for link in reversed(ctx.links):
-            grad, *own = link.backward(grad.contiguous(memory_format=torch.channels_last))
+        for link, x in reversed(list(zip(ctx.links, ctx.saved_tensors))):
+            grad, *own = link.backward(grad.contiguous(memory_format=torch.channels_last), x)
             gradients = own + gradients
         return None, grad, *gradients
 
 
 def chain(links, x):
-    """x through links."""
+    """x (N, C, H, W) through links."""
     return Chain.apply(links, x, *(tensor for link in links for tensor in link.tensors))
 
 
 class Link:
     """A piece of a Chain: out is the shape of its outputs, tensors what else it differentiates by.
 
-    forward(x) returns y and keeps what backward(grad) needs, which returns the gradient of x, and of each of tensors.
+    forward(x (N, C, H, W)) returns y (out); backward(grad (out), x) the gradients of x and of each of tensors.
     """
 
     tensors = ()
@@ -127,20 +130,20 @@ class Dropout(Link):
         self.out = shape
 
     def forward(self, x):
-        self.words = torch.empty(-(-x.numel() // 32), dtype=torch.int32).random_(-2**31, 2**31)
+        self.words = torch.empty(-(-x.numel() // 32), dtype=torch.int32, device="cpu").random_(-2**31, 2**31)
         return self.kept(x)
 
-    def backward(self, grad):
+    def backward(self, grad, x):
         return self.kept(grad),
 
     def kept(self, x):
-        y = torch.empty_like(x)
+        y = images(*self.out)
         load()[0].dropout(x.data_ptr(), self.words.data_ptr(), x.numel(), y.data_ptr())
         return y
 
 
 class Layer(Link):
-    """conv2d(activation(max_pool2d(batch_norm(x), 2))), of which only what is given; keeps x.
+    """conv2d(activation(max_pool2d(batch_norm(x), 2))), of which only what is given.
 
     norm: a torch.nn.BatchNorm2d; by the batch's own statistics, and its running ones move. pooled: True. activation: fused.c's
     number. convolution: (weight (C_out, C, K, K) in channels last, padding), of stride 1.
@@ -150,35 +153,31 @@ class Layer(Link):
 
     def __init__(self, shape, **parts):
         self.shape, self.parts = shape, parts
+        self.norm, (self.weight, padding) = parts.get("norm"), parts.get("convolution", (None, 0))
         n, c, height, width = shape
+        self.geometry = Geometry(n, height, width, c, "pooled" in parts, parts.get("activation", NONE))
+        self.tensors = ()
         if "pooled" in parts:
             height, width = height // 2, width // 2
-        if "convolution" in parts:
-            weight, padding = parts["convolution"]
-            c, grown = len(weight), 2 * padding - weight.shape[2] + 1
-            height, width = height + grown, width + grown
+        if self.norm is not None:
+            self.tensors += self.norm.weight, self.norm.bias
+        if self.weight is not None:
+            self.tensors += self.weight,
+            c, window = len(self.weight), self.weight.shape[2]
+            height, width = height + 2 * padding - window + 1, width + 2 * padding - window + 1
+            self.geometry.out, self.geometry.window, self.geometry.padding = c, window, padding
+            self.geometry.weight = self.weight.data_ptr()
         self.out = n, c, height, width
 
     def joined(self, link):
         if isinstance(link, Layer) and max(map(self.ORDER.index, self.parts)) < min(map(self.ORDER.index, link.parts)):
             return Layer(self.shape, **self.parts, **link.parts)
 
-    @property
-    def tensors(self):
-        norm, (weight, _) = self.parts.get("norm"), self.parts.get("convolution", (None, 0))
-        return *(() if norm is None else (norm.weight, norm.bias)), *(() if weight is None else (weight,))
-
     def forward(self, x):
-        norm, (weight, padding) = self.parts.get("norm"), self.parts.get("convolution", (None, 0))
-        self.x, self.norm, self.weight, y = x, norm, weight, images(*self.out)
-        n, c, height, width = self.shape
-        self.geometry = Geometry(n, height, width, c, "pooled" in self.parts, self.parts.get("activation", NONE))
-        if weight is not None:
-            self.geometry.out, self.geometry.window, self.geometry.padding = len(weight), weight.shape[2], padding
-            self.geometry.weight = weight.data_ptr()
+        y, norm = images(*self.out), self.norm
         if norm is not None:
             norm.num_batches_tracked.add_(1)
-            self.statistics = torch.empty(4, c)
+            self.statistics = x.new_empty(4, self.shape[1])
             check(load()[0].normalize(
                 self.geometry, x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps, norm.momentum,
                 norm.running_mean.data_ptr(), norm.running_var.data_ptr(), self.statistics.data_ptr(),
@@ -187,16 +186,14 @@ class Layer(Link):
         check(load()[0].forward(self.geometry, x.data_ptr(), y.data_ptr(), torch.get_num_threads()))
         return y
 
-    def backward(self, grad):
-        dx, dw, of_norm = images(*self.shape), None, None
-        if self.weight is not None:
-            dw = images(*self.weight.shape)
-        if self.norm is not None:
-            of_norm = torch.empty(2, self.shape[1])
+    def backward(self, grad, x):
+        dx = images(*self.shape)
+        dw = () if self.weight is None else (images(*self.weight.shape),)
+        of_norm = x.new_empty(0 if self.norm is None else 2, self.shape[1])  # its data_ptr is NULL where it is empty
         check(load()[0].backward(
-            self.geometry, grad.data_ptr(), self.x.data_ptr(), dx.data_ptr(), None if dw is None else dw.data_ptr(),
-            None if of_norm is None else of_norm.data_ptr(), torch.get_num_threads()))
-        return dx, *(() if of_norm is None else of_norm), *(() if dw is None else (dw,))
+            self.geometry, grad.data_ptr(), x.data_ptr(), dx.data_ptr(), dw[0].data_ptr() if dw else None,
+            of_norm.data_ptr(), torch.get_num_threads()))
+        return dx, *of_norm, *dw
 
 
 def check(failed):
@@ -251,7 +248,7 @@ class QuantizeWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        dv = torch.empty(sum(map(math.prod, ctx.shapes)))
+        dv = torch.empty(sum(map(math.prod, ctx.shapes)), dtype=torch.float32, device="cpu")
         for gradient, scale, part in zip(gradients, ctx.scales, addresses(dv, ctx.shapes)):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
             load()[0].quantize_weight(gradient.data_ptr(), gradient.numel(), scale.data_ptr(), 0, part)

@@ -196,14 +196,17 @@ class Conv2dQ(nn.Conv2d):
         self.quantized_input = quantized_input
 
     def link(self, shape):
-        (window, _), (padding, _), channels = self.kernel_size, self.padding, max(self.in_channels, self.out_channels)
-        simple = (self.bias is None and self.stride == (1, 1) and self.kernel_size == (window, window)
-                  and self.padding == (padding, padding) and padding < window <= min(shape[2:]) + 2 * padding)
+        # An image's gradient is not asked for, and the link would compute it.
+        if self.plain or self.levels or not self.shared or not self.quantized_input or not fused.available(self.shared[0]):
+            return None
+        channels, window, padding = max(self.in_channels, self.out_channels), self.kernel_size[0], self.padding[0]
+        simple = (self.bias is None and shape[1] == self.in_channels and self.padding == (padding, padding)
+                  and self.kernel_size == (window, window) and self.padding_mode == "zeros"
+                  and (self.stride, self.dilation, self.groups) == ((1, 1), (1, 1), 1))
         # Larger ones torch's own do as well, and of one output pixel it is the matrix product below.
         small = channels <= 96 and channels * shape[2] * shape[3] <= 2**15
         product = self.kernel_size == tuple(shape[2:]) and not padding
-        if (self.plain or self.levels or not self.shared or not self.quantized_input or shape[1] != self.in_channels
-                or not simple or not small or product):
+        if not simple or not small or product or not padding < window <= min(shape[2:]) + 2 * padding:
             return None
         return fused.Layer(shape, convolution=(self.shared[0], padding))
 
@@ -285,10 +288,14 @@ class ActivationQ(nn.Module):
 
 
 def through(layers, x):
-    """x through layers, one after the other, but where models/fused.py has links for them as one operation."""
+    """x (N, C, H, W) through layers, one after the other, but where models/fused.py has links for them as one operation.
+
+    A layer's method link(shape) gives its link for inputs of that shape, or None; with a link, its forward and the hooks on
+    it are not called.
+    """
     links = []
     for layer in layers:
-        fits = hasattr(layer, "link") and (links or fused.fits(x))
+        fits = hasattr(layer, "link") and (bool(links) or fused.fits(x))
         link = layer.link(links[-1].out if links else x.shape) if fits else None
         if link is None:
             x = layer(fused.chain(links, x) if links else x)
@@ -338,9 +345,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     and to cost accuracy. It is not used there: without fused.c images go through it in torch's usual layout.
     """
 
+    plain = False
+
     def link(self, shape):
-        fits = (self.training and self.momentum is not None and shape[1] == self.num_features
-                and fused.available(self.weight))
+        fits = (self.training and not self.plain and self.affine and self.track_running_stats and self.momentum is not None
+                and shape[1] == self.num_features and shape[0] * shape[2] * shape[3] > 1 and fused.available(self.weight))
         return fused.Layer(shape, norm=self) if fits else None
 
     def forward(self, x):  # (N, C, H, W)

@@ -1,9 +1,12 @@
 """models/fused.c against the torch operations that it stands for, in float64."""
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import max_pool2d
 from torch.testing import assert_close
 
+import distributed
 import reference
 from models import fused
 from models.quan_ops import (ActivationQ, BatchNorm2d, Conv2dQ, Dropout, MaxPool2d, normalize_weight, normalize_weights,
@@ -31,7 +34,7 @@ def compare(function, equation, inputs, tolerance, level=0):
     for compute, dtype in ((function, torch.float32), (equation, torch.float64)):
         leaves = [value.detach().to(dtype).requires_grad_() for value in inputs]
         out = compute(*leaves)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype).contiguous(memory_format=torch.channels_last)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
         results.append([out, *torch.autograd.grad(out, leaves, upstream)])
     for index, (found, expected) in enumerate(zip(*results)):
         error = (found - expected).abs()
@@ -120,12 +123,12 @@ def test_a_layer_is_its_parts(bits, normalized, pooled):
 
 @needs_compiler
 @pytest.mark.parametrize("pooled", [False, True])
-def test_results_do_not_depend_on_the_number_of_threads(pooled):
+def test_results_do_not_depend_on_the_number_of_threads(pooled, monkeypatch):
     torch.manual_seed(0)
     x, weight, bias, w = images(30, 12, 18, 18), torch.rand(12), torch.rand(12), weight_of(20, 12, 3)
     results = []
-    for threads in (2, 3, 1):  # ends as the other tests have it
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for threads in (1, 2, 3, 50):
         norm = BatchNorm2d(12)
         norm.weight.data, norm.bias.data = weight.clone(), bias.clone()
         leaves = [x.clone().requires_grad_(), *norm.parameters(), w.clone().requires_grad_()]
@@ -188,18 +191,23 @@ def test_layers_that_follow_in_another_order(following):
     assert_close(through([layer, *following], x), out, rtol=1e-5, atol=1e-6)
 
 
+def conv_of(**how):
+    return Conv2dQ(**{"in_channels": 16, "out_channels": 8, "kernel_size": 3, "bias": False, **how})
+
+
 @needs_compiler
-@pytest.mark.parametrize("conv", [
-    Conv2dQ(16, 8, 3, stride=2), Conv2dQ(16, 8, 3), Conv2dQ(16, 8, 3, padding=(1, 0)), Conv2dQ(16, 8, (3, 1)),
-    Conv2dQ(16, 8, 9), Conv2dQ(16, 130, 3), Conv2dQ(16, 8, 3, padding=3), Conv2dQ(16, 8, 3, quantized_input=False),
-    Conv2dQ(16, 8, 3, bias=False)])
-def test_which_convolutions_are_links(conv):
+@pytest.mark.parametrize("linked, conv", [
+    (True, conv_of()), (True, conv_of(padding=2)), (True, conv_of(kernel_size=1)), (True, conv_of(out_channels=90)),
+    (False, conv_of(bias=True)), (False, conv_of(stride=2)), (False, conv_of(padding=(1, 0))),
+    (False, conv_of(kernel_size=(3, 1))), (False, conv_of(kernel_size=9)), (False, conv_of(out_channels=130)),
+    (False, conv_of(padding=3)), (False, conv_of(quantized_input=False)), (False, conv_of(groups=4)),
+    (False, conv_of(dilation=2)), (False, conv_of(padding="same")), (False, conv_of(padding=1, padding_mode="circular"))])
+def test_which_convolutions_are_links(linked, conv):
     torch.manual_seed(0)
     x = images(5, 16, 9, 9)
-    v, scales = normalize_weights([conv.weight])
-    share_weights([conv], v, scales)
+    share_weights([conv], *normalize_weights([conv.weight]))
     try:
-        assert (conv.link(x.shape) is not None) == (conv.bias is None)
+        assert (conv.link(x.shape) is not None) == linked
         found = through([conv], x)
         conv.shared = None
         assert_close(found, conv(x), rtol=1e-4, atol=1e-5)
@@ -208,11 +216,76 @@ def test_which_convolutions_are_links(conv):
 
 
 @needs_compiler
+@pytest.mark.parametrize("norm", [{"affine": False}, {"track_running_stats": False}])
+def test_other_batch_norms_are_torchs(norm):
+    torch.manual_seed(0)
+    x = images(5, 4, 3, 3)
+    assert_close(through([BatchNorm2d(4, **norm)], x), torch.nn.BatchNorm2d(4, **norm)(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_the_plain_path_comes_nowhere_near(monkeypatch):
+    model = network("svhnq", widths=[2, 32]).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(fused, "chain", None)
+    x, labels = batch("svhnq")
+    gradients(model, x.float().contiguous(memory_format=torch.channels_last), labels, "recursive", plain=True, widths=[2, 32])
+
+
+@needs_compiler
+def test_a_batch_norm_over_processes_has_no_link(monkeypatch):
+    layer = torch.nn.Sequential(BatchNorm2d(4))
+    distributed.synchronise_batch_norm(layer)
+    assert layer[0].link((2, 4, 3, 3)) is not None
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert layer[0].link((2, 4, 3, 3)) is None
+
+
+@needs_compiler
+def test_gradients_in_any_layout():
+    torch.manual_seed(0)
+    x, w, upstream = images(5, 4, 6, 6).requires_grad_(), weight_of(8, 4, 3), torch.randn(5, 8, 4, 4)
+    out = fused.chain([fused.Layer(x.shape, activation=3, convolution=(w, 0))], x)
+    found = [torch.autograd.grad(out, x, grad, retain_graph=True)[0]
+             for grad in (upstream, upstream.contiguous(memory_format=torch.channels_last), torch.ones(()).expand(5, 8, 4, 4))]
+    assert torch.equal(found[0], found[1])
+    assert_close(found[2], torch.autograd.grad(out, x, torch.ones(5, 8, 4, 4))[0])
+
+
+@needs_compiler
+def test_what_lies_between_links_goes_with_the_backward_pass(monkeypatch):
+    kept = []
+    forward = fused.Layer.forward
+    monkeypatch.setattr(fused.Layer, "forward", lambda link, x: kept.append(weakref.ref(x)) or forward(link, x))
+    x = images(2, 3, 8, 8).requires_grad_()
+    first = fused.Layer(x.shape, pooled=True)
+    out = fused.chain([first, fused.Layer(first.out, activation=3)], x).sum()
+    assert kept[1]() is not None
+    out.backward()
+    assert out.grad_fn is not None and kept[1]() is None
+
+
+@needs_compiler
+def test_torchs_defaults_do_not_matter():
+    x = images(2, 3, 8, 8)
+    expected = through([BatchNorm2d(3), MaxPool2d()], x)
+    norm = BatchNorm2d(3)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = through([norm, MaxPool2d()], x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@needs_compiler
 def test_what_does_not_fit_is_torchs_error():
     with pytest.raises(RuntimeError, match="running_mean"):
         through([BatchNorm2d(6)], images(2, 8, 4, 4))
     with pytest.raises(RuntimeError, match="[Oo]utput size is too small"):
         through([BatchNorm2d(8), MaxPool2d()], images(2, 8, 1, 4))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        through([MaxPool2d(), BatchNorm2d(8)], images(1, 8, 2, 2))
     conv = Conv2dQ(8, 4, 3, bias=False)
     share_weights([conv], *normalize_weights([conv.weight]))
     with pytest.raises(RuntimeError, match="channels"):

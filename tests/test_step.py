@@ -12,7 +12,7 @@ from errors import UserError
 from models import MODELS
 from models.losses import LOSSES, any_precision_backward, sharing, sharing_nothing
 from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, Dropout, MaxPool2d, WeightLevels, clamp_unit,
-                             quantize_activation, quantize_normalized, quantize_weight, round_ste, set_arithmetic)
+                             quantize_activation, quantize_normalized, quantize_weight, round_ste, set_arithmetic, through)
 from step import Computation, TrainingStep, check_precision, missing_compiler
 from utils import Metrics
 
@@ -128,7 +128,7 @@ def test_convolutions_equal_the_equation(bits):
 def test_pooling_is_torchs(memory_format):
     torch.manual_seed(0)
     x = torch.randint(-1, 3, (3, 5, 9, 8)).float().contiguous(memory_format=memory_format).requires_grad_()  # many are equal
-    expected, found = torch.nn.MaxPool2d(2)(x), MaxPool2d()(x)
+    expected, found = torch.nn.MaxPool2d(2)(x), through([MaxPool2d()], x)
     upstream = torch.randn_like(expected)
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)))
@@ -137,18 +137,18 @@ def test_pooling_is_torchs(memory_format):
 def test_dropout_keeps_half_of_the_elements_at_random():
     torch.manual_seed(0)
     layer, x = Dropout(0.5), torch.ones(40, 32, 5, 5).contiguous(memory_format=torch.channels_last)
-    kept = [layer(x).flatten() for _ in range(2)]
+    kept = [through([layer], x).flatten() for _ in range(2)]
     for elements in kept:
         assert set(elements.tolist()) == {0.0, 2.0}
         assert abs(elements.mean() - 1) < 4 / len(elements)**0.5  # 4 standard deviations
     neighbours = [(kept[0][:-shift] * kept[0][shift:]).mean() for shift in (1, 8, 25, 32)]  # 1 where independent
     assert max(abs(value - 1) for value in (*neighbours, (kept[0] * kept[1]).mean())) < 8 / len(kept[0])**0.5
     x.requires_grad_()
-    out = layer(x)
+    out = through([layer], x)
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out.detach())
-    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(through([layer.eval()], x), x)
     few = torch.ones(1, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # fewer than the bits of a word
-    assert set(torch.stack([layer.train()(few) for _ in range(99)]).flatten().tolist()) == {0.0, 2.0}
+    assert set(torch.stack([through([layer.train()], few) for _ in range(99)]).flatten().tolist()) == {0.0, 2.0}
 
 
 def test_a_convolution_to_one_pixel():
