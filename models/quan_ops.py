@@ -317,7 +317,7 @@ class Classifier(nn.Linear):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(2)."""
+    """nn.MaxPool2d(2), with a link (see through)."""
 
     plain = False
 
@@ -329,7 +329,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout."""
+    """nn.Dropout, of one half with a link."""
 
     plain = False
 
@@ -338,7 +338,7 @@ class Dropout(nn.Dropout):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d.
+    """nn.BatchNorm2d, in training with a link.
 
     Torch's own adds up all pixels in channels last on a CPU one after the other, and where backgrounds are even its
     float32 means are wrong by 1e-4: enough for activations to cross a rounding threshold, whole backgrounds at a time,
