@@ -4,7 +4,7 @@
 # per class (or under --data-dir). Meant for a GPU; its time there has not been measured yet.
 #   published top-1 %:  any-precision  1 bit 58.77, 2 71.66, 4 73.84, 8 74.07, 32 74.63
 #                       dedicated      1 bit 57.83, 2 68.74, 4 74.12, 8 74.96, 32 75.95
-# In float32 by the fast path, which on digits trains to the plain path's accuracy, within 0.3 points or above over 16 seeds
+# In float32 by the fast path, which on digits trains to the plain path's accuracy, within 0.3 points over 16 seeds
 # (README, Speed); --plain is the reference.
 #   ./train_imagenet.sh [flags of train.py]      such as --bit_width_list 2 for a dedicated model
 # One process per visible GPU (PROCESSES=N for another number). On several machines, the same command on each, with
