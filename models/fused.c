@@ -98,6 +98,7 @@ static void pool_line(const float *top, int64_t width, int64_t channels, int kin
         where[i] = passes(best[i], kind) ? index[i] : OUT;
     }
 }
+
 /* Line `row` of the gradient of an image of height x width pixels, out of that of its outputs. */
 static void unpool_line(const float *grad, const uint8_t *where, int64_t row, int64_t height, int64_t width,
                         int64_t channels, float *to)
@@ -205,7 +206,8 @@ int normalize(const Geometry *l, const float *x, const float *weight, const floa
 /* ---- convolution
  * Outputs are computed in tiles of the same pixel of TILE images by GROUP channels, which stay in registers while sums run
  * over the lines of the window, and over the pixels and channels of a line, which lie one after the other. What of the
- * window is outside the image is left out. Weights are copied so that a group's stand side by side. */
+ * window is outside the image is left out. Weights are copied so that a group's stand side by side. Their gradient has at most
+ * PARTS sums, and so threads. */
 
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE = 8 };
@@ -233,6 +235,11 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 static int64_t most(int64_t a, int64_t b)
 {
     return a > b ? a : b;
+}
+
+static int64_t outputs(int64_t size, int64_t window, int64_t padding)  /* of a convolution, along one side of an image */
+{
+    return size + 2 * padding - window + 1;
 }
 
 static int64_t whole_groups(int64_t channels)
@@ -303,12 +310,12 @@ static void window_tile(int64_t images, const float *x, int64_t size, int64_t li
     OF_EVERY_SIZE(sum_window, images, x, size, lines, stride, count, weights, weight_stride, to, to_size, channels)
 }
 
-/* y (images, height + 2 padding - window + 1, ..., out) of x (images, height, width, in), for at most TILE images, which lie
- * size and y_size apart. padding < window. */
+/* y (images, rows, columns, out) of x (images, height, width, in), for at most TILE images, which lie size and y_size apart.
+ * padding < window. */
 static void convolve(const float *x, int64_t size, int64_t images, int64_t height, int64_t width, int64_t in, int64_t out,
                      int64_t window, int64_t padding, const float *packed, float *y, int64_t y_size)
 {
-    const int64_t rows = height + 2 * padding - window + 1, columns = width + 2 * padding - window + 1;
+    const int64_t rows = outputs(height, window, padding), columns = outputs(width, window, padding);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t up = most(0, padding - row), lines = least(window, height + padding - row) - up;
         for (int64_t group = 0; group < out; group += GROUP) {
@@ -356,11 +363,11 @@ static void pixels_tile(int64_t count, const float *x, int64_t size, int64_t lin
 }
 
 /* sums (out / GROUP, window, window, in, GROUP) += the gradient of the weights, of x (images, height, width, in) and grad
- * (images, height + 2 padding - window + 1, ..., out), out in whole groups. */
+ * (images, rows, columns, out), out in whole groups. */
 static void correlate(const float *x, int64_t size, int64_t images, int64_t height, int64_t width, int64_t in, int64_t out,
                       int64_t window, int64_t padding, const float *grad, int64_t grad_size, float *sums)
 {
-    const int64_t rows = height + 2 * padding - window + 1, columns = width + 2 * padding - window + 1;
+    const int64_t rows = outputs(height, window, padding), columns = outputs(width, window, padding);
     const int64_t tiles = (in + TILE - 1) / TILE;
     for (int64_t group = 0; group < out; group += GROUP)
         for (int64_t up = 0; up < window; up++)
@@ -410,8 +417,8 @@ int forward(const Geometry *l, const float *x, float *y, int threads)
     const int64_t channels = l->channels, line = l->width * channels, size = l->height * line;
     const int64_t height = l->pooled ? l->height / 2 : l->height, width = l->pooled ? l->width / 2 : l->width;
     const int64_t inner = height * width * channels, distance = apart(inner);
-    const int64_t y_size = l->out ? (height + 2 * l->padding - l->window + 1) * (width + 2 * l->padding - l->window + 1) * l->out
-                                  : inner;
+    const int64_t area = outputs(height, l->window, l->padding) * outputs(width, l->window, l->padding);
+    const int64_t y_size = l->out ? area * l->out : inner;
     const int64_t units = ((l->images + TILE - 1) / TILE + threads - 1) / threads * threads;
     float *packed = l->out ? pack(l, 0) : NULL, *scratch = allocate(l->out ? threads * TILE * distance : 0);
     uint8_t *where = malloc(threads * inner);
@@ -441,11 +448,8 @@ int forward(const Geometry *l, const float *x, float *y, int threads)
     return failed;
 }
 
-/* With u = the gradient where it passes the activation and the pooling, v = (x - mean) / deviation, and the mean over all
- * pixels: dbias = sum u, dweight = sum u v, dx = scale * (u - mean u - v * mean(u v)). */
-
-/* u of an image, out of the gradient of what the convolution takes; with batch_norm sums of u and u * (x - mean) are added to
- * total (2, channels), by way of the lines s and t, which are 0 before and after. */
+/* u of an image: the gradient of what the convolution takes, where it passes the activation and the pooling. With batch_norm
+ * sums of u and u * (x - mean) are added to total (2, channels), by way of the lines s and t, which are 0 before and after. */
 static void pass_image(const Geometry *l, const float *grad, const float *x, const float *scale, const float *shift,
                        const float *means, const uint8_t *where, float *s, float *t, double *total, float *u)
 {
@@ -474,16 +478,18 @@ static void pass_image(const Geometry *l, const float *grad, const float *x, con
 }
 
 /* dx, dw (out, window, window, channels) and of_norm (2, channels), dweight and dbias, of dy = grad; the latter two where the
- * layer has them. The images are summed up in parts, whatever the number of threads. Returns 0, or 1 without memory. */
+ * layer has them. With pass_image's u, v = (x - mean) / deviation, and the mean over all pixels: dbias = sum u,
+ * dweight = sum u v, dx = scale * (u - mean u - v * mean(u v)). The images are summed up in parts, whatever the number of
+ * threads. Returns 0, or 1 without memory. */
 int backward(const Geometry *l, const float *grad, const float *x, float *dx, float *dw, float *of_norm, int threads)
 {
     const int64_t channels = l->channels, line = l->width * channels, size = l->height * line, images = l->images;
     const int64_t height = l->pooled ? l->height / 2 : l->height, width = l->pooled ? l->width / 2 : l->width;
     const int64_t inner = height * width * channels, distance = apart(inner), count = images * l->height * l->width;
-    const int64_t rows = height + 2 * l->padding - l->window + 1, columns = width + 2 * l->padding - l->window + 1;
+    const int64_t rows = outputs(height, l->window, l->padding), columns = outputs(width, l->window, l->padding);
     const int64_t out = whole_groups(l->out), area = l->out ? rows * columns : 0, grad_distance = apart(area * out);
     const int64_t weights = out * l->window * l->window * channels;
-    /* An even number for two threads. More would mean tiles that are not full, and more sums of parts to add up. */
+    /* With a convolution an even number, for two threads: more mean tiles that are not full, and more sums to add up. */
     const int64_t tiles = (images + TILE - 1) / TILE, units = l->out ? tiles + tiles % 2 : images;
     const int64_t parts = l->out ? least(units, PARTS) : units;
     const int64_t room = l->out || l->pooled ? TILE * (2 * distance + grad_distance) : 0;

@@ -203,10 +203,8 @@ class Conv2dQ(nn.Conv2d):
         simple = (self.bias is None and shape[1] == self.in_channels and self.padding == (padding, padding)
                   and self.kernel_size == (window, window) and self.padding_mode == "zeros"
                   and (self.stride, self.dilation, self.groups) == ((1, 1), (1, 1), 1))
-        # Larger ones torch's own do as well, and of one output pixel it is the matrix product below.
-        small = channels <= 96 and channels * shape[2] * shape[3] <= 2**15
-        product = self.kernel_size == tuple(shape[2:]) and not padding
-        if not simple or not small or product or not padding < window <= min(shape[2:]) + 2 * padding:
+        small = channels <= 96 and channels * shape[2] * shape[3] <= 2**15  # larger ones torch's own do as well
+        if not simple or not small or self.is_product(shape) or not padding < window <= min(shape[2:]) + 2 * padding:
             return None
         return fused.Layer(shape, convolution=(self.shared[0], padding))
 
@@ -227,9 +225,13 @@ class Conv2dQ(nn.Conv2d):
         y = (y.to(scale.dtype) * (scale * ((n + 1) / n) ** 2)).to(y.dtype)
         return y if self.bias is None else y + self.bias[:, None, None]
 
+    def is_product(self, shape):
+        """Whether it gives one pixel of images of that shape: then it is a matrix product (groups and dilation are not used
+        here), and faster as one."""
+        return tuple(shape[2:]) == self.kernel_size and self.padding == (0, 0)
+
     def convolve(self, x, w, bias):
-        # Of one output pixel (groups and dilation are not used here) it is a matrix product, and faster as one.
-        if x.shape[2:] == w.shape[2:] and self.padding == (0, 0):
+        if self.is_product(x.shape):
             y = nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), w.permute(0, 2, 3, 1).flatten(1), bias)
             return y[:, :, None, None]
         return self._conv_forward(x, w, bias)
