@@ -1,6 +1,6 @@
 """Any-precision networks by name, and the switch that sets their bit-width."""
-from models.quan_ops import (BIT_WIDTHS, calibrate, check_bit_widths, fit_bit_widths, saved_bit_widths, set_bit_width,
-                             switchable_layers, trained_bit_widths)
+from models.bit_widths import calibrate, fit_bit_widths, saved_bit_widths
+from models.quan_ops import BIT_WIDTHS, check_bit_widths, set_bit_width, trained_bit_widths
 from models.resnet_quan import resnet20q, resnet50q
 from models.svhn_quan import svhnq
 

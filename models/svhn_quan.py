@@ -3,8 +3,7 @@ from functools import partial
 
 from torch import nn
 
-from models.quan_ops import (ActivationQ, Classifier, Conv2dQ, Dropout, MaxPool2d, SwitchableBatchNorm2d, check_bit_widths,
-                             set_bit_width, through)
+from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
 
 
 class SVHNNet(nn.Module):
@@ -13,37 +12,38 @@ class SVHNNet(nn.Module):
     def __init__(self, bit_widths, num_classes=10, width=2, all_conv=False):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
-        batch_norm = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
-        stem_conv = partial(Conv2dQ, quantized_input=False) if all_conv else nn.Conv2d
+        stem_conv = Conv2dQ if all_conv else nn.Conv2d
         conv = partial(Conv2dQ, bias=False)
+        bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
         e = width
         self.layers = nn.Sequential(
-            stem_conv(3, 6 * e, 5), MaxPool2d(), ActivationQ(),  # (N, 6e, 18, 18)
-            conv(6 * e, 8 * e, 3, padding=1), batch_norm(8 * e), ActivationQ(),
-            conv(8 * e, 8 * e, 3, padding=1), batch_norm(8 * e), MaxPool2d(), ActivationQ(),  # (N, 8e, 9, 9)
-            conv(8 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 7, 7)
-            conv(16 * e, 16 * e, 3, padding=1), batch_norm(16 * e), ActivationQ(),
-            conv(16 * e, 16 * e, 3), batch_norm(16 * e), ActivationQ(),  # (N, 16e, 5, 5)
-            Dropout(0.5),  # elementwise
+            stem_conv(3, 6 * e, 5), nn.MaxPool2d(2), ActivationQ(),  # (N, 6e, 18, 18)
+            conv(6 * e, 8 * e, 3, padding=1), bn(8 * e), ActivationQ(),
+            conv(8 * e, 8 * e, 3, padding=1), bn(8 * e), nn.MaxPool2d(2), ActivationQ(),  # (N, 8e, 9, 9)
+            conv(8 * e, 16 * e, 3), bn(16 * e), ActivationQ(),  # (N, 16e, 7, 7)
+            conv(16 * e, 16 * e, 3, padding=1), bn(16 * e), ActivationQ(),
+            conv(16 * e, 16 * e, 3), bn(16 * e), ActivationQ(),  # (N, 16e, 5, 5)
+            nn.Dropout(0.5),  # elementwise
             conv(16 * e, 64 * e, 5), ActivationQ(rounding=False),  # (N, 64e, 1, 1)
         )
         self.fc = Classifier(64 * e, num_classes)
-        self.stem_is_shared = not all_conv
+        self.shares_stem = not all_conv
         set_bit_width(self, max(bit_widths))
 
     def forward(self, x):  # (N, 3, 40, 40) -> (N, num_classes)
-        return self.body(self.stem(x))
+        return self.fc(self.layers(x).flatten(1))
 
     def stem(self, x):  # the same at every bit-width, unless all_conv
-        return through(list(self.layers)[:2], x)
+        return self.layers[:2](x)
 
     def body(self, x):
-        return self.fc(through(list(self.layers)[2:], x).flatten(1))
+        return self.fc(self.layers[2:](x).flatten(1))
 
 
 def svhnq(bit_widths, num_classes=10, width=2, all_conv=False):
-    """Any-precision SVHN network: (N, 3, 40, 40) -> (N, num_classes). all_conv quantizes the stem's weights too.
+    """Build the any-precision SVHN network: (N, 3, 40, 40) -> (N, num_classes).
 
-    ValueError where a bit-width is not one of 1 to 8 and 32, is repeated, or none is given.
+    all_conv quantizes the stem's weights too. Raises ValueError where a bit-width is not one of
+    1 to 8 and 32, is repeated, or none is given.
     """
     return SVHNNet(bit_widths, num_classes, width, all_conv)

@@ -1,6 +1,7 @@
-"""Where a checkpoint comes from: a file, a results folder, a URL, or the name of one that the paper's authors published."""
+"""Where a checkpoint comes from: a file, a results folder, a URL, or the name of a published one."""
 import hashlib
 import http.client
+import os
 import socket
 import sys
 import tempfile
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-import utils
-from errors import UserError
-from models.fused import cache_folder
+from engine.errors import UserError
+from engine.state import load_checkpoint
+from utils import one_line, replacing
 
 PREFIX = "https://www.dropbox.com/s/"
 FILES = {  # name -> its part of the link; the data set is that of its model, below
@@ -37,14 +38,14 @@ FILES = {  # name -> its part of the link; the data set is that of its model, be
     "resnet50q_32": "t74fbzsxxs0bkk4/resnet50q_32.pth.tar",
     "resnet50q_any_recursive": "df87f40od0g8uq9/resnet50q_any_recursive.pth.tar",
 }
-DATASET = {"resnet20q": "cifar10", "svhnq": "svhn", "resnet50q": "imagenet"}  # what each published model was trained on
+DATASET = {"resnet20q": "cifar10", "svhnq": "svhn", "resnet50q": "imagenet"}  # trained on
 
 
 def find_checkpoint(source, *names):
-    """The checkpoint file that `source` means; UserError where there is none.
+    """Return the checkpoint file that `source` means; UserError where there is none.
 
-    A file; a folder that holds, in it or in its ckpt/, the first of `names`; an http(s) URL; a key of FILES. The last
-    two are downloaded once, to cache_folder().
+    A file; a folder that holds, in it or in its ckpt/, the first of `names`; an http(s) URL; a key of
+    FILES. The last two are downloaded once, to cache_folder().
     """
     path = Path(source)
     if path.is_dir():
@@ -52,7 +53,8 @@ def find_checkpoint(source, *names):
             for candidate in (path / "ckpt" / name, path / name):
                 if candidate.is_file():
                     return candidate
-        raise UserError(f"{path} holds no checkpoint: looked there and in its ckpt/ for {', '.join(names)}")
+        raise UserError(f"{path} holds no checkpoint: looked there and in its ckpt/ for "
+                        f"{', '.join(names)}")
     if path.exists():
         return path
     if source in FILES:
@@ -60,12 +62,20 @@ def find_checkpoint(source, *names):
     if str(source).startswith(("http://", "https://")):
         name = str(source).split("?")[0].rstrip("/").rsplit("/", 1)[-1]
         return download(source, f"{hashlib.sha256(source.encode()).hexdigest()[:12]}_{name[-80:]}")
-    raise UserError(f"checkpoint {source} does not exist: give a file, a results folder, a URL, or a published name, "
-                    "MODEL_1, _2, _4, _8, _32, _any_hard, _any_soft or _any_recursive (of resnet50q no hard and soft)")
+    raise UserError(
+        f"checkpoint {source} does not exist: give a file, a results folder, a URL, or a published "
+        "name, MODEL_1, _2, _4, _8, _32, _any_hard, _any_soft or _any_recursive (of resnet50q no hard "
+        "and soft)")
+
+
+def cache_folder():
+    """Return where downloads are kept: ~/.cache/any_precision, or under XDG_CACHE_HOME."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "any_precision"
 
 
 def download(url, name):
-    """Fetch url to cache_folder()/name, whole and readable as a checkpoint, or not at all; once. Returns the path."""
+    """Fetch url to cache_folder()/name, whole and readable as a checkpoint, or not at all; once."""
     path = cache_folder() / name
     if path.is_file():
         return path
@@ -74,18 +84,18 @@ def download(url, name):
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:  # torch.hub leaves parts behind
-            file = Path(place, path.name)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:
+            file = Path(place, path.name)  # torch.hub may leave parts behind
             torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
-            utils.load_checkpoint(file)
-            with utils.replacing(path) as temporary:
+            load_checkpoint(file)
+            with replacing(path) as temporary:
                 file.rename(temporary)
     except UserError:  # a page that says why not, or a file cut short
-        raise UserError(f"what {url} sends is not a whole checkpoint: try again, or fetch it with a browser and give "
-                        "its path") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's are OSErrors, malformed URLs the rest
-        raise UserError(f"{url} could not be downloaded ({utils.one_line(error)}): check the address and the network, "
-                        "or fetch it with a browser and give its path") from None
+        raise UserError(f"what {url} sends is not a whole checkpoint: try again, or fetch it with a "
+                        "browser and give its path") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{url} could not be downloaded ({one_line(error)}): check the address and "
+                        "the network, or fetch it with a browser and give its path") from None
     finally:
         socket.setdefaulttimeout(timeout)
     return path

@@ -1,0 +1,242 @@
+"""Seeded batches on the device: from memory, or from workers that read and transform images."""
+import functools
+import os
+import signal
+
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from dataset.data import DATASETS, DataError, Transformed, get_transform
+
+
+def ignore_stop_signals(worker=None):
+    """Let the training process decide when to stop: Ctrl-C reaches its data workers too."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_size=1, workers=0,
+                memory_format=torch.channels_last, in_memory=True):
+    """Return the batches of a get_dataset without transform, as float32 (n, 3, H, W) on the device.
+
+    batch_size: images over all processes where train, else of this one. Training batches are shuffled
+    and augmented; the loader's batch_sampler, a ShuffledBatches, says which. in_memory=False reads
+    and transforms images one by one, the reference.
+    """
+    row = DATASETS[name]
+    batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
+    place = choose_place(dataset, name, device, rank) if in_memory and row.in_memory else None
+    if place:
+        still = Transformed(dataset, get_transform(name, train=False, normalized=False))
+        images, labels = read_arrays(still, workers)  # random transforms are drawn on the device
+        return InMemoryLoader(images.to(place), labels.to(place), name, device, batches, batch_size,
+                              rank, world_size, memory_format)
+    dataset = Transformed(dataset, get_transform(name, train, normalized=False))
+    if train:
+        dataset, kwargs = SeededSamples(dataset), {"batch_sampler": batches}
+    else:
+        kwargs = {"batch_size": batch_size, "sampler": range(rank, len(dataset), world_size)}
+    # A generator of its own: making an iterator must not draw from the training's random numbers.
+    loader = DataLoader(
+        dataset, generator=torch.Generator(), num_workers=workers, pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_stop_signals, **kwargs)
+    return WorkerLoader(loader, name, device, memory_format)
+
+
+def choose_place(dataset, name, device, rank=0):
+    """Return where a data set's images lie, with half of the memory left free.
+
+    The device, else the CPU's memory, else None. Rank 0 says so where it is not the device.
+    """
+    needed = len(dataset) * 3 * DATASETS[name].image_size ** 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, of this machine
+    host = psutil.virtual_memory().available // processes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    if needed <= min(free, host) / 2:  # on the way to the device they pass through the CPU's memory
+        return device
+    place = torch.device("cpu") if device.type == "cuda" and needed <= host / 2 else None
+    where, free = (device, free) if place else ("the host", host)
+    if rank == 0:
+        print(f"{name}: {needed / 2**20:.0f} MiB are more than half of what is free on {where} "
+              f"({free / 2**20:.0f} MiB): {'kept in host memory' if place else 'read anew every epoch'}")
+    return place
+
+
+def fraction_of(dataset, fraction, seed):
+    """Return a part of a data set, drawn by the seed."""
+    if fraction == 1:
+        return dataset
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return Subset(dataset, chosen[:max(1, round(fraction * len(dataset)))].tolist())
+
+
+def count_classes(name, *parts):
+    """Return the number of classes; DataError where class folders, and so labels, differ."""
+    if DATASETS[name].num_classes:
+        return DATASETS[name].num_classes
+    first, *others = parts
+    for other in others:
+        odd = sorted(set(first.classes) ^ set(other.classes))
+        if odd:
+            raise DataError(f"{first.root} and {other.root} must hold the same class folders: "
+                            f"{len(odd)} stand in only one of them, {odd[0]} for one")
+    return len(first.classes)
+
+
+def normalize(images, name, memory_format=torch.channels_last):
+    """Turn uint8 (N, 3, H, W) into what the data set's transform ends with, on the same device."""
+    mean, std = (constant(values, images.device)[:, None, None]
+                 for values in (DATASETS[name].mean, DATASETS[name].std))
+    return images.to(torch.float32, memory_format=memory_format).div_(255).sub_(mean).div_(std)
+
+
+@functools.cache  # copied to the device once: a copy would wait for it
+def constant(values, device):
+    return torch.tensor(values, device=device)
+
+
+class SeededSamples(Dataset):
+    """A data set whose random transforms draw from the seed that comes with each index."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        index, seed = key
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            return self.dataset[index]
+        finally:
+            torch.set_rng_state(state)
+
+
+class ShuffledBatches:
+    """Batches of (index, seed): a function of (seed, epoch), so any epoch can be begun anywhere.
+
+    Of each batch process `rank` of `world_size` gets every world_size-th sample, so the batches do
+    not depend on the number of processes. Set `epoch`, and the batches `start` to `stop` of it that
+    are wanted, before iterating. Raises DataError where the last batch has fewer samples than
+    processes.
+    """
+
+    def __init__(self, num_samples, batch_size, seed, rank=0, world_size=1):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start = 0
+        self.stop = len(self)
+        last = self.size(len(self) - 1)
+        if last < world_size:
+            raise DataError(
+                f"the last batch of an epoch has {last} of the {num_samples} images, fewer than the "
+                f"{world_size} processes: choose another --batch-size, or fewer processes")
+
+    def __len__(self):
+        return -(-self.num_samples // self.batch_size)
+
+    def size(self, step):
+        """Return the number of images in batch `step`, over all processes."""
+        return min(self.batch_size, self.num_samples - step * self.batch_size)
+
+    def draw(self):
+        """Return the epoch's order of samples, and a number below 2^62 for each, (num_samples,) int64."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+        return order, torch.randint(2**62, (self.num_samples,), generator=generator)
+
+    def parts(self):
+        """Yield the slices of the epoch's order that are this process's batches."""
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size
+            yield slice(first + self.rank, first + self.size(step), self.world_size)
+
+    def __iter__(self):
+        order, seeds = self.draw()
+        for part in self.parts():
+            yield list(zip(order[part].tolist(), seeds[part].tolist()))
+
+
+def read_arrays(dataset, workers=0):
+    """Read (uint8 (3, H, W), label) samples into images (N, H, W, 3) uint8 and labels (N,) int64."""
+    images, labels, start = None, torch.empty(len(dataset), dtype=torch.int64), 0
+    for pictures, targets in DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator()):
+        if images is None:
+            images = torch.empty(len(dataset), *pictures.shape[2:], 3, dtype=torch.uint8)
+        images[start:start + len(pictures)] = pictures.permute(0, 2, 3, 1)
+        labels[start:start + len(pictures)] = targets
+        start += len(pictures)
+    return images, labels
+
+
+def flipped_crops(images, indices, seeds, padding):
+    """Flip at random, and crop from a black padding, images[indices] as seeds (n,) say.
+
+    images (N, H, W, 3); returns (n, H, W, 3).
+    """
+    height, width = images.shape[1:3]
+    shifts = 2 * padding + 1
+    flip, top, left = seeds % 2 == 1, seeds // 2 % shifts, seeds // (2 * shifts) % shifts
+    device = images.device
+    rows = top[:, None] - padding + torch.arange(height, device=device)  # (n, H)
+    columns = left[:, None] - padding + torch.arange(width, device=device)  # of the flipped image
+    inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    crops = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return crops * (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
+
+
+class InMemoryLoader:
+    """Batches of images (N, H, W, 3) uint8 and labels (N,) that lie in memory, here or on `device`.
+
+    The order and the augmentation are those of batch_sampler, a ShuffledBatches; without one all
+    samples come in order, and a process gets every world_size-th.
+    """
+
+    def __init__(self, images, labels, name, device, batch_sampler=None, batch_size=1, rank=0,
+                 world_size=1, memory_format=torch.channels_last):
+        self.images, self.labels, self.name, self.device = images, labels, name, device
+        self.batch_sampler, self.memory_format = batch_sampler, memory_format
+        if batch_sampler is None:
+            own = torch.arange(len(images), device=images.device)[rank::world_size]
+            self.indices = own.split(batch_size) if len(own) else ()
+
+    def __len__(self):
+        return len(self.indices if self.batch_sampler is None else self.batch_sampler)
+
+    def __iter__(self):
+        if self.batch_sampler is None:
+            batches, padding = ((indices, None) for indices in self.indices), None
+        else:
+            order, seeds = (drawn.to(self.images.device) for drawn in self.batch_sampler.draw())
+            batches = ((order[part], seeds[part]) for part in self.batch_sampler.parts())
+            padding = DATASETS[self.name].padding
+        for indices, seeds in batches:
+            images, labels = self.images, self.labels[indices]
+            images = flipped_crops(images, indices, seeds, padding) if padding else images[indices]
+            images = images.permute(0, 3, 1, 2)
+            if images.device != self.device:
+                images, labels = (batch.pin_memory().to(self.device, non_blocking=True)
+                                  for batch in (images, labels))
+            yield normalize(images, self.name, self.memory_format), labels
+
+
+class WorkerLoader:
+    """The batches of a DataLoader of uint8 images, normalised on `device`."""
+
+    def __init__(self, loader, name, device, memory_format):
+        self.loader, self.name, self.device, self.memory_format = loader, name, device, memory_format
+        self.batch_sampler = loader.batch_sampler
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            images, labels = (batch.to(self.device, non_blocking=True) for batch in (images, labels))
+            yield normalize(images, self.name, self.memory_format), labels

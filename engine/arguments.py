@@ -1,0 +1,273 @@
+"""The command line of train.py."""
+import argparse
+import math
+import re
+from argparse import Namespace
+
+from dataset.data import DATASETS
+from engine.distributed import max_restarts, rank, world_size
+from engine.errors import UsageError
+from engine.forward_pass import PRECISIONS
+from models import DEFAULT_WIDTH, MODELS, check_bit_widths
+from models.losses import LOSSES
+from utils import flag_text, one_line
+
+OPTIMIZERS = ("adam", "sgd")
+
+
+# ---- types of arguments
+
+def whole_number(least, most=2**31 - 1):
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number: give one from {least} up") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{value} is too {'small' if value < least else 'large'}: give a whole number from "
+                f"{least} up to {most}")
+        return value
+    return parse
+
+
+def real_number(text, zero_allowed=False, most=1e30):  # a larger step does not fit into float32
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value <= most and (value > 0 or zero_allowed and value == 0)):
+        least = "from 0 up" if zero_allowed else "above 0"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: give a number {least}, at most {most:g}")
+    return value
+
+
+def weight_decay(text):
+    return real_number(text, zero_allowed=True)
+
+
+def fraction(text):
+    return real_number(text, most=1)
+
+
+def bit_width_list(text):
+    try:
+        parts = [part.strip() for part in text.split(",")] if text.strip() else []
+        return sorted(check_bit_widths(int(part) if re.fullmatch(r"-?\d+", part) else part
+                                       for part in parts))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def epoch_list(text):
+    try:
+        epochs = [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        epochs = [0]
+    if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of rising epochs from 1 up, such as 100,150,180")
+    return epochs
+
+
+def device_name(text):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not exist: choose auto, cpu, cuda, or one GPU such as cuda:0")
+    return text
+
+
+def one_of(names):
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} does not exist: choose from {', '.join(names)}")
+        return text
+    return parse
+
+
+# ---- the command line
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells of a wrong argument in one line, and defaults in the help."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=HelpFormatter)
+
+    def error(self, message):
+        told = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
+        self.exit(UsageError.exit_code, told if rank() == 0 else None)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: {flag_text(action.default)})"
+
+
+def make_parser(description=None):
+    parser = OneLineParser(description)
+    add_method(parser.add_argument)
+    add_schedule(parser.add_argument)
+    add_starting_points(parser.add_argument)
+    add_machine(parser.add_argument)
+    return parser
+
+
+def add_method(add):
+    widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
+    add("--dataset", type=one_of(DATASETS), default="digits", metavar="NAME", help=", ".join(DATASETS))
+    add("--train_split", "--train-split", metavar="SPLIT",
+        help="split to train on; unset: train, for svhn train_extra")
+    add("--train-fraction", type=fraction, default=1.0, metavar="X",
+        help="train on this part of the training split, drawn by the seed; for short honest trials")
+    add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
+    add("--model", type=one_of(MODELS), default="svhnq", metavar="NAME", help=", ".join(MODELS))
+    add("--width", type=whole_number(1), metavar="N", help=f"width multiplier; unset: {widths}")
+    add("--all-conv", action="store_true", help="quantize the stem's and the shortcuts' weights too")
+    add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
+        metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
+    add("--loss", type=one_of(LOSSES), default="recursive", metavar="NAME",
+        help="who teaches the lower bit-widths: hard (labels), soft (the highest), recursive (the "
+             "next higher)")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N",
+        help="of weights, data order, augmentation and dropout")
+
+
+def add_schedule(add):
+    add("--epochs", type=whole_number(1), default=30, metavar="N", help="passes over the split")
+    add("--start-epoch", type=whole_number(0), default=0, metavar="N",
+        help="epochs taken as done, for the learning rate too; --resume sets it")
+    add("--batch-size", type=whole_number(1), default=64, metavar="N",
+        help="images a step, over all processes")
+    add("--optimizer", type=one_of(OPTIMIZERS), default="adam", metavar="NAME",
+        help="adam, or sgd (momentum 0.9)")
+    add("--lr", type=real_number, default=0.001, metavar="X", help="learning rate")
+    add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
+        help='epochs after which the learning rate is divided by 10; "" for never')
+    add("--weight-decay", type=weight_decay, default=0.0, metavar="X", help="L2 penalty; 0 is off")
+
+
+def add_starting_points(add):
+    add("--pretrain", metavar="SOURCE",
+        help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or a "
+             "published name")
+    add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
+    add("--evaluate", action="store_true",
+        help="no training: the accuracy of --pretrain (or --resume) at every bit-width of the list; "
+             "unset list: all it has")
+    add("--calibrate", type=whole_number(0), metavar="N",
+        help="with --evaluate: for a bit-width that was not trained, start from the nearest that was "
+             "and re-estimate BatchNorm's statistics over N training batches (0: take it as it is)")
+    add("--save-calibrated", metavar="FILE", help="with --calibrate: keep the result as a checkpoint")
+    add("--results-dir", metavar="DIR",
+        help="where the run is written; the same command goes on with what is there; unset: a new "
+             "folder under results/, named after the run")
+
+
+def add_machine(add):
+    add("--device", type=device_name, default="auto", metavar="NAME",
+        help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
+    add("--precision", type=one_of(PRECISIONS), default="fp32", metavar="NAME",
+        help=f"of the convolutions' operands: {', '.join(PRECISIONS)}; all else stays in float32")
+    add("--compile", action="store_true",
+        help="torch.compile, a graph per bit-width; minutes to begin with")
+    add("--workers", type=whole_number(0), default=0, metavar="N",
+        help="processes that load data; 0 loads in this one")
+    add("--sync-bn", action="store_true",
+        help="several processes: BatchNorm by the statistics of the whole batch; unset: of each "
+             "process's part, as published")
+    add("--timeout", type=whole_number(1), default=600, metavar="SECONDS",
+        help="several processes: how long one waits for the others before the run ends")
+    add("--save-every", type=real_number, metavar="MINUTES",
+        help="also save inside an epoch, this often; unset: after every epoch")
+    add("--print-freq", "-p", type=whole_number(1), default=50, metavar="N",
+        help="steps between progress lines where output is not a terminal")
+
+
+DEFAULTS = vars(make_parser().parse_args([]))
+
+
+def parse_flags(argv=None, description=None):
+    """Return the arguments that argv sets, as a namespace without the others.
+
+    Where one is wrong, or they do not go together, ends with one line on stderr and exit code 2.
+    """
+    parser = make_parser(description)
+    flags = parser.parse_args(argv, Namespace(**dict.fromkeys(DEFAULTS)))
+    flags = Namespace(**{name: value for name, value in vars(flags).items() if value is not None})
+    try:
+        check_purpose(Namespace(**{**DEFAULTS, **vars(flags)}))
+        if not (hasattr(flags, "resume") or hasattr(flags, "evaluate")):
+            settle(flags)
+    except UsageError as error:
+        parser.error(str(error))
+    return flags
+
+
+def check_purpose(args):
+    """Raise UsageError where training, evaluating and their sources do not go together."""
+    if args.evaluate and not (args.pretrain or args.resume):
+        raise UsageError("--evaluate needs something to evaluate: give --pretrain SOURCE")
+    if args.pretrain and args.resume:
+        raise UsageError(f"--pretrain {args.pretrain} starts a new run and --resume {args.resume} "
+                         "goes on with one: give one of them")
+    if args.calibrate is not None and not args.evaluate:
+        raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
+    if args.save_calibrated and args.calibrate is None:
+        raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give both "
+                         "or neither")
+
+
+def settle(flags, saved=None):
+    """Return all arguments: the flags, else what is saved, else the defaults.
+
+    Raises UsageError where they do not go together.
+    """
+    values = {**DEFAULTS, **(saved or {}), **vars(flags)}
+    data = DATASETS[values["dataset"]]
+    values["train_split"] = values["train_split"] or next(iter(data.val_split))
+    values["width"] = values["width"] or DEFAULT_WIDTH[values["model"]]
+    args = Namespace(**values)
+    if args.train_split not in data.val_split:
+        raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
+                         f"choose from {', '.join(data.val_split)}")
+    if args.model == "svhnq" and data.image_size != 40:
+        raise UsageError(
+            f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
+            f"{data.image_size}: choose --model resnet20q or resnet50q")
+    if args.compile and args.sync_bn:
+        raise UsageError("--sync-bn exchanges statistics within the network, which --compile cannot: "
+                         "give one of them")
+    if not args.evaluate:
+        check_training(args)
+    return args
+
+
+def check_training(args):
+    if args.batch_size % world_size():
+        raise UsageError(f"--batch-size {args.batch_size} is that of all {world_size()} processes: "
+                         f"give a multiple of {world_size()}")
+    if world_size() > 1 and args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device} is one GPU for {world_size()} processes: give cuda, "
+                         "each takes its own")
+    if max_restarts() and not args.results_dir and not args.resume:
+        raise UsageError(f"--max-restarts {max_restarts()} goes on from the results folder after a "
+                         "process died: name it with --results-dir")
+    if args.start_epoch >= args.epochs and not args.resume:
+        raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: give less than "
+                         f"--epochs {args.epochs}")
+
+
+def run_name(args):
+    """Name a run by what sets it apart: data, model, bit-widths, loss, seed."""
+    parts = [args.dataset, args.model, "-".join(map(str, args.bit_width_list))]
+    if len(args.bit_width_list) > 1:
+        parts.append(args.loss)
+    if args.all_conv:
+        parts.append("allconv")
+    return "_".join([*parts, f"seed{args.seed}"])

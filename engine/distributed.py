@@ -1,0 +1,143 @@
+"""Several processes as one run, started by torchrun; with one process all of it does nothing."""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+class ProcessError(Exception):
+    """The processes of a run cannot be joined, or lost each other."""
+
+
+def rank():
+    """Return this process's number, from 0; rank 0 writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank():
+    """Return this process's number on its machine, and so its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def max_restarts():
+    """Return how often torchrun starts the run again after a process died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
+@contextlib.contextmanager
+def processes(device, timeout):
+    """Join the processes of the run, by NCCL on GPUs and gloo on CPUs.
+
+    timeout: seconds that one waits for the others; with gloo a ProcessError follows, NCCL ends the
+    process from a thread of its own. Raises ProcessError where another process dies.
+    """
+    if world_size() == 1:
+        yield
+        return
+    limit = datetime.timedelta(seconds=timeout)
+    try:
+        # torchrun's store outlives a restart: a prefix keeps apart what was left in it.
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        prefix = f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=dist.PrefixStore(prefix, store), rank=rank(),
+            world_size=world_size(), timeout=limit, device_id=device if on_gpu else None)
+        yield
+        dist.destroy_process_group()  # not after an error: it could wait for stuck processes
+    except (KeyError, ValueError) as error:
+        if dist.is_initialized():
+            raise
+        raise ProcessError(f"WORLD_SIZE is {world_size()}, but the processes cannot be joined "
+                           f"({error}): start them with torchrun") from None
+    except (dist.DistError, RuntimeError) as error:
+        text = str(error).lower()
+        words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")
+        if not any(word in text for word in words):
+            raise
+        raise ProcessError(f"process {rank()} of {world_size()} lost the others "
+                           f"({text.splitlines()[0][:200]}): see the first error above") from None
+
+
+@contextlib.contextmanager
+def one_at_a_time_per_machine():
+    """Let the first process of each machine go first, such as to download, then the others."""
+    if local_rank() > 0:
+        wait()
+    yield
+    if local_rank() == 0:
+        wait()
+
+
+def from_first(value):
+    """Return rank 0's value on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value):
+    """Return every process's value, as a list by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(tensor):
+    """Return the sum of `tensor` over the processes, as a new tensor."""
+    total = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def any_process(flags, device):
+    """Return, for each of the booleans, whether it is true on any process. Waits for all of them."""
+    if world_size() == 1:
+        return flags
+    counts = sum_over_processes(torch.tensor(flags, dtype=torch.float32, device=device))
+    return [count > 0 for count in counts.tolist()]
+
+
+def wait():
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def exchange_gradients(parameters):
+    """Sum the gradients over the processes, in place, by one exchange.
+
+    Each process weights its loss by its share of the batch: the sum is the gradient of the mean.
+    """
+    if world_size() > 1:
+        exchange([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
+
+
+def share_buffers(model):
+    """Give every process rank 0's BatchNorm statistics, as in the published multi-GPU training."""
+    buffers = list(model.buffers())
+    for dtype in {buffer.dtype for buffer in buffers} if world_size() > 1 else ():
+        exchange([buffer for buffer in buffers if buffer.dtype == dtype],
+                 lambda flat: dist.broadcast(flat, 0))
+
+
+@torch.no_grad()
+def exchange(tensors, collective):
+    """Run an in-place collective once on tensors of one type, joined."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    collective(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])

@@ -1,0 +1,104 @@
+"""Errors that a user can mend, and programs that tell them in one line."""
+import contextlib
+import multiprocessing
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from dataset.data import DataError
+from engine.distributed import ProcessError, rank
+from utils import one_line
+
+
+class UserError(Exception):
+    """Something the user can mend: one line on stderr."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A wrong argument."""
+
+    exit_code = 2
+
+
+class StopRequest:
+    """Within it, SIGTERM and Ctrl-C are remembered in `signal`; a second one acts at once."""
+
+    signal = None
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.remember)
+                         for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def remember(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class Stopped(UserError):
+    """The run was asked to stop, and is saved.
+
+    number: of the signal, None where another process got it.
+    """
+
+    def __init__(self, number, where=""):
+        number = number or signal.SIGTERM
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}")
+        self.number, self.exit_code = number, 128 + number
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Raise UserError naming `path` where its content is not of the kind or shape that is read."""
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} holds something unexpected ({type(error).__name__}: {one_line(error)}): it may "
+            "be damaged, or not a checkpoint of this project") from None
+
+
+def run_program(main, parse):
+    """Run main(parse()); what the user can mend becomes one line on stderr and an exit code."""
+    try:
+        main(parse())
+        return
+    except Stopped as error:
+        message, code = str(error), error.exit_code
+    except (UserError, DataError, ProcessError, OSError) as error:  # OSError: such as a full disk
+        message, code = f"error: {one_line(error)}", getattr(error, "exit_code", 1)
+    except RuntimeError as error:
+        message, code = f"error: {explained(error)}", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 128 + signal.SIGINT
+    finally:
+        end_data_workers()
+    if code != UsageError.exit_code or rank() == 0:  # of several processes one tells
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def explained(error):
+    """Return what to do about a RuntimeError of torch, or raise it again."""
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"out of memory: lower --batch-size or --width ({one_line(error)})"
+    if "DataLoader worker" in str(error):
+        return f"{one_line(error)}: it may have run out of memory, lower --workers"
+    raise error
+
+
+def end_data_workers():
+    """Kill the data workers that are left: they ignore the SIGTERM that Python sends at its exit."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
+    for worker in workers:
+        worker.kill()

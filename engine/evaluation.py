@@ -1,0 +1,122 @@
+"""The accuracy of a network at every bit-width, and --evaluate."""
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from dataset.data import DATASETS
+from dataset.loader import count_classes
+from engine.arguments import run_name
+from engine.device import describe
+from engine.distributed import rank, world_size
+from engine.errors import Stopped, UsageError, UserError, reading
+from engine.figures import evaluation_table, save_evaluation_figure
+from engine.metrics import Metrics
+from engine.resume import OF_EVALUATION, saved_arguments
+from engine.run_folder import RunFolder, log
+from engine.setup import make_forward_pass, make_model, make_train_loader, make_val_loader, open_data
+from engine.state import load_weights, save_checkpoint
+from models import calibrate, fit_bit_widths, saved_bit_widths, set_bit_width
+from models.losses import nothing_shared, shared_computation
+from utils import flag_text, write_json
+
+
+@torch.no_grad()
+def evaluate(model, forward_pass, loader, bit_widths, device, what="validation", stop=None):
+    """Return {bits: {"loss", "top1", "top5"}} over the loaders of all processes, each image once.
+
+    stop: a StopRequest, for which one process raises Stopped between two batches. Raises UserError,
+    beginning with `what`, where a loss is not finite.
+    """
+    model.eval()
+    metrics = Metrics(bit_widths, device)
+    sharing = shared_computation if forward_pass.shared else nothing_shared
+    for images, labels in loader:
+        results = {}
+        with sharing(model, images, forward_pass.autocast) as (network, x):
+            for bits in bit_widths:
+                set_bit_width(model, bits)
+                with forward_pass.autocast():
+                    results[bits] = forward_pass(network, x, labels)
+        metrics.add(results, labels)
+        if stop and stop.signal and world_size() == 1:
+            raise Stopped(stop.signal)
+    metrics.check_finite(what)
+    return metrics.averages()
+
+
+def evaluate_checkpoint(args, checkpoint, device):
+    """Write evaluation.json, a table and a picture; return the results folder."""
+    path, content = checkpoint.path, checkpoint.content
+    present = saved_bit_widths(content["state_dict"])
+    trained = [bits for bits in present if bits not in content.get("calibrated", ())]
+    arguments = {**vars(args), "bit_width_list": trained}
+    target = new_file(args.save_calibrated) if args.save_calibrated else None
+    train_set, val_set = open_data(args)
+    with reading(path):
+        model = make_model(args, sorted({*present, *args.bit_width_list}),
+                           count_classes(args.dataset, val_set)).to(device)
+    state_dict, added = fit_bit_widths(content["state_dict"], {*present, *args.bit_width_list})
+    load_weights(model, state_dict, path)
+    forward_pass = make_forward_pass(args, model, device)
+    batches = calibration_batches(args, train_set, forward_pass, device) if added else None
+    val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
+
+    name = f"{run_name(Namespace(**arguments))}_evaluation"
+    with RunFolder(args.results_dir, name) as run:
+        log.info("evaluating %s, a %s trained at %s bits, on %s (%s) on %s", path, args.model,
+                 flag_text(trained), args.dataset, DATASETS[args.dataset].val_split[args.train_split],
+                 describe(device))
+        for bits, origin in added.items():
+            how = ""
+            if args.calibrate:
+                how = f", statistics re-estimated over {args.calibrate} training batches"
+                with forward_pass.autocast():
+                    calibrate(model, bits, (images for images, _ in batches))
+            log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin, how)
+        results = evaluate(model, forward_pass, val_loader, args.bit_width_list, device)
+        if rank() == 0:
+            run.write_config(arguments, device, checkpoint=str(path), epoch=content.get("epoch"))
+            write_json(run.path / "evaluation.json", results)
+            save_evaluation_figure(run.path / "accuracy.png", results, name)
+            log.info("\n%s\n", evaluation_table(results, trained))
+            if target:
+                save_calibrated(target, args, checkpoint, model, added)
+            log.info("evaluation.json and accuracy.png are in %s", run.path)
+    return run.path
+
+
+def calibration_batches(args, train_set, forward_pass, device):
+    """Return a loader of the first --calibrate training batches, whole ones on every process."""
+    if not args.calibrate:
+        return None
+    loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
+    if args.calibrate > len(loader):
+        raise UsageError(f"--calibrate {args.calibrate} is more than the {len(loader)} batches of "
+                         f"{args.train_split}: give at most that")
+    batches = loader.batch_sampler
+    batches.rank, batches.world_size, batches.stop = 0, 1, args.calibrate
+    return loader
+
+
+def new_file(name):
+    """Return a path that can be written; UserError where it is there already."""
+    target = Path(name)
+    if target.exists():
+        raise UserError(f"--save-calibrated {target} exists: remove it, or give another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def save_calibrated(target, args, checkpoint, model, added):
+    """Write an ordinary checkpoint that knows which of its bit-widths were calibrated."""
+    content = checkpoint.content
+    bit_widths = saved_bit_widths(model.state_dict())
+    save_checkpoint(target, {
+        "epoch": content.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
+        "best_prec1": content.get("best_prec1"), "optimizer": None,
+        "calibrated": sorted({*content.get("calibrated", ()), *added}),
+        "arguments": {**saved_arguments(args, checkpoint),
+                      **{name: getattr(args, name) for name in OF_EVALUATION},
+                      "bit_width_list": bit_widths}})
+    log.info("calibrated checkpoint: %s", target)

@@ -1,0 +1,62 @@
+"""How a network is computed: precision, memory format, compiled or not."""
+import contextlib
+import functools
+
+import torch
+
+from engine.errors import UserError
+from models.losses import forward_loss
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def check_precision(precision, device):
+    """Raise UserError where the device cannot compute in `precision`."""
+    if device.type == "cuda":
+        recent = torch.cuda.get_device_capability(device) >= (8, 0)
+        lacking = precision != "fp32" and not recent
+    else:
+        lacking = precision == "tf32"
+    if lacking:
+        raise UserError(
+            f"--precision {precision} is not in the hardware of {device}: choose "
+            f"{'fp32' if device.type == 'cuda' else 'fp32, or bf16, which is slow on most CPUs'} (a "
+            "resumed run keeps its own: go on where it began, or begin anew from it with --pretrain)")
+
+
+class ForwardPass:
+    """The forward passes of a model: call it as models.losses.forward_loss, within autocast().
+
+    precision: of the convolutions' operands, one of PRECISIONS. batch_size: of the batches that go
+    through torch.compile; None compiles nothing, and odd batches are not compiled. Sets torch's
+    options of the whole process, and the model's memory format.
+    """
+
+    shared = True  # whether bit-widths share what none of them changes
+
+    def __init__(self, model, device, precision="fp32", batch_size=None, backend="inductor"):
+        check_precision(precision, device)
+        allow_tf32 = precision == "tf32"  # torch's own default for convolutions
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.benchmark = True  # the fastest algorithms for shapes that stay the same
+        # Tensor cores and oneDNN take channels-last; float32 on a GPU uses neither.
+        usual = device.type == "cuda" and precision == "fp32"
+        self.memory_format = torch.contiguous_format if usual else torch.channels_last
+        model.to(memory_format=self.memory_format)
+        self.batch_size = batch_size
+        self.compiled = compiled(forward_loss, backend) if batch_size else None
+        self.autocast = contextlib.nullcontext
+        if precision == "bf16":
+            self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
+
+    def __call__(self, network, x, target):
+        return (self.compiled if len(x) == self.batch_size else forward_loss)(network, x, target)
+
+
+def compiled(function, backend="inductor"):
+    """Return function through torch.compile: one graph a bit-width and mode, of fixed shapes."""
+    # Nine bit-widths are a graph each for training and for evaluation; the default limit is 8.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):
+        torch._functorch.config.backward_pass_autocast = "off"  # as in the uncompiled backward pass
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)

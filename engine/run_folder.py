@@ -1,0 +1,197 @@
+"""The results folder of a run: its lock, log, configuration and metrics. Rank 0 writes."""
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tensorboardX import SummaryWriter
+
+from engine.device import describe
+from engine.distributed import from_first, rank, world_size
+from engine.errors import UserError
+from utils import one_line, replacing, write_json
+
+log = logging.getLogger("any_precision")
+
+
+class RunFolder:
+    """A results folder, opened, locked and logged to while it is entered.
+
+    folder: where; None takes the first free of results/<name>, <name>_2, ... Raises UserError where it
+    cannot be written, is being written by another run, or holds one (in_place: which goes on).
+    """
+
+    def __init__(self, folder, name, in_place=False, save_every=None):
+        self.save_every, self.last_save = save_every, time.monotonic()
+        self.history, self.writer, self.lock = [], None, None
+        if rank() == 0:
+            folder = self.open(folder, name, in_place)
+        self.path = Path(from_first(folder))
+        self.metrics_file = self.path / "metrics.jsonl"
+
+    def open(self, results_dir, name, in_place):
+        folder = Path(results_dir or Path("results", name))
+        if results_dir and not in_place and holds_run(folder):
+            raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
+                            "choose another folder with --results-dir")
+        try:
+            count = 1
+            while not results_dir:
+                try:
+                    folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    count += 1
+                    folder = Path("results", f"{name}_{count}")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
+            open_log(folder)
+        except OSError as error:
+            raise UserError(f"results folder {folder} cannot be written ({error.strerror}): choose "
+                            "another with --results-dir") from None
+        return folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handler in log.handlers:
+            handler.close()
+        log.handlers = []
+        if self.writer:
+            self.writer.close()
+        if self.lock:
+            self.lock.close()
+
+    def write_config(self, arguments, device, **more):
+        """Write config.json: arguments, seed, command, versions, commit and device."""
+        if rank() == 0:
+            write_json(self.path / "config.json", {
+                "arguments": arguments, "seed": arguments["seed"], "command": sys.argv,
+                "processes": world_size(), **more, **environment(device)})
+
+    def begin(self, epoch):
+        """Keep the records of `epoch` epochs; a resumed run makes the later ones again."""
+        if rank() == 0:
+            self.history = keep_epochs(self.metrics_file, epoch)
+            self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch + 1)
+
+    def log_epoch(self, record):
+        """Add an epoch's record to metrics.jsonl and to TensorBoard."""
+        if rank() == 0:
+            self.history.append(record)
+            append_json_line(self.metrics_file, record)
+            write_summary(self.writer, record)
+
+    def save(self, state, best=False):
+        """Save a TrainingState here; all processes call it."""
+        state.save(self.path, best)
+        self.last_save = time.monotonic()
+
+    def save_is_due(self):
+        """Return whether save_every minutes have passed since the last save, by rank 0's clock."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        return rank() == 0 and self.save_every is not None and minutes > self.save_every
+
+
+def open_log(folder):
+    """Log to stdout, and to log_<hostname>.txt in the folder, after what is there."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    file = logging.FileHandler(folder / f"log_{socket.gethostname()}.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = [logging.StreamHandler(sys.stdout), file]
+
+
+def lock(folder):
+    """Return an open file that keeps other processes out of the folder until it is closed."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is being written by another run: let it end or stop it, or choose "
+                        "another folder with --results-dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def holds_run(folder):
+    metrics = Path(folder, "metrics.jsonl")
+    return (any(Path(folder, "ckpt").glob("*.pth.tar")) or Path(folder, "evaluation.json").exists()
+            or metrics.exists() and metrics.stat().st_size > 0)
+
+
+def append_json_line(path, record):
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there") from None
+
+
+def read_metrics(path):
+    """Return the records of a metrics.jsonl; a line cut short by a kill is passed over."""
+    records = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            for part in ("train", "val"):
+                record[part] = {int(bits): values for bits, values in record[part].items()}
+            records.append(record)
+    return records
+
+
+def keep_epochs(path, epoch):
+    """Cut a metrics.jsonl back to `epoch` epochs; return their records."""
+    records = read_metrics(path) if path.exists() else []
+    records = [record for record in records if record["epoch"] <= epoch]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def write_summary(writer, record):
+    """Write an epoch's record as TensorBoard scalars, tagged as the published code does."""
+    epoch = record["epoch"]
+    writer.add_scalar("lr", record["lr"], epoch)
+    for part in ("train", "val"):
+        for bits, values in record[part].items():
+            writer.add_scalar(f"{part}_loss_{bits}", values["loss"], epoch)
+            writer.add_scalar(f"{part}_prec_1_{bits}", values["top1"], epoch)
+            writer.add_scalar(f"{part}_prec_5_{bits}", values["top5"], epoch)
+    writer.flush()
+
+
+def environment(device):
+    """Return versions, commit and device."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn"):
+        versions[package] = importlib.metadata.version(package)
+    if device.type == "cuda":
+        versions["cuda"] = torch.version.cuda
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += " with local changes"
+    return {"versions": versions, "commit": commit, "device": describe(device)}
+
+
+def git(*command):
+    """Return what git prints of this project, None without git or a repository."""
+    try:
+        done = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True,
+                              text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,54 @@
+"""The parts of a run, made as the arguments say."""
+import torch
+
+from dataset.data import DATASETS, get_dataset
+from dataset.loader import fraction_of, make_loader
+from engine.device import missing_compiler
+from engine.distributed import one_at_a_time_per_machine, rank, world_size
+from engine.forward_pass import ForwardPass
+from models import MODELS
+
+
+def open_data(args):
+    """Return the data sets to train on and to validate on, without transforms; downloaded if missing."""
+    splits = args.train_split, DATASETS[args.dataset].val_split[args.train_split]
+    with one_at_a_time_per_machine():  # the first may have to download them
+        return [get_dataset(args.dataset, split, data_dir=args.data_dir) for split in splits]
+
+
+def make_train_loader(args, dataset, memory_format, device):
+    dataset = fraction_of(dataset, args.train_fraction, args.seed)
+    return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
+                       world_size(), args.workers, memory_format)
+
+
+def make_val_loader(args, dataset, memory_format, device):
+    batch_size = images_per_process(args)
+    if DATASETS[args.dataset].in_memory and not args.compile:  # which takes batches of one size
+        batch_size *= 4  # nothing is kept for a backward pass, so there is room
+    return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
+                       world_size(), args.workers, memory_format)
+
+
+def images_per_process(args):
+    return max(1, args.batch_size // world_size())
+
+
+def make_model(args, bit_widths, num_classes):
+    return MODELS[args.model](bit_widths, num_classes, args.width, args.all_conv)
+
+
+def make_forward_pass(args, model, device):
+    """Return the ForwardPass that args ask for; says so where --compile does not work here."""
+    reason = missing_compiler(device) if args.compile else None
+    if reason and rank() == 0:
+        print(f"--compile needs a compiler that works here, and is left out: {reason}")
+    batch_size = images_per_process(args) if args.compile and not reason else None
+    return ForwardPass(model, device, args.precision, batch_size)
+
+
+def make_optimizer(args, parameters):
+    kwargs = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, **kwargs)
+    return torch.optim.SGD(parameters, momentum=0.9, **kwargs)

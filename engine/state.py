@@ -1,0 +1,182 @@
+"""What a checkpoint holds, saved and restored whole."""
+import math
+import random
+import warnings
+
+import numpy
+import torch
+
+from engine import distributed
+from engine.errors import UserError, reading
+from engine.metrics import Metrics
+from utils import one_line, replacing
+
+
+class TrainingState:
+    """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
+
+    arguments: the run's, as a dict. num_samples: of an epoch, by which a resumed run knows its data.
+    """
+
+    def __init__(self, model, optimizer, bit_widths, device, arguments, num_samples):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.bit_widths, self.arguments, self.num_samples = bit_widths, arguments, num_samples
+        self.epoch = arguments["start_epoch"]  # epochs done
+        self.best = -math.inf  # top-1 (%) of the highest bit-width
+        self.metrics = Metrics(bit_widths, device)  # of the epoch under way
+
+    def finish_epoch(self, val_metrics):
+        """Count an epoch as done; return whether its top-1 of the highest bit-width is the best."""
+        top1 = val_metrics[max(self.bit_widths)]["top1"]
+        improved, self.best = top1 > self.best, max(top1, self.best)
+        self.epoch += 1
+        self.metrics = Metrics(self.bit_widths, self.device)
+        return improved
+
+    def save(self, folder, best=False):
+        """Write model_latest.pth.tar, and model_best.pth.tar where best, whole or not at all.
+
+        All processes call it and return when it is written. Raises UserError for weights or losses
+        that are not finite, or where it cannot be written: what was saved before is kept.
+        """
+        self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are not "
+                            "finite: lower --lr; the last good checkpoint is kept")
+        distributed.share_buffers(self.model)
+        content = {
+            "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best,
+            "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "arguments": self.arguments, "step": self.metrics.steps, "num_samples": self.num_samples,
+            "metrics": self.metrics.state_dict(),
+            "random_states": distributed.gather(random_state(self.device))}
+        if distributed.rank() == 0:
+            for name in ("model_best", "model_latest") if best else ("model_latest",):
+                save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", content)
+        distributed.wait()
+
+    def restore(self, path, content, in_place):
+        """Take over what load_checkpoint has read from `path`.
+
+        in_place: in the same results folder, whose best checkpoint stays. Raises UserError where it
+        does not fit.
+        """
+        load_weights(self.model, content["state_dict"], path)
+        load_optimizer(self.optimizer, content["optimizer"], path)
+        with reading(path):
+            self.epoch = content["epoch"]
+            if in_place:
+                self.best = float(content["best_prec1"])
+            if "metrics" not in content:
+                return
+            self.metrics.load_state_dict(content["metrics"])
+            states = content["random_states"]
+            if distributed.rank() < len(states):  # a process more than there were keeps its own
+                set_random_state(states[distributed.rank()], self.device)
+            saved = content["num_samples"]
+        if self.metrics.steps and saved != self.num_samples:
+            raise UserError(f"{path} stands inside an epoch of {saved} images, but the training split "
+                            f"has {self.num_samples}: resume on the same data")
+
+
+# ---- random numbers
+
+def seed_random_numbers(seed):
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state(device):
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"python": [version, list(internal), gauss], "numpy": [name, keys.tolist(), *rest],
+            "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state, device):
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# ---- files
+
+def save_checkpoint(path, content):
+    """Write a checkpoint whole or not at all; UserError where the disk is full or it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose "
+                        "another folder; what was saved before is kept") from None
+
+
+# A NumPy number, such as best_prec1 may be, is data; under the name of NumPy 2 and the one before.
+NUMPY_NUMBERS = [(numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+                 for core in ("core", "_core")]
+NUMPY_NUMBERS += [numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType,
+                  numpy.dtypes.Int64DType]
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU, as data only: code in it is refused.
+
+    Returns its dict, without DataParallel's prefix of the keys. Raises UserError where it is none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file may also be odd without being dangerous
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text would advise to run the file's code
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}): "
+                        "it is cut short, not a checkpoint, or holds code") from None
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise UserError(f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
+    content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
+    return content
+
+
+def load_weights(model, state_dict, path):
+    """Load every entry; UserError naming those that are missing, unexpected or of another shape."""
+    own = model.state_dict()
+    odd_shapes = sorted(key for key in own.keys() & state_dict.keys()
+                        if own[key].shape != getattr(state_dict[key], "shape", None))
+    problems = {"missing": sorted(own.keys() - state_dict.keys()),
+                "unexpected": sorted(state_dict.keys() - own.keys()), "of another shape": odd_shapes}
+    if any(problems.values()):
+        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                         for what, keys in problems.items() if keys)
+        raise UserError(f"{path} does not fit the model: {told}; check --model, --width and "
+                        "--bit_width_list")
+    model.load_state_dict(state_dict)
+
+
+# What a parameter group holds of how an optimizer computes, not of what it has learnt.
+IMPLEMENTATION = ("lr", "fused", "foreach", "capturable")
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an optimizer's state; UserError where it is another optimizer's, or another network's."""
+    try:
+        own = [{name: group[name] for name in IMPLEMENTATION if name in group}
+               for group in optimizer.param_groups]
+        groups = [{**group, **mine} for group, mine in zip(state["param_groups"], own, strict=True)]
+        optimizer.load_state_dict({**state, "param_groups": groups})
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():  # fused optimizers need one memory format
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
+        odd = [name for group in optimizer.param_groups
+               for name in optimizer.defaults.keys() - group.keys()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        odd = [one_line(error)]
+    if odd:
+        raise UserError(f"{path} holds another optimizer's state ({odd[0]}): check --optimizer")
