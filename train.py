@@ -25,8 +25,8 @@ from engine import published
 from engine.arguments import parse_flags, run_name
 from engine.console import Console
 from engine.device import choose_device, describe
-from engine.distributed import (any_process, exchange_gradients, one_at_a_time_per_machine, processes,
-                                rank, world_size)
+from engine.distributed import (any_process, exchange_gradients, one_at_a_time_per_machine,
+                                processes, rank, world_size)
 from engine.errors import Stopped, StopRequest, reading, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
@@ -34,7 +34,7 @@ from engine.resume import resolve
 from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_model, make_optimizer, make_train_loader,
                           make_val_loader, open_data)
-from engine.state import TrainingState, load_checkpoint, load_weights, seed_random_numbers
+from engine.state import TrainingState, load_checkpoint, load_weights
 from engine.sync_batch_norm import synchronize_batch_norm
 from models import fit_bit_widths
 from models.losses import any_precision_backward
@@ -49,7 +49,7 @@ def main(flags):
     with processes(device, getattr(flags, "timeout", 600)):
         with one_at_a_time_per_machine():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
-        seed_random_numbers(args.seed)
+        torch.manual_seed(args.seed)
         return (evaluate_checkpoint if args.evaluate else train)(args, checkpoint, device)
 
 
@@ -102,8 +102,8 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     Raises Stopped between two steps, at log points where there are several processes, and UserError
     for a loss that is not finite.
     """
-    model, optimizer, metrics, batches = state.model, state.optimizer, state.metrics, loader.batch_sampler
-    parameters = list(model.parameters())
+    model, optimizer, metrics = state.model, state.optimizer, state.metrics
+    batches, parameters = loader.batch_sampler, list(state.model.parameters())
     model.train()
     batches.epoch, batches.start = state.epoch, metrics.steps
     began = time.perf_counter()
@@ -153,18 +153,21 @@ def start(state, args, checkpoint):
     elif args.pretrain:
         with one_at_a_time_per_machine():
             path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
+        state_dict = load_checkpoint(path)["state_dict"]
         with reading(path):
-            state_dict, added = fit_bit_widths(load_checkpoint(path)["state_dict"], state.bit_widths)
+            state_dict, added = fit_bit_widths(state_dict, state.bit_widths)
         load_weights(state.model, state_dict, path)
         copies = [f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()]
-        return f"initialised from {path}" + (f": BatchNorms of {', '.join(copies)}" if added else "")
+        also = f": BatchNorms of {', '.join(copies)}" if added else ""
+        return f"initialised from {path}{also}"
 
 
 def tell_beginning(args, device, state, run, told):
-    log.info("%s on %s (%s), %s bits, %s loss, on %s%s%s", args.model, args.dataset, args.train_split,
-             flag_text(args.bit_width_list), args.loss if len(args.bit_width_list) > 1 else "hard",
-             describe(device), " (no GPU found)" if args.device == "auto" and device.type == "cpu" else "",
-             f", {world_size()} processes" if world_size() > 1 else "")
+    loss = args.loss if len(args.bit_width_list) > 1 else "hard"
+    no_gpu = " (no GPU found)" if args.device == "auto" and device.type == "cpu" else ""
+    several = f", {world_size()} processes" if world_size() > 1 else ""
+    log.info("%s on %s (%s), %s bits, %s loss, on %s%s%s", args.model, args.dataset,
+             args.train_split, flag_text(args.bit_width_list), loss, describe(device), no_gpu, several)
     if told:
         log.info(told)
     if state.epoch > args.start_epoch or state.metrics.steps or args.resume:
@@ -175,7 +178,7 @@ def tell_beginning(args, device, state, run, told):
 
 
 def learning_rate(lr, decay_epochs, epoch):
-    """Return the rate of epoch 0, 1, ...: of the epoch alone, so a resumed run cannot be out of step."""
+    """Return the rate of epoch 0, 1, ...: of the epoch alone, so no resumed run is out of step."""
     return lr * 0.1 ** bisect.bisect_right(decay_epochs, epoch)
 
 
@@ -187,7 +190,8 @@ def set_learning_rate(optimizer, lr):
 
 def how_to_go_on(state, run, steps):
     command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
-    return f"in epoch {state.epoch + 1}, after step {state.metrics.steps} of {steps}; to go on: {command}"
+    return (f"in epoch {state.epoch + 1}, after step {state.metrics.steps} of {steps}; to go on: "
+            f"{command}")
 
 
 def finish(run, name):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# An any-precision svhnq on scikit-learn's handwritten digits: 1,437 real 8x8 scans to train on, 360 to validate, and
-# nothing to download. About a minute on 2 CPU cores, with --plain 2 to 3.
-#   published code, same recipe, mean of seeds 0, 1, 2, val top-1 %:  1 bit 97.8, 2 99.2, 4 99.0, 8 99.1, 32 99.1
-# In float32 by the fast path, which on digits trains to the plain path's accuracy, within 0.3 points over 16 seeds
-# (README, Speed); --plain is the reference.
-#   ./train_digits.sh [flags of train.py]        such as --loss hard, or --bit_width_list 2 for a dedicated model
+# An any-precision svhnq on scikit-learn's handwritten digits: 1,437 real 8x8 scans to train on, 360
+# to validate, and nothing to download. About a minute on 2 CPU cores.
+#   published code, same recipe, mean of seeds 0, 1, 2, val top-1 %:
+#       1 bit 97.8, 2 99.2, 4 99.0, 8 99.1, 32 99.1
+#   ./train_digits.sh [flags of train.py]
+#       such as --loss hard, or --bit_width_list 2 for a dedicated model
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 recipe=(--dataset digits --model svhnq --optimizer adam --lr 0.001 --lr_decay 15,22,27

@@ -20,9 +20,9 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
                 memory_format=torch.channels_last, in_memory=True):
     """Return the batches of a get_dataset without transform, as float32 (n, 3, H, W) on the device.
 
-    batch_size: images over all processes where train, else of this one. Training batches are shuffled
-    and augmented; the loader's batch_sampler, a ShuffledBatches, says which. in_memory=False reads
-    and transforms images one by one, the reference.
+    batch_size: images over all processes where train, else of this one. Training batches are
+    shuffled and augmented, as the loader's batch_sampler says, a ShuffledBatches. in_memory=False
+    reads and transforms images one by one, the reference.
     """
     row = DATASETS[name]
     batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
@@ -46,9 +46,9 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
 
 
 def choose_place(dataset, name, device, rank=0):
-    """Return where a data set's images lie, with half of the memory left free.
+    """Return where a data set's images lie, in half of the free memory: device, CPU or None.
 
-    The device, else the CPU's memory, else None. Rank 0 says so where it is not the device.
+    Rank 0 says so where it is not the device.
     """
     needed = len(dataset) * 3 * DATASETS[name].image_size ** 2
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, of this machine
@@ -57,10 +57,11 @@ def choose_place(dataset, name, device, rank=0):
     if needed <= min(free, host) / 2:  # on the way to the device they pass through the CPU's memory
         return device
     place = torch.device("cpu") if device.type == "cuda" and needed <= host / 2 else None
-    where, free = (device, free) if place else ("the host", host)
     if rank == 0:
+        where, free = (device, free) if place else ("the host", host)
         print(f"{name}: {needed / 2**20:.0f} MiB are more than half of what is free on {where} "
-              f"({free / 2**20:.0f} MiB): {'kept in host memory' if place else 'read anew every epoch'}")
+              f"({free / 2**20:.0f} MiB): "
+              f"{'kept in host memory' if place else 'read anew every epoch'}")
     return place
 
 
@@ -133,8 +134,8 @@ class ShuffledBatches:
         last = self.size(len(self) - 1)
         if last < world_size:
             raise DataError(
-                f"the last batch of an epoch has {last} of the {num_samples} images, fewer than the "
-                f"{world_size} processes: choose another --batch-size, or fewer processes")
+                f"the last batch of an epoch has {last} of the {num_samples} images, fewer than "
+                f"the {world_size} processes: choose another --batch-size, or fewer processes")
 
     def __len__(self):
         return -(-self.num_samples // self.batch_size)
@@ -144,7 +145,7 @@ class ShuffledBatches:
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
     def draw(self):
-        """Return the epoch's order of samples, and a number below 2^62 for each, (num_samples,) int64."""
+        """Return the epoch's order, and a number below 2^62 per sample, (num_samples,) int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator)
         return order, torch.randint(2**62, (self.num_samples,), generator=generator)
@@ -162,9 +163,10 @@ class ShuffledBatches:
 
 
 def read_arrays(dataset, workers=0):
-    """Read (uint8 (3, H, W), label) samples into images (N, H, W, 3) uint8 and labels (N,) int64."""
+    """Read samples of (uint8 (3, H, W), label) into images (N, H, W, 3) and labels (N,) int64."""
     images, labels, start = None, torch.empty(len(dataset), dtype=torch.int64), 0
-    for pictures, targets in DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator()):
+    loader = DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator())
+    for pictures, targets in loader:
         if images is None:
             images = torch.empty(len(dataset), *pictures.shape[2:], 3, dtype=torch.uint8)
         images[start:start + len(pictures)] = pictures.permute(0, 2, 3, 1)
@@ -174,10 +176,7 @@ def read_arrays(dataset, workers=0):
 
 
 def flipped_crops(images, indices, seeds, padding):
-    """Flip at random, and crop from a black padding, images[indices] as seeds (n,) say.
-
-    images (N, H, W, 3); returns (n, H, W, 3).
-    """
+    """Flip images[indices] and crop them from a black padding, as seeds (n,) say: (n, H, W, 3)."""
     height, width = images.shape[1:3]
     shifts = 2 * padding + 1
     flip, top, left = seeds % 2 == 1, seeds // 2 % shifts, seeds // (2 * shifts) % shifts
@@ -213,8 +212,8 @@ class InMemoryLoader:
         if self.batch_sampler is None:
             batches, padding = ((indices, None) for indices in self.indices), None
         else:
-            order, seeds = (drawn.to(self.images.device) for drawn in self.batch_sampler.draw())
-            batches = ((order[part], seeds[part]) for part in self.batch_sampler.parts())
+            order, draws = (drawn.to(self.images.device) for drawn in self.batch_sampler.draw())
+            batches = ((order[part], draws[part]) for part in self.batch_sampler.parts())
             padding = DATASETS[self.name].padding
         for indices, seeds in batches:
             images, labels = self.images, self.labels[indices]
@@ -230,13 +229,14 @@ class WorkerLoader:
     """The batches of a DataLoader of uint8 images, normalised on `device`."""
 
     def __init__(self, loader, name, device, memory_format):
-        self.loader, self.name, self.device, self.memory_format = loader, name, device, memory_format
-        self.batch_sampler = loader.batch_sampler
+        self.loader, self.batch_sampler = loader, loader.batch_sampler
+        self.name, self.device, self.memory_format = name, device, memory_format
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
         for images, labels in self.loader:
-            images, labels = (batch.to(self.device, non_blocking=True) for batch in (images, labels))
-            yield normalize(images, self.name, self.memory_format), labels
+            images = normalize(images.to(self.device, non_blocking=True), self.name,
+                               self.memory_format)
+            yield images, labels.to(self.device, non_blocking=True)

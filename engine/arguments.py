@@ -120,7 +120,8 @@ def make_parser(description=None):
 
 def add_method(add):
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
-    add("--dataset", type=one_of(DATASETS), default="digits", metavar="NAME", help=", ".join(DATASETS))
+    add("--dataset", type=one_of(DATASETS), default="digits", metavar="NAME",
+        help=", ".join(DATASETS))
     add("--train_split", "--train-split", metavar="SPLIT",
         help="split to train on; unset: train, for svhn train_extra")
     add("--train-fraction", type=fraction, default=1.0, metavar="X",
@@ -128,7 +129,7 @@ def add_method(add):
     add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
     add("--model", type=one_of(MODELS), default="svhnq", metavar="NAME", help=", ".join(MODELS))
     add("--width", type=whole_number(1), metavar="N", help=f"width multiplier; unset: {widths}")
-    add("--all-conv", action="store_true", help="quantize the stem's and the shortcuts' weights too")
+    add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
         metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
     add("--loss", type=one_of(LOSSES), default="recursive", metavar="NAME",
@@ -154,16 +155,17 @@ def add_schedule(add):
 
 def add_starting_points(add):
     add("--pretrain", metavar="SOURCE",
-        help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or a "
-             "published name")
+        help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or "
+             "a published name")
     add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
     add("--evaluate", action="store_true",
-        help="no training: the accuracy of --pretrain (or --resume) at every bit-width of the list; "
-             "unset list: all it has")
+        help="no training: the accuracy of --pretrain (or --resume) at every bit-width of the "
+             "list; unset list: all it has")
     add("--calibrate", type=whole_number(0), metavar="N",
-        help="with --evaluate: for a bit-width that was not trained, start from the nearest that was "
-             "and re-estimate BatchNorm's statistics over N training batches (0: take it as it is)")
-    add("--save-calibrated", metavar="FILE", help="with --calibrate: keep the result as a checkpoint")
+        help="with --evaluate: for a bit-width that was not trained, start from the nearest that "
+             "was and re-estimate BatchNorm's statistics over N training batches (0: as it is)")
+    add("--save-calibrated", metavar="FILE",
+        help="with --calibrate: keep the result as a checkpoint")
     add("--results-dir", metavar="DIR",
         help="where the run is written; the same command goes on with what is there; unset: a new "
              "folder under results/, named after the run")
@@ -219,8 +221,8 @@ def check_purpose(args):
     if args.calibrate is not None and not args.evaluate:
         raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
     if args.save_calibrated and args.calibrate is None:
-        raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give both "
-                         "or neither")
+        raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give "
+                         "both or neither")
 
 
 def settle(flags, saved=None):
@@ -240,9 +242,12 @@ def settle(flags, saved=None):
         raise UsageError(
             f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
             f"{data.image_size}: choose --model resnet20q or resnet50q")
+    if args.precision not in PRECISIONS:  # an older run's
+        raise UsageError(f"--precision {args.precision} does not exist: choose from "
+                         f"{', '.join(PRECISIONS)}, to train on with --pretrain")
     if args.compile and args.sync_bn:
-        raise UsageError("--sync-bn exchanges statistics within the network, which --compile cannot: "
-                         "give one of them")
+        raise UsageError("--sync-bn exchanges statistics within the network, which --compile "
+                         "cannot: give one of them")
     if not args.evaluate:
         check_training(args)
     return args
@@ -253,14 +258,14 @@ def check_training(args):
         raise UsageError(f"--batch-size {args.batch_size} is that of all {world_size()} processes: "
                          f"give a multiple of {world_size()}")
     if world_size() > 1 and args.device.startswith("cuda:"):
-        raise UsageError(f"--device {args.device} is one GPU for {world_size()} processes: give cuda, "
-                         "each takes its own")
+        raise UsageError(f"--device {args.device} is one GPU for {world_size()} processes: give "
+                         "cuda, each takes its own")
     if max_restarts() and not args.results_dir and not args.resume:
         raise UsageError(f"--max-restarts {max_restarts()} goes on from the results folder after a "
                          "process died: name it with --results-dir")
     if args.start_epoch >= args.epochs and not args.resume:
-        raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: give less than "
-                         f"--epochs {args.epochs}")
+        raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: give less "
+                         f"than --epochs {args.epochs}")
 
 
 def run_name(args):

@@ -1,4 +1,4 @@
-"""What a person sees: within an epoch a bar on a terminal, lines elsewhere; then one aligned row."""
+"""What a person sees: in an epoch a bar on a terminal, lines elsewhere; then one aligned row."""
 import datetime
 import sys
 import time
@@ -22,8 +22,9 @@ class Console:
         averages = metrics.averages() if metrics.steps % self.print_freq == 0 else None
         if self.wants_bar:
             if self.bar is None:
-                self.bar = tqdm(desc=f"epoch {epoch + 1}/{self.epochs}", total=self.steps, unit="step",
-                                initial=metrics.steps - 1, leave=False, file=sys.stdout)
+                self.bar = tqdm(desc=f"epoch {epoch + 1}/{self.epochs}", total=self.steps,
+                                unit="step", initial=metrics.steps - 1, leave=False,
+                                file=sys.stdout)
             self.bar.update()
             if averages:
                 self.bar.set_postfix(loss=f"{mean_loss(averages):.4f}")

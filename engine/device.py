@@ -13,8 +13,8 @@ from engine.errors import UserError
 def choose_device(name):
     """Return the device called `name`: auto, cpu, cuda or cuda:i.
 
-    auto and cuda take the GPU with the most free memory; of several processes, each takes the GPU of
-    its number. Raises UserError where there is no such GPU.
+    auto and cuda take the GPU with the most free memory; of several processes, each takes the GPU
+    of its number. Raises UserError where there is no such GPU.
     """
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -65,7 +65,7 @@ def processor_name():
 
 
 def missing_compiler(device):
-    """Return why torch.compile does not work here, in one line; None where it does. Takes seconds."""
+    """Return why torch.compile does not work here, or None where it does. Takes seconds."""
     import torch._inductor.config  # only here, as it takes its time
 
     try:

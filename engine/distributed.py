@@ -104,7 +104,7 @@ def sum_over_processes(tensor):
 
 
 def any_process(flags, device):
-    """Return, for each of the booleans, whether it is true on any process. Waits for all of them."""
+    """Return, for each of the booleans, whether it is true on any process. Waits for all."""
     if world_size() == 1:
         return flags
     counts = sum_over_processes(torch.tensor(flags, dtype=torch.float32, device=device))
@@ -129,7 +129,8 @@ def exchange_gradients(parameters):
 def share_buffers(model):
     """Give every process rank 0's BatchNorm statistics, as in the published multi-GPU training."""
     buffers = list(model.buffers())
-    for dtype in {buffer.dtype for buffer in buffers} if world_size() > 1 else ():
+    # A dict keeps their order, in which all processes must agree; a set does not.
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers) if world_size() > 1 else ():
         exchange([buffer for buffer in buffers if buffer.dtype == dtype],
                  lambda flat: dist.broadcast(flat, 0))
 

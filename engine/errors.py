@@ -61,9 +61,9 @@ def reading(path):
     try:
         yield
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{path} holds something unexpected ({type(error).__name__}: {one_line(error)}): it may "
-            "be damaged, or not a checkpoint of this project") from None
+        raise UserError(f"{path} holds something unexpected ({type(error).__name__}: "
+                        f"{one_line(error)}): it may be damaged, or not a checkpoint of this "
+                        "project") from None
 
 
 def run_program(main, parse):
@@ -96,7 +96,7 @@ def explained(error):
 
 
 def end_data_workers():
-    """Kill the data workers that are left: they ignore the SIGTERM that Python sends at its exit."""
+    """Kill the data workers that are left: they ignore the SIGTERM of Python's exit."""
     workers = multiprocessing.active_children()
     if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed

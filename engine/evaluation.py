@@ -14,10 +14,11 @@ from engine.figures import evaluation_table, save_evaluation_figure
 from engine.metrics import Metrics
 from engine.resume import OF_EVALUATION, saved_arguments
 from engine.run_folder import RunFolder, log
-from engine.setup import make_forward_pass, make_model, make_train_loader, make_val_loader, open_data
+from engine.setup import (make_forward_pass, make_model, make_train_loader, make_val_loader,
+                          open_data)
 from engine.state import load_weights, save_checkpoint
 from models import calibrate, fit_bit_widths, saved_bit_widths, set_bit_width
-from models.losses import nothing_shared, shared_computation
+from models.losses import shared_computation
 from utils import flag_text, write_json
 
 
@@ -30,10 +31,10 @@ def evaluate(model, forward_pass, loader, bit_widths, device, what="validation",
     """
     model.eval()
     metrics = Metrics(bit_widths, device)
-    sharing = shared_computation if forward_pass.shared else nothing_shared
     for images, labels in loader:
         results = {}
-        with sharing(model, images, forward_pass.autocast) as (network, x):
+        with shared_computation(model, images, forward_pass.autocast,
+                                forward_pass.shared) as (network, x):
             for bits in bit_widths:
                 set_bit_width(model, bits)
                 with forward_pass.autocast():
@@ -64,9 +65,9 @@ def evaluate_checkpoint(args, checkpoint, device):
 
     name = f"{run_name(Namespace(**arguments))}_evaluation"
     with RunFolder(args.results_dir, name) as run:
+        split = DATASETS[args.dataset].val_split[args.train_split]
         log.info("evaluating %s, a %s trained at %s bits, on %s (%s) on %s", path, args.model,
-                 flag_text(trained), args.dataset, DATASETS[args.dataset].val_split[args.train_split],
-                 describe(device))
+                 flag_text(trained), args.dataset, split, describe(device))
         for bits, origin in added.items():
             how = ""
             if args.calibrate:

@@ -18,10 +18,10 @@ def check_precision(precision, device):
     else:
         lacking = precision == "tf32"
     if lacking:
-        raise UserError(
-            f"--precision {precision} is not in the hardware of {device}: choose "
-            f"{'fp32' if device.type == 'cuda' else 'fp32, or bf16, which is slow on most CPUs'} (a "
-            "resumed run keeps its own: go on where it began, or begin anew from it with --pretrain)")
+        choice = "fp32" if device.type == "cuda" else "fp32, or bf16, which is slow on most CPUs"
+        raise UserError(f"--precision {precision} is not in the hardware of {device}: choose "
+                        f"{choice} (a resumed run keeps its own: go on where it began, or begin "
+                        "anew from it with --pretrain)")
 
 
 class ForwardPass:
@@ -38,7 +38,7 @@ class ForwardPass:
         check_precision(precision, device)
         allow_tf32 = precision == "tf32"  # torch's own default for convolutions
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        torch.backends.cudnn.benchmark = True  # the fastest algorithms for shapes that stay the same
+        torch.backends.cudnn.benchmark = True  # the fastest algorithms for shapes that stay
         # Tensor cores and oneDNN take channels-last; float32 on a GPU uses neither.
         usual = device.type == "cuda" and precision == "fp32"
         self.memory_format = torch.contiguous_format if usual else torch.channels_last

@@ -22,34 +22,34 @@ class Metrics:
         losses, logits = torch.stack(losses), torch.stack(logits)  # logits (bit_widths, N, classes)
         k = min(5, logits.shape[2])  # with fewer than 5 classes top-5 is always right
         hits = logits.topk(k, dim=2).indices == labels[:, None]  # (bit_widths, N, k)
-        self.sums += torch.stack([losses * len(labels), hits[..., 0].sum(1), hits.sum((1, 2))], dim=1)
+        sums = losses * len(labels), hits[..., 0].sum(1), hits.sum((1, 2))
+        self.sums += torch.stack(sums, dim=1)
         self.unread.append(losses)
         self.count += len(labels)
         self.steps += 1
 
     def check_finite(self, what):
-        """Raise UserError naming `what` and the first loss that is not finite. Waits for the device."""
+        """Raise UserError naming `what` and the first loss that is not finite. Waits."""
         if not self.unread:
             return
         finite = torch.stack(self.unread).isfinite().tolist()  # synchronises
         first = self.steps - len(self.unread) + 1
         self.unread = []
         for step, row in enumerate(finite, start=first):
-            for bits, good in reversed(list(zip(self.bit_widths, row))):  # in the order they are run
+            for bits, good in reversed(list(zip(self.bit_widths, row))):  # as they are run
                 if not good:
-                    raise UserError(f"{what}: the {bits}-bit loss is not finite at step {step}: lower "
-                                    "--lr, or look at the data; the last good checkpoint is kept")
+                    raise UserError(
+                        f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or "
+                        "look at the data; the last good checkpoint is kept")
 
     def over_processes(self):
         """Return (sums, count) over all processes, each of which must ask."""
-        total = sum_over_processes(torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])]))
+        counted = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])])
+        total = sum_over_processes(counted)
         return total[:-1].view_as(self.sums), int(total[-1])
 
     def averages(self):
-        """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent.
-
-        Lowest bit-width first. Waits for the device.
-        """
+        """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent. Waits."""
         sums, count = self.over_processes()
         table = (sums / count).tolist()  # synchronises
         return {bits: {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}

@@ -14,7 +14,7 @@ FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "t
                    "optimizer", "lr", "lr_decay", "weight_decay", "batch_size", "seed", "sync_bn",
                    "train_fraction", "precision")
 # What the same command may change: where and how fast it runs, and what it tells.
-OF_THE_MACHINE = ("results_dir", "resume", "device", "compile", "workers", "timeout", "save_every",
+OF_THE_MACHINE = ("results_dir", "device", "compile", "workers", "timeout", "save_every",
                   "print_freq", "data_dir")
 # What an evaluation takes from its checkpoint where no flag sets it; the network's must agree.
 OF_NETWORK = ("model", "width", "all_conv")
@@ -39,7 +39,7 @@ def resolve(flags):
     if given.evaluate:
         return resolve_evaluation(flags, given)
     latest = Path(given.results_dir or "", "ckpt", "model_latest.pth.tar")
-    if given.results_dir and latest.exists():
+    if given.results_dir and latest.exists() and not is_of(given.resume, latest):
         return resolve_same_command(flags, Checkpoint(latest, in_place=True))
     if not given.resume:
         return settle(flags), None
@@ -52,42 +52,45 @@ def resolve(flags):
     return resolve_resumed(flags, given.resume, Checkpoint(path, in_place))
 
 
+def is_of(source, latest):
+    """Return whether --resume `source` means the checkpoint at `latest`."""
+    latest = latest.resolve()
+    return source and Path(source).resolve() in (latest, latest.parent, latest.parent.parent)
+
+
 def resolve_resumed(flags, source, checkpoint):
     """--resume: what no flag sets is the saved run's; UsageError for a flag that must stay."""
     content = checkpoint.content
     with reading(checkpoint.path):
         for name, kind in (("epoch", int), ("best_prec1", object), ("optimizer", dict)):
             if name not in content or not isinstance(content[name], kind):
-                raise UserError(f"{source} holds no {name} to go on with: start a new run from it with "
-                                "--pretrain")
+                raise UserError(f"{source} holds no {name} to go on with: start a new run from it "
+                                "with --pretrain")
         saved = saved_arguments(flags, checkpoint)
         changed = differences(saved, vars(flags), FIXED_ON_RESUME)
         if changed:
             raise UsageError(f"--resume {source} goes on with the run as it was started, but "
-                             f"{'; '.join(changed)}: leave these flags out, or start a new run from it "
-                             "with --pretrain")
+                             f"{'; '.join(changed)}: leave these flags out, or start a new run "
+                             "from it with --pretrain")
         saved = {name: value for name, value in saved.items()
-                 if name in DEFAULTS and name not in ("results_dir", "device", "resume")}
+                 if name in DEFAULTS and name not in ("results_dir", "device")}
         check_bit_widths(saved["bit_width_list"])
-        return settle(Namespace(**{**vars(flags), **in_its_folder(checkpoint, source)}), saved), checkpoint
-
-
-def in_its_folder(checkpoint, source):
-    if checkpoint.in_place:
-        return {"results_dir": str(checkpoint.path.parent.parent), "resume": None}
-    return {"resume": str(source)}
+        ours = dict(vars(flags))
+        if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
+            ours.pop("resume", None)
+            ours["results_dir"] = str(checkpoint.path.parent.parent)
+        return settle(Namespace(**ours), saved), checkpoint
 
 
 def resolve_same_command(flags, checkpoint):
-    """The same command again goes on where it stopped; UserError naming what another one changes."""
+    """The same command again: it goes on; UserError naming what another command changes."""
     folder = checkpoint.path.parent.parent
     with reading(checkpoint.path):
         saved = {**DEFAULTS, **saved_arguments(flags, checkpoint)}
-        if getattr(flags, "resume", None):  # what its flags leave open came from the run it resumed
-            ours, names = vars(flags), vars(flags)
-        else:
-            ours, names = vars(settle(flags)), DEFAULTS
-        changed = differences(saved, ours, [name for name in names if name not in OF_THE_MACHINE])
+        ours = vars(flags)  # with --resume, what they leave open came from the run it names
+        if not ours.get("resume"):
+            ours = {**vars(settle(flags)), "resume": saved["resume"]}
+        changed = differences(saved, ours, [name for name in ours if name not in OF_THE_MACHINE])
     if changed:
         raise UserError(f"{folder} holds a run already, and {'; '.join(changed)}: go on with it by "
                         f"--resume {folder}, or choose another folder with --results-dir")
@@ -96,7 +99,8 @@ def resolve_same_command(flags, checkpoint):
 
 
 def differences(saved, ours, names):
-    return [f"--{name.replace('_', '-')} was {flag_text(saved[name])} and is now {flag_text(ours[name])}"
+    return [f"--{name.replace('_', '-')} was {flag_text(saved[name])} and is now "
+            f"{flag_text(ours[name])}"
             for name in names if name in saved and name in ours and saved[name] != ours[name]]
 
 
@@ -114,7 +118,8 @@ def saved_arguments(flags, checkpoint):
 
 def resolve_evaluation(flags, given):
     """--evaluate: what no flag sets is taken from the checkpoint."""
-    names = ("model_best.pth.tar",) if given.pretrain else ("model_latest.pth.tar", "model_best.pth.tar")
+    names = "model_latest.pth.tar", "model_best.pth.tar"
+    names = names[1:] if given.pretrain else names
     checkpoint = Checkpoint(published.find_checkpoint(given.pretrain or given.resume, *names))
     path = checkpoint.path
     with reading(path):
@@ -124,15 +129,15 @@ def resolve_evaluation(flags, given):
             ours = getattr(flags, name, saved.get(name))
             if name in saved and ours != saved[name]:
                 flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} {ours} is not what {path} holds ({flag} {saved[name]}): "
-                                 "leave the flag out")
+                raise UsageError(f"--{flag} {ours} is not what {path} holds ({flag} "
+                                 f"{saved[name]}): leave the flag out")
         trained = saved_bit_widths(checkpoint.content["state_dict"])
         args = settle(flags, {**saved, "bit_width_list": trained})
     if not trained:
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     unknown = [bits for bits in args.bit_width_list if bits not in trained]
     if unknown and args.calibrate is None:
-        raise UsageError(
-            f"{flag_text(unknown)} bits {'was' if len(unknown) == 1 else 'were'} not trained; choose "
-            f"from {flag_text(trained)}, or pass --calibrate N")
+        were = "was" if len(unknown) == 1 else "were"
+        raise UsageError(f"{flag_text(unknown)} bits {were} not trained; choose from "
+                         f"{flag_text(trained)}, or pass --calibrate N")
     return args, checkpoint

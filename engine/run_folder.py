@@ -1,7 +1,6 @@
 """The results folder of a run: its lock, log, configuration and metrics. Rank 0 writes."""
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
@@ -10,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,30 +21,28 @@ from engine.errors import UserError
 from utils import one_line, replacing, write_json
 
 log = logging.getLogger("any_precision")
+ANOTHER = "choose another folder with --results-dir"
 
 
 class RunFolder:
-    """A results folder, opened, locked and logged to while it is entered.
+    """A results folder, locked and logged to while it is entered.
 
-    folder: where; None takes the first free of results/<name>, <name>_2, ... Raises UserError where it
-    cannot be written, is being written by another run, or holds one (in_place: which goes on).
+    folder: where; None takes the first free of results/<name>, <name>_2, ... Raises UserError where
+    it cannot be written, another run is writing it, or it holds one (in_place: which goes on).
     """
 
     def __init__(self, folder, name, in_place=False, save_every=None):
-        self.save_every, self.last_save = save_every, time.monotonic()
+        self.save_every, self.last_save = save_every, time.monotonic()  # minutes, seconds
         self.history, self.writer, self.lock = [], None, None
-        if rank() == 0:
-            folder = self.open(folder, name, in_place)
-        self.path = Path(from_first(folder))
+        self.path = Path(from_first(self.open(folder, name, in_place) if rank() == 0 else None))
         self.metrics_file = self.path / "metrics.jsonl"
 
     def open(self, results_dir, name, in_place):
-        folder = Path(results_dir or Path("results", name))
+        folder, count = Path(results_dir or Path("results", name)), 1
         if results_dir and not in_place and holds_run(folder):
             raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
-                            "choose another folder with --results-dir")
+                            f"{ANOTHER}")
         try:
-            count = 1
             while not results_dir:
                 try:
                     folder.mkdir(parents=True)
@@ -56,21 +54,18 @@ class RunFolder:
             self.lock = lock(folder)
             open_log(folder)
         except OSError as error:
-            raise UserError(f"results folder {folder} cannot be written ({error.strerror}): choose "
-                            "another with --results-dir") from None
+            raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
+                            f"{ANOTHER}") from None
         return folder
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for handler in log.handlers:
-            handler.close()
+        for file in (*log.handlers, self.writer, self.lock):
+            if file:
+                file.close()
         log.handlers = []
-        if self.writer:
-            self.writer.close()
-        if self.lock:
-            self.lock.close()
 
     def write_config(self, arguments, device, **more):
         """Write config.json: arguments, seed, command, versions, commit and device."""
@@ -118,16 +113,16 @@ def lock(folder):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder} is being written by another run: let it end or stop it, or choose "
-                        "another folder with --results-dir") from None
+        raise UserError(f"{folder} is being written by another run: let it end or stop it, or "
+                        f"{ANOTHER}") from None
     except OSError:
         pass  # a file system without locks
     return file
 
 
 def holds_run(folder):
-    metrics = Path(folder, "metrics.jsonl")
-    return (any(Path(folder, "ckpt").glob("*.pth.tar")) or Path(folder, "evaluation.json").exists()
+    metrics = folder / "metrics.jsonl"
+    return (any(folder.glob("ckpt/*.pth.tar")) or (folder / "evaluation.json").exists()
             or metrics.exists() and metrics.stat().st_size > 0)
 
 
@@ -164,21 +159,19 @@ def keep_epochs(path, epoch):
 
 def write_summary(writer, record):
     """Write an epoch's record as TensorBoard scalars, tagged as the published code does."""
-    epoch = record["epoch"]
-    writer.add_scalar("lr", record["lr"], epoch)
+    names = {"loss": "loss", "prec_1": "top1", "prec_5": "top5"}
+    writer.add_scalar("lr", record["lr"], record["epoch"])
     for part in ("train", "val"):
         for bits, values in record[part].items():
-            writer.add_scalar(f"{part}_loss_{bits}", values["loss"], epoch)
-            writer.add_scalar(f"{part}_prec_1_{bits}", values["top1"], epoch)
-            writer.add_scalar(f"{part}_prec_5_{bits}", values["top5"], epoch)
+            for tag, name in names.items():
+                writer.add_scalar(f"{part}_{tag}_{bits}", values[name], record["epoch"])
     writer.flush()
 
 
 def environment(device):
     """Return versions, commit and device."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn"):
-        versions[package] = importlib.metadata.version(package)
+    packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     if device.type == "cuda":
         versions["cuda"] = torch.version.cuda
     commit = git("rev-parse", "HEAD")
@@ -188,10 +181,7 @@ def environment(device):
 
 
 def git(*command):
-    """Return what git prints of this project, None without git or a repository."""
-    try:
-        done = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True,
-                              text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    """Return what git prints of this project; None without git, or outside a repository."""
+    command = ["git", "-C", Path(__file__).parent, *command]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -10,7 +10,7 @@ from models import MODELS
 
 
 def open_data(args):
-    """Return the data sets to train on and to validate on, without transforms; downloaded if missing."""
+    """Return the data sets to train and to validate on, without transforms; downloads them."""
     splits = args.train_split, DATASETS[args.dataset].val_split[args.train_split]
     with one_at_a_time_per_machine():  # the first may have to download them
         return [get_dataset(args.dataset, split, data_dir=args.data_dir) for split in splits]

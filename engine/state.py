@@ -1,6 +1,5 @@
 """What a checkpoint holds, saved and restored whole."""
 import math
-import random
 import warnings
 
 import numpy
@@ -15,7 +14,7 @@ from utils import one_line, replacing
 class TrainingState:
     """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
 
-    arguments: the run's, as a dict. num_samples: of an epoch, by which a resumed run knows its data.
+    arguments: the run's, as a dict. num_samples: of an epoch, by which a run knows its data.
     """
 
     def __init__(self, model, optimizer, bit_widths, device, arguments, num_samples):
@@ -36,19 +35,19 @@ class TrainingState:
     def save(self, folder, best=False):
         """Write model_latest.pth.tar, and model_best.pth.tar where best, whole or not at all.
 
-        All processes call it and return when it is written. Raises UserError for weights or losses
-        that are not finite, or where it cannot be written: what was saved before is kept.
+        All processes call it, and return when it is written. Raises UserError for losses or
+        weights that are not finite, or where it cannot be written: the files before are kept.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are not "
-                            "finite: lower --lr; the last good checkpoint is kept")
+            raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are "
+                            "not finite: lower --lr; the last good checkpoint is kept")
         distributed.share_buffers(self.model)
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best,
             "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "arguments": self.arguments, "step": self.metrics.steps, "num_samples": self.num_samples,
-            "metrics": self.metrics.state_dict(),
+            "arguments": self.arguments, "num_samples": self.num_samples,
+            "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
             "random_states": distributed.gather(random_state(self.device))}
         if distributed.rank() == 0:
             for name in ("model_best", "model_latest") if best else ("model_latest",):
@@ -56,10 +55,9 @@ class TrainingState:
         distributed.wait()
 
     def restore(self, path, content, in_place):
-        """Take over what load_checkpoint has read from `path`.
+        """Take over what load_checkpoint has read from `path`; UserError where it does not fit.
 
-        in_place: in the same results folder, whose best checkpoint stays. Raises UserError where it
-        does not fit.
+        in_place: in the same results folder, whose best checkpoint stays.
         """
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path)
@@ -75,30 +73,16 @@ class TrainingState:
                 set_random_state(states[distributed.rank()], self.device)
             saved = content["num_samples"]
         if self.metrics.steps and saved != self.num_samples:
-            raise UserError(f"{path} stands inside an epoch of {saved} images, but the training split "
-                            f"has {self.num_samples}: resume on the same data")
-
-
-# ---- random numbers
-
-def seed_random_numbers(seed):
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+            raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
+                            f"split has {self.num_samples}: resume on the same data")
 
 
 def random_state(device):
-    version, internal, gauss = random.getstate()
-    name, keys, *rest = numpy.random.get_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"python": [version, list(internal), gauss], "numpy": [name, keys.tolist(), *rest],
-            "torch": torch.get_rng_state(), "cuda": cuda}
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state, device):
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -107,7 +91,7 @@ def set_random_state(state, device):
 # ---- files
 
 def save_checkpoint(path, content):
-    """Write a checkpoint whole or not at all; UserError where the disk is full or it cannot be written."""
+    """Write a checkpoint whole or not at all; UserError where that fails, as on a full disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -117,11 +101,11 @@ def save_checkpoint(path, content):
                         "another folder; what was saved before is kept") from None
 
 
-# A NumPy number, such as best_prec1 may be, is data; under the name of NumPy 2 and the one before.
-NUMPY_NUMBERS = [(numpy.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
-                 for core in ("core", "_core")]
-NUMPY_NUMBERS += [numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType,
-                  numpy.dtypes.Int64DType]
+# A NumPy number, such as best_prec1 may be, is data; by the name of NumPy 2 and the one before.
+SCALAR = numpy.float64(0).__reduce__()[0]
+NUMPY_NUMBERS = [
+    (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
+    numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType, numpy.dtypes.Int64DType]
 
 
 def load_checkpoint(path):
@@ -135,11 +119,13 @@ def load_checkpoint(path):
             with torch.serialization.safe_globals(NUMPY_NUMBERS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text would advise to run the file's code
-        raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}): "
-                        "it is cut short, not a checkpoint, or holds code") from None
+        raise UserError(f"{path} is not a checkpoint that can be read safely "
+                        f"({type(error).__name__}): it is cut short, not a checkpoint, or holds "
+                        "code") from None
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise UserError(f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
+        raise UserError(
+            f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
     content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return content
 
@@ -150,9 +136,10 @@ def load_weights(model, state_dict, path):
     odd_shapes = sorted(key for key in own.keys() & state_dict.keys()
                         if own[key].shape != getattr(state_dict[key], "shape", None))
     problems = {"missing": sorted(own.keys() - state_dict.keys()),
-                "unexpected": sorted(state_dict.keys() - own.keys()), "of another shape": odd_shapes}
+                "unexpected": sorted(state_dict.keys() - own.keys()),
+                "of another shape": odd_shapes}
     if any(problems.values()):
-        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
                          for what, keys in problems.items() if keys)
         raise UserError(f"{path} does not fit the model: {told}; check --model, --width and "
                         "--bit_width_list")
@@ -164,7 +151,7 @@ IMPLEMENTATION = ("lr", "fused", "foreach", "capturable")
 
 
 def load_optimizer(optimizer, state, path):
-    """Load an optimizer's state; UserError where it is another optimizer's, or another network's."""
+    """Load an optimizer's state; UserError where it is another optimizer's or network's."""
     try:
         own = [{name: group[name] for name in IMPLEMENTATION if name in group}
                for group in optimizer.param_groups]

@@ -1,7 +1,9 @@
 """BatchNorm by the statistics of the batch over all processes (--sync-bn)."""
 import torch
 from torch import nn
-from torch.distributed.nn.functional import all_reduce  # its gradient is exchanged, too
+
+from engine.distributed import sum_over_processes
+from models.float_layers import update_statistics
 
 
 def synchronize_batch_norm(model, device):
@@ -14,20 +16,29 @@ def synchronize_batch_norm(model, device):
     return model
 
 
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes, through which their gradients flow."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return sum_over_processes(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_over_processes(grad)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d over all processes on CPUs."""
 
     def forward(self, x):  # (N, C, H, W)
         if not self.training:
             return super().forward(x)
-        totals = all_reduce(torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])]))
+        totals = Sum.apply(torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])]))
         count = totals[-1].detach()
         mean = totals[:-1] / count
         centred = x - mean[:, None, None]
-        var = all_reduce(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            momentum = self.momentum or 1 / self.num_batches_tracked.item()
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), momentum)
-        return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
+        var = Sum.apply(centred.square().sum((0, 2, 3))) / count
+        update_statistics(self, mean, var, count)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]

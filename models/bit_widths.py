@@ -18,13 +18,14 @@ def saved_bit_widths(state_dict):
 
 
 def fit_bit_widths(state_dict, bit_widths):
-    """Return a state dict with BatchNorms for just `bit_widths`, and {added: the bit-width it copies}.
+    """Return a state dict with BatchNorms for `bit_widths` alone, and {added: what it copies}.
 
     A bit-width that is missing starts as a copy of the nearest; of two as near the higher, whose
     quantization step is closer. All other entries stay.
     """
     saved = saved_bit_widths(state_dict)
-    source = {bits: min(saved, key=lambda other: (abs(other - bits), -other)) for bits in bit_widths if saved}
+    source = {bits: min(saved, key=lambda other: (abs(other - bits), -other))
+              for bits in bit_widths if saved}
     fitted = {}
     for key, value in state_dict.items():
         found = BATCH_NORM_ENTRY.fullmatch(key)
@@ -39,15 +40,15 @@ def fit_bit_widths(state_dict, bit_widths):
 
 @torch.no_grad()
 def calibrate(model, bits, batches):
-    """Re-estimate the BatchNorm statistics of one bit-width: their cumulative average over batches of
-    images (N, 3, H, W).
+    """Re-estimate one bit-width's BatchNorm statistics over batches of images (N, 3, H, W).
 
-    Nothing else changes, not even resnet20q's shared shortcut BatchNorm. Leaves the model in
-    evaluation mode at that bit-width.
+    Each becomes the average over the batches. Nothing else changes, not even resnet20q's shared
+    shortcut BatchNorm. Leaves the model in evaluation mode at that bit-width.
     """
     model.eval()
     set_bit_width(model, bits)
-    layers = [layer.bn_dict[str(bits)] for layer in model.modules() if isinstance(layer, SwitchableBatchNorm2d)]
+    layers = [layer.bn_dict[str(bits)] for layer in model.modules()
+              if isinstance(layer, SwitchableBatchNorm2d)]
     momentum = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

@@ -1,22 +1,22 @@
 """Quantizers and the layers that use them: the only file that knows what a bit is.
 
-Source: Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346), with the
-quantizers of DoReFa-Net (arXiv 1606.06160). Where the published code departs from the paper, this
-follows the code: at 32 bits the activation is ReLU, and weights pass through tanh at every bit-width.
+Source: Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346), and its
+quantizers' source, DoReFa-Net (arXiv 1606.06160). Where the published code departs from the paper,
+this follows the code: 32-bit activations are ReLU, and 32-bit weights pass through tanh too.
 """
 import torch
 from torch import nn
 
-from models.batch_norm import BatchNorm2d
+from models.float_layers import BatchNorm2d
 
 FULL_PRECISION = 32
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 
 
-# ---- quantizers: change one here, and training, evaluation, low precision and export follow
+# ---- quantizers: a change here is one to training, evaluation, low precision and export
 
 def normalize_weight(w):
-    """Return v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, a constant in the backward pass."""
+    """Return v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, which gets no gradient."""
     t = torch.tanh(w)
     return t / t.abs().max(), w.abs().mean().detach()  # the maximum is not detached
 
@@ -27,12 +27,10 @@ def quantize(u, bits):
 
 
 def quantize_weight(v, scale, bits):
-    """Quantize a weight to 2^bits values in [-E, E] (DoReFa-Net, eq. 9, times E).
+    """Quantize a weight, given v, scale = normalize_weight(w), to 2^bits values in [-E, E].
 
-        bits <= 8:  E (2 quantize(v / 2 + 1/2) - 1)
+        bits <= 8:  E (2 quantize(v / 2 + 1/2) - 1)        (DoReFa-Net, eq. 9, times E)
         bits = 32:  E v
-
-    v, scale = normalize_weight(w). Returns a tensor of v's shape.
     """
     return scale * (v if bits == FULL_PRECISION else 2 * quantize(v / 2 + 0.5, bits) - 1)
 
@@ -54,7 +52,7 @@ class RoundSTE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, n):
-        return (n * u).round_() / n  # not in place at the end: torch 2.11 compiles that to a zero gradient
+        return (n * u).round_() / n  # torch 2.11 compiles an in-place end to a zero gradient
 
     @staticmethod
     def backward(ctx, grad):
@@ -64,7 +62,7 @@ class RoundSTE(torch.autograd.Function):
 class ClampUnit(torch.autograd.Function):
     """clamp(x, 0, 1), whose gradient passes where 0 <= x <= 1, both ends included.
 
-    The gradient of torch.clamp differs between versions at the ends, where low-bit sums often lie.
+    torch.clamp's differs between versions at the ends, and low-bit sums often lie on them.
     """
 
     @staticmethod
@@ -75,7 +73,7 @@ class ClampUnit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        limits = torch.finfo(x.dtype)  # hardtanh's gradient leaves its ends out, so they lie just outside
+        limits = torch.finfo(x.dtype)  # hardtanh's gradient leaves its ends out: just outside
         return torch.ops.aten.hardtanh_backward(grad, x, -limits.tiny, 1 + limits.eps)
 
 
@@ -91,8 +89,8 @@ class Conv2dQ(nn.Conv2d):
         v, scale = self.shared or normalize_weight(self.weight)
         if self.bits == FULL_PRECISION or not low_precision(x):
             return self._conv_forward(x, quantize_weight(v, scale, self.bits), self.bias)
-        # Integer operands: odd integers and k over 2^bits, which 16 bits and TF32 hold exactly. What
-        # that changes, n / 2^bits of each operand, goes with E to the output, which is float32.
+        # Integer operands: odd integers and k over 2^bits, which 16 bits and TF32 hold exactly.
+        # What that takes from each operand, n / 2^bits, goes with E to the output, in float32.
         step = 1 - 2.0**-self.bits
         w = quantize_weight(v, 1.0, self.bits) * step
         y = self._conv_forward(x * step, w, None).to(scale.dtype) * (scale / step**2)
@@ -100,13 +98,13 @@ class Conv2dQ(nn.Conv2d):
 
 
 def low_precision(x):
-    """Whether convolutions of x round their operands: to 16 bits by autocast, or to TF32."""
+    """Return whether convolutions of x round their operands, by autocast or to TF32."""
     return torch.is_autocast_enabled(x.device.type) or (
         x.device.type == "cuda" and torch.backends.cudnn.allow_tf32)
 
 
 class ActivationQ(nn.Module):
-    """The activation function: quantize_activation at self.bits; rounding=False leaves the clamp alone."""
+    """The activation function: quantize_activation to self.bits."""
 
     bits = FULL_PRECISION
 
@@ -123,36 +121,27 @@ class SwitchableBatchNorm2d(nn.Module):
 
     def __init__(self, num_features, bit_widths):
         super().__init__()
-        self.bn_dict = nn.ModuleDict({str(bits): BatchNorm2d(num_features) for bits in sorted(bit_widths)})
+        self.bn_dict = nn.ModuleDict(
+            {str(bits): BatchNorm2d(num_features) for bits in sorted(bit_widths)})
         self.bits = max(bit_widths)
 
     def forward(self, x):
         return self.bn_dict[str(self.bits)](x)
 
 
-class Classifier(nn.Linear):
-    """A linear layer in float32, whatever autocast says: its logits teach."""
-
-    def forward(self, x):  # (N, C) -> (N, classes)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-
 # ---- the switch
 
 def check_bit_widths(bit_widths):
-    """Return bit_widths as a tuple, highest first.
-
-    Raises ValueError where it is empty, repeats a bit-width or names one that does not exist.
-    """
+    """Return bit_widths as a tuple, highest first; ValueError for unknown, repeated or none."""
     bit_widths = tuple(bit_widths)
     if not bit_widths:
-        raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4,8,32")
+        raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4")
     for bits in bit_widths:
         if isinstance(bits, bool) or bits not in BIT_WIDTHS:
-            raise ValueError(f"bit-width {bits!r} does not exist: choose from 1 to 8 and 32, such as 1,2,4,8,32")
+            raise ValueError(f"bit-width {bits!r} does not exist: choose from 1 to 8 and 32")
     if len(set(bit_widths)) < len(bit_widths):
-        raise ValueError(f"bit-widths {','.join(map(str, bit_widths))} repeat: list each of them once")
+        repeated = ",".join(map(str, bit_widths))
+        raise ValueError(f"bit-widths {repeated} repeat: list each of them once")
     return tuple(sorted(map(int, bit_widths), reverse=True))
 
 

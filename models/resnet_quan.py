@@ -3,8 +3,9 @@ from functools import partial
 
 from torch import nn
 
-from models.batch_norm import BatchNorm2d
-from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
+from models.float_layers import BatchNorm2d, Classifier
+from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
+                             set_bit_width)
 
 
 class BasicBlock(nn.Module):
@@ -33,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Three stages of three basic blocks, widths 16, 32 and 64 times `width`; images of 28 to 64 pixels."""
+    """Three stages of three basic blocks, 16, 32 and 64 times `width` channels."""
 
     def __init__(self, bit_widths, num_classes=10, width=5, all_conv=False):
         super().__init__()
@@ -45,7 +46,8 @@ class ResNet20(nn.Module):
         self.layers = nn.Sequential()
         for channels, first_stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for stride in (first_stride, 1, 1):
-                self.layers.append(BasicBlock(in_channels, channels, stride, bn, full_precision_conv))
+                block = BasicBlock(in_channels, channels, stride, bn, full_precision_conv)
+                self.layers.append(block)
                 in_channels = channels
         self.bn = bn(in_channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -65,8 +67,8 @@ class ResNet20(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """BN, act, Q 1x1, BN, act, Q 3x3 (with the stride), BN, act, Q 1x1, plus a shortcut: the input, or
-    in a stage's first block a 1x1 convolution of the raw input and a switchable BatchNorm."""
+    """BN, act, Q 1x1, BN, act, Q 3x3 (with the stride), BN, act, Q 1x1, plus a shortcut: the input,
+    or in a stage's first block a 1x1 convolution of the input and a switchable BatchNorm."""
 
     expansion = 4
 
@@ -96,7 +98,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Four stages of 3, 4, 6 and 3 bottlenecks, widths 64 to 512 times `width`; 224-pixel images."""
+    """Four stages of 3, 4, 6 and 3 bottlenecks, 64 to 512 times `width` channels within them."""
 
     def __init__(self, bit_widths, num_classes=1000, width=1, all_conv=False):
         super().__init__()
@@ -106,13 +108,14 @@ class ResNet50(nn.Module):
         in_channels = 64 * width
         self.conv1 = full_precision_conv(3, in_channels, 7, 2, padding=3, bias=False)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        for stage, (channels, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
+        for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+            channels = width * 32 * 2**stage
             layer = nn.Sequential()
             for index in range(blocks):
-                first = index == 0
-                stride = 2 if stage > 1 and first else 1
-                layer.append(Bottleneck(in_channels, channels * width, stride, first, bn, full_precision_conv))
-                in_channels = Bottleneck.expansion * channels * width
+                stride = 2 if stage > 1 and index == 0 else 1
+                layer.append(Bottleneck(in_channels, channels, stride, index == 0, bn,
+                                        full_precision_conv))
+                in_channels = Bottleneck.expansion * channels
             self.add_module(f"layer{stage}", layer)
         self.bn = bn(in_channels)
         self.act = ActivationQ()
@@ -139,12 +142,12 @@ class ResNet50(nn.Module):
 def resnet20q(bit_widths, num_classes=10, width=5, all_conv=False):
     """Build the any-precision ResNet-20 for CIFAR-10: (N, 3, 32, 32) -> (N, num_classes).
 
-    all_conv quantizes every convolution. Raises ValueError where a bit-width is not one of 1 to 8 and
-    32, is repeated, or none is given.
+    all_conv quantizes every convolution. Raises ValueError where a bit-width is not one of 1 to 8
+    and 32, is repeated, or none is given.
     """
     return ResNet20(bit_widths, num_classes, width, all_conv)
 
 
 def resnet50q(bit_widths, num_classes=1000, width=1, all_conv=False):
-    """Build the any-precision ResNet-50 for ImageNet: (N, 3, 224, 224) -> (N, num_classes), as resnet20q."""
+    """Build the any-precision ResNet-50: (N, 3, 224, 224) -> (N, num_classes); as resnet20q."""
     return ResNet50(bit_widths, num_classes, width, all_conv)

@@ -3,7 +3,9 @@ from functools import partial
 
 from torch import nn
 
-from models.quan_ops import ActivationQ, Classifier, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths, set_bit_width
+from models.float_layers import Classifier
+from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
+                             set_bit_width)
 
 
 class SVHNNet(nn.Module):
@@ -19,7 +21,8 @@ class SVHNNet(nn.Module):
         self.layers = nn.Sequential(
             stem_conv(3, 6 * e, 5), nn.MaxPool2d(2), ActivationQ(),  # (N, 6e, 18, 18)
             conv(6 * e, 8 * e, 3, padding=1), bn(8 * e), ActivationQ(),
-            conv(8 * e, 8 * e, 3, padding=1), bn(8 * e), nn.MaxPool2d(2), ActivationQ(),  # (N, 8e, 9, 9)
+            conv(8 * e, 8 * e, 3, padding=1), bn(8 * e), nn.MaxPool2d(2),  # (N, 8e, 9, 9)
+            ActivationQ(),
             conv(8 * e, 16 * e, 3), bn(16 * e), ActivationQ(),  # (N, 16e, 7, 7)
             conv(16 * e, 16 * e, 3, padding=1), bn(16 * e), ActivationQ(),
             conv(16 * e, 16 * e, 3), bn(16 * e), ActivationQ(),  # (N, 16e, 5, 5)

@@ -1,11 +1,10 @@
-"""Kill short trainings at random moments, go on with each, and compare the end with that of an undisturbed run.
+"""Kill short trainings at random moments, go on with each, and compare its end with the whole run.
 
-    python tests/kill_runs.py --kills 20 [--signal KILL|TERM|INT] [--seed 0]
+    python tests/kill_runs.py --kills 20 --signal KILL          # or TERM, INT, or several in turn
 
-A program of its own: it forks each training from a process that has run no backward pass, so none imports torch anew.
+Trainings are forked from a process that has run no backward pass, so none imports torch anew.
 """
 import argparse
-import contextlib
 import os
 import random
 import signal
@@ -15,125 +14,134 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact on a CPU; before torch looks
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact on a CPU; set before torch looks
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+import runs  # noqa: E402
 import tiny_data  # noqa: E402
-import train  # noqa: E402
-import utils  # noqa: E402
+from engine.run_folder import read_metrics  # noqa: E402
 
-# Dropout on one side, random crops and data workers on the other; saving after every step, so that kills meet saves.
+# Dropout on one side, random crops and data workers on the other; two save after every step, so
+# that kills meet saves.
 RUNS = {
-    "adam": ["--dataset", "svhn", "--model", "svhnq", "--optimizer", "adam", "--save-every", "1e-9"],
-    "sgd": ["--dataset", "cifar10", "--model", "resnet20q", "--optimizer", "sgd", "--workers", "1", "--save-every",
-            "1e-9"],
-    "epochs": ["--dataset", "svhn", "--model", "svhnq", "--optimizer", "adam", "--workers", "1"],
+    "adam": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,4,32",
+             "--optimizer", "adam", "--save-every", "1e-9"],
+    "sgd": ["--dataset", "cifar10", "--model", "resnet20q", "--bit_width_list", "1,32",
+            "--optimizer", "sgd", "--workers", "1", "--save-every", "1e-9"],
+    "epochs": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,4,32",
+               "--optimizer", "adam", "--workers", "1"],
 }
-SHARED = ["--width", "1", "--bit_width_list", "1,4,32", "--epochs", "3", "--lr_decay", "1", "--batch-size", "8",
+SHARED = ["--width", "1", "--epochs", "3", "--lr_decay", "1", "--batch-size", "8",
           "--device", "cpu", "--print-freq", "2"]
+PARTS = ("epoch", "step", "best_prec1", "state_dict", "optimizer", "random_states")
 
 
 def start(argv, errors):
-    """Fork a training; returns its process id. Its stderr goes to the file `errors`."""
-    process = os.fork()
-    if process == 0:
-        code = 70
-        with open(os.devnull, "w") as nowhere, open(errors, "w") as file:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            try:
-                utils.run(train.main, partial(train.parse_args, [str(word) for word in argv]))
-                code = 0
-            except SystemExit as ended:
-                code = ended.code
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-            finally:
-                with contextlib.suppress(Exception):
-                    sys.stderr.flush()
-                os._exit(code)
-    return process
+    return runs.fork(partial(runs.run, argv), os.devnull, errors)
 
 
-def wait(process):
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def until_saved(folder):
+    while not (folder / "ckpt" / "model_latest.pth.tar").exists():
+        time.sleep(0.001)
 
 
 def outcome(folder):
-    """What must not depend on interruptions: the checkpoints, without times, the metrics, and which files there are."""
+    """Return what must not depend on interruptions: checkpoints, metrics, which files there are."""
     files = sorted(path.name for path in folder.rglob("*") if not path.name.startswith("events"))
-    history = utils.read_metrics(folder / "metrics.jsonl")
-    checkpoints = [torch.load(folder / "ckpt" / f"{name}.pth.tar", weights_only=True)
-                   for name in ("model_latest", "model_best")]
-    return (files, [{key: checkpoint[key] for key in ("epoch", "step", "best_prec1", "state_dict", "optimizer",
-                                                      "random_states")} for checkpoint in checkpoints],
-            [(record["epoch"], record["lr"], record["train"], record["val"]) for record in history])
+    checkpoints = [runs.load(folder, name) for name in ("model_latest", "model_best")]
+    history = read_metrics(folder / "metrics.jsonl")
+    return (files, [{part: checkpoint[part] for part in PARTS} for checkpoint in checkpoints],
+            [[record[part] for part in ("epoch", "lr", "train", "val")] for record in history])
 
 
 def same(first, second):
-    """Equal to the last bit, in whatever dicts and sequences."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+    try:
+        runs.assert_same(first, second)
+    except AssertionError:
+        return False
+    return True
+
+
+class Trials:
+    """Killed runs in a folder, and the whole ones that they are compared with."""
+
+    def __init__(self, place, seed):
+        self.place, self.errors, self.moments = place, place / "errors", random.Random(seed)
+        self.shared = [*SHARED, "--data-dir", place / "data"]
+        self.whole, self.seconds, self.saving_after = {}, {}, {}
+        for name, flags in RUNS.items():
+            folder = place / name
+            began = time.monotonic()
+            process = start([*flags, *self.shared, "--results-dir", folder], self.errors)
+            until_saved(folder)
+            self.saving_after[name] = time.monotonic() - began
+            assert runs.wait(process) == 0, self.told()
+            self.seconds[name] = time.monotonic() - began
+            self.whole[name] = outcome(folder)
+
+    def told(self):
+        return self.errors.read_text()
+
+    def kill(self, name, number, folder, before_saving):
+        """Start run `name` and kill it; return its exit code and its command."""
+        command = [*RUNS[name], *self.shared, "--results-dir", folder]
+        process = start(command, self.errors)
+        if before_saving:
+            time.sleep(self.moments.uniform(0, self.seconds[name]))
+        else:
+            until_saved(folder)
+            time.sleep(self.moments.uniform(0, self.seconds[name] - self.saving_after[name]))
+        os.kill(process, number)
+        return runs.wait(process), command
+
+    def check_told(self, number, folder):
+        """Assert that a run which ended by itself says how to go on."""
+        told = self.told()
+        if "interrupted" not in told:
+            assert told.count("\n") == 1 and f"stopped by {number.name}" in told, told
+            assert f"--resume {folder}" in told, told
+
+    def trial(self, index, number):
+        """Return (whether the run went on to the same end, whether there was a checkpoint)."""
+        name = list(RUNS)[index % len(RUNS)]
+        folder = self.place / f"trial{index}"
+        # Most kills are to meet a run that has begun to save.
+        code, command = self.kill(name, number, folder, before_saving=index % 5 == 4)
+        saved = (folder / "ckpt" / "model_latest.pth.tar").exists()
+        killed = code in (128 + number, -number)
+        if killed:
+            if code > 0:
+                self.check_told(number, folder)
+            if saved and index % 2:  # the others by the same command again
+                command = ["--resume", folder]
+            code = runs.wait(start(command, self.errors))
+        if code:
+            print(f"trial {index}, {name}: exit code {code}: {self.told()}")
+        return code == 0 and same(outcome(folder), self.whole[name]), killed and saved
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
+    parser.add_argument("--signal", nargs="+", choices=("KILL", "TERM", "INT"), default=["KILL"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    number = signal.Signals[f"SIG{args.signal}"]
-    moments = random.Random(args.seed)
     torch.set_num_threads(1)
-    good = midway = 0
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        patch = pytest.MonkeyPatch()
-        tiny_data.cifar10(place / "data", patch, per_batch=8)
-        tiny_data.svhn(place / "data", patch)
-        shared = [*SHARED, "--data-dir", place / "data"]
-        whole, seconds, training = {}, {}, {}
-        for name, flags in RUNS.items():
-            began = time.monotonic()
-            process = start([*flags, *shared, "--results-dir", place / name], place / "errors")
-            while not (place / name / "ckpt" / "model_latest.pth.tar").exists():
-                time.sleep(0.001)
-            saving = time.monotonic()
-            assert wait(process) == 0, (place / "errors").read_text()
-            seconds[name], training[name] = time.monotonic() - began, time.monotonic() - saving
-            whole[name] = outcome(place / name)
-        for trial in range(args.kills):
-            name = list(RUNS)[trial % len(RUNS)]
-            folder = place / f"trial{trial}"
-            fresh = [*RUNS[name], *shared, "--results-dir", folder]
-            process = start(fresh, place / "errors")
-            if trial % 5 != 4:  # most kills are to meet a run that has begun to save
-                while not (folder / "ckpt" / "model_latest.pth.tar").exists():
-                    time.sleep(0.001)
-                time.sleep(moments.uniform(0, training[name]))
-            else:
-                time.sleep(moments.uniform(0, seconds[name]))
-            os.kill(process, number)
-            code = wait(process)
-            saved = (folder / "ckpt" / "model_latest.pth.tar").exists()
-            if code in (128 + number, -number):
-                midway += saved
-                told = (place / "errors").read_text()
-                if code > 0 and "interrupted" not in told:  # it ended by itself: it must say how to go on
-                    assert told.count("\n") == 1 and f"stopped by SIG{args.signal}" in told, told
-                    assert f"--resume {folder}" in told, told
-                code = wait(start(["--resume", folder] if saved else fresh, place / "errors"))
-            good += code == 0 and same(outcome(folder), whole[name])
-            if code:
-                print(f"trial {trial}, {name}: exit code {code}: {(place / 'errors').read_text()}")
-    print(f"{good} of {args.kills} identical to the undisturbed run; {midway} of them had a checkpoint to go on from")
+    numbers = [signal.Signals[f"SIG{name}"] for name in args.signal]
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
+        data = Path(place, "data")
+        tiny_data.cifar10(data, monkeypatch, per_batch=5)
+        tiny_data.svhn(data, monkeypatch)
+        trials = Trials(Path(place), args.seed)
+        results = [trials.trial(index, numbers[index // len(RUNS) % len(numbers)])
+                   for index in range(args.kills)]
+    good, midway = map(sum, zip(*results))
+    print(f"{good} of {args.kills} identical to the undisturbed run; {midway} of them had a "
+          "checkpoint to go on from")
     return good != args.kills or midway < args.kills // 2
 
 

@@ -1,10 +1,14 @@
-"""What tests/test_distributed.py has torchrun start: each check writes what it found to FOLDER, by rank 0.
+"""What test_distributed.py has two processes do, as torchrun would start them but forked.
 
-    torchrun --standalone --nproc-per-node 2 tests/process_checks.py FOLDER steps
-    torchrun --standalone --nproc-per-node 3 tests/process_checks.py FOLDER evaluation
+    python tests/process_checks.py FOLDER
+
+Writes what it found to FOLDER/found.pt, and trains FOLDER/digits and FOLDER/imagenet. Importing
+torch once for all of them saves most of the time.
 """
 import os
+import socket
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +17,34 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.utils.data import TensorDataset  # noqa: E402
+from PIL import Image  # noqa: E402
 
-import distributed  # noqa: E402
 import reference  # noqa: E402
+import runs  # noqa: E402
+import tiny_data  # noqa: E402
 import train  # noqa: E402
+from dataset.data import get_dataset  # noqa: E402
+from engine import distributed  # noqa: E402
+from engine.arguments import parse_flags, settle  # noqa: E402
+from engine.errors import StopRequest  # noqa: E402
+from engine.evaluation import evaluate  # noqa: E402
+from engine.forward_pass import ForwardPass  # noqa: E402
+from engine.metrics import Metrics  # noqa: E402
+from engine.setup import make_val_loader  # noqa: E402
+from engine.sync_batch_norm import synchronize_batch_norm  # noqa: E402
 from models import resnet20q  # noqa: E402
 from models.losses import LOSSES, any_precision_backward  # noqa: E402
-from step import Computation, TrainingStep  # noqa: E402
-from utils import Metrics  # noqa: E402
 
+CPU = torch.device("cpu")
 WIDTHS = [2, 8, 32]
 STEPS = 3
+
+DIGITS = ["--dataset", "digits", "--model", "svhnq", "--width", "1", "--bit_width_list", "2,32",
+          "--train-fraction", "0.08", "--batch-size", "16", "--epochs", "3", "--optimizer", "adam",
+          "--lr", "0.001", "--lr_decay", "2", "--weight-decay", "0", "--workers", "0",
+          "--device", "cpu", "--save-every", "1e-9", "--print-freq", "2"]  # 8 steps an epoch
+IMAGENET = ["--dataset", "imagenet", "--model", "resnet20q", "--width", "1", "--bit_width_list",
+            "2,32", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
 
 
 def model():
@@ -32,7 +52,7 @@ def model():
 
 
 def batch(step, size):
-    """float64 images and labels of a step."""
+    """Return float64 images and labels of a step."""
     return reference.values(f"images{step}", (size, 3, 12, 12), 0), torch.arange(size) % 10
 
 
@@ -45,78 +65,135 @@ def parameters_of(net):
 
 
 def alone(net, loss, size, shares):
-    """STEPS steps of one process that, of each batch of `size`, works on the `shares` (slices) one after the other."""
+    """Take STEPS steps in one process, which works on each batch's shares (slices) in turn."""
     optimizer = optimizer_of(net)
     for step in range(STEPS):
         images, labels = batch(step, size)
         optimizer.zero_grad()
         for share in shares:
-            any_precision_backward(net, images[share], labels[share], WIDTHS, loss,
-                                   lambda value: len(labels[share]) / size * value)
+            part = len(labels[share]) / size
+            any_precision_backward(net, images[share], labels[share], WIDTHS, loss, part,
+                                   shared=False)
         optimizer.step()
     return parameters_of(net)
 
 
 class Batches(list):
-    """What train_one_epoch needs of a loader: this process's shares, and the size of each whole batch."""
+    """What train_one_epoch needs of a loader: this process's shares, and each batch's size."""
 
     def __init__(self, size):
         share = slice(distributed.rank(), None, distributed.world_size())
         super().__init__([part[share] for part in batch(step, size)] for step in range(STEPS))
-        self.batch_sampler = SimpleNamespace(size=lambda step: size)
+        self.batch_sampler = Sampler(size)
+
+
+class Sampler:
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+    def __len__(self):
+        return STEPS
+
+    def size(self, step):
+        return self.batch_size
 
 
 def together(net, loss, size):
-    """The same steps by train.py's own loop, on every process."""
-    step = TrainingStep(Computation(net, torch.device("cpu")), optimizer_of(net), WIDTHS, loss)
-    train.train_one_epoch(Batches(size), step, Metrics(WIDTHS, "cpu"), 50, "training", lambda: torch.zeros(2),
-                          lambda wished: None)
+    """Take the same steps by train.py's own loop, on every process."""
+    state = SimpleNamespace(model=net, optimizer=optimizer_of(net), bit_widths=WIDTHS, device=CPU,
+                            metrics=Metrics(WIDTHS, CPU), epoch=0)
+    console = SimpleNamespace(print_freq=50, step=lambda epoch, metrics: None)
+    run = SimpleNamespace(save_is_due=lambda: False)
+    train.train_one_epoch(state, Batches(size), ForwardPass(net, CPU), loss, console, run,
+                          StopRequest())
     return parameters_of(net)
 
 
-def steps(folder):
-    """Two processes: plain, and with the statistics of the whole batch, also of a batch that does not divide."""
-    calls = []
-    all_reduce = dist.all_reduce
+def counted_exchanges():
+    """Return a list that gets the size of every tensor that is summed over the processes."""
+    sizes, all_reduce = [], dist.all_reduce
 
-    def counted(*args, **kwargs):
-        calls.append(args[0].numel())
-        return all_reduce(*args, **kwargs)
+    def counted(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
+    return sizes
 
-    found = {}
-    for loss in LOSSES:
-        found["plain", loss] = together(model(), loss, 6)
-    found["exchanges"] = len(calls)
+
+def steps():
+    """Train with statistics of each process's share, and of the whole batch, also an odd one."""
+    sizes = counted_exchanges()
+    found = {("own statistics", loss): together(model(), loss, 6) for loss in LOSSES}
+    found["exchanges"] = list(sizes)
     for size in (6, 7):
-        net = model()
-        distributed.synchronise_batch_norm(net)
-        found["sync", size] = together(net, "recursive", size)
+        net = synchronize_batch_norm(model(), CPU)
+        found["synchronised", size] = together(net, "recursive", size)
         found["buffers", size] = dict(net.named_buffers())
-    if distributed.rank() == 0:
-        torch.save(found, folder / "steps.pt")
+    return found
 
 
-def images_1000():
+def images():
+    """Return 1,001 images (N, 12, 12, 3) uint8, and labels (N,)."""
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randint(256, (1000, 3, 12, 12), dtype=torch.uint8, generator=generator),
-                         torch.randint(10, (1000,), generator=generator))
+    pixels = torch.randint(256, (1001, 12, 12, 3), dtype=torch.uint8, generator=generator)
+    return pixels, torch.randint(10, (1001,), generator=generator)
 
 
-def evaluation(folder):
-    """Any number of processes: an evaluation of 1,000 images through train.py's own loader."""
-    train.get_dataset = lambda *args, **how: images_1000()
-    train.get_transform = lambda *args: lambda image: image
-    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q", "--batch-size", "48"])
-    loader = train.make_loader(args, torch.device("cpu"), train=False)
-    results = train.evaluate(Computation(model().float(), torch.device("cpu")), loader, WIDTHS)
-    seen = sorted(index for indices in distributed.gather(torch.cat(loader.indices).tolist()) for index in indices)
-    if distributed.rank() == 0:
-        torch.save((results, seen), folder / "evaluation.pt")
+def evaluation():
+    """Evaluate on the images by train.py's loader, of which one process has a batch more."""
+    pixels, labels = images()
+    dataset = [(Image.fromarray(image.numpy()), int(label)) for image, label in zip(pixels, labels)]
+    args = settle(parse_flags(["--dataset", "cifar10", "--model", "resnet20q",
+                               "--batch-size", "50"]))
+    net = model().float()
+    forward_pass = ForwardPass(net, CPU)
+    loader = make_val_loader(args, dataset, forward_pass.memory_format, CPU)
+    own = torch.cat(loader.indices).tolist()
+    return {"results": evaluate(net, forward_pass, loader, WIDTHS, CPU),
+            "seen": sorted(sum(distributed.gather(own), [])),
+            "batches": distributed.gather(len(loader))}
+
+
+def check(folder):
+    with distributed.processes(CPU, 120):
+        found = {**steps(), **evaluation()}
+        if distributed.rank() == 0:
+            torch.save(found, folder / "found.pt")
+    return 0
+
+
+def as_rank(rank, port, function):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return function()
+
+
+def in_two_processes(function, folder, name):
+    """Fork two processes, with stdout and stderr in folder/name.RANK.out and .err."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        runs.fork(partial(as_rank, rank, port, function), folder / f"{name}.{rank}.out",
+                  folder / f"{name}.{rank}.err") for rank in range(2)]
+    return [runs.wait(process) for process in processes]
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    # Real JPEG files, grey, CMYK and palette ones among them.
+    tiny_data.imagenet(folder / "data", classes=("n01440764", "n01443537"), per_class=4)
+    imagenet = [*IMAGENET, "--data-dir", folder / "data"]
+    get_dataset("digits", "train")  # imports scikit-learn once, too
+    codes = in_two_processes(partial(check, folder), folder, "check")
+    for name, flags in (("digits", DIGITS), ("imagenet", imagenet)):
+        training = partial(runs.run, [*flags, "--results-dir", folder / name])
+        codes += in_two_processes(training, folder, name)
+    for path in folder.glob("*.err"):
+        print(path.read_text(), end="", file=sys.stderr)
+    return any(codes)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with distributed.processes(torch.device("cpu"), 120):
-        {"steps": steps, "evaluation": evaluation}[sys.argv[2]](Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

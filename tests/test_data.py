@@ -11,15 +11,18 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 import tiny_data
-import train
-from dataset.data import (DATASETS, InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader, data_paths,
-                          flipped_crops, get_dataset, get_transform, read_arrays)
-from utils import UserError
+from dataset import data as data_room, loader as loader_room
+from dataset.data import DATASETS, DataError, data_paths, get_dataset, get_transform
+from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
+                            choose_place, flipped_crops, make_loader, read_arrays)
+from engine.arguments import parse_flags, settle
+from engine.setup import make_val_loader
 
 SIZES = {  # of the files in tiny_data, per split
     "cifar10": {"train": 20, "test": 6, "train_auto_quan": 19, "val_auto_quan": 1},
     "cifar100": {"train": 12, "test": 6},
     "mnist": {"train": 12, "test": 6},
+    "fashion-mnist": {"train": 12, "test": 6},
     "svhn": {"train": 12, "extra": 28, "train_extra": 40, "test": 6, "train_extra_auto_quan": 38, "val_auto_quan": 2},
     "imagenet": {"train": 6, "val": 6},
     "digits": {"train": 1437, "val": 360},
@@ -28,7 +31,12 @@ SIZES = {  # of the files in tiny_data, per split
 
 def make(name, data_dir, monkeypatch):
     if name != "digits":
-        getattr(tiny_data, name)(data_dir, monkeypatch)
+        getattr(tiny_data, name.replace("-", "_"))(data_dir, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def no_system_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_room, "FASHION_MNIST_COPY", tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -54,15 +62,17 @@ STATISTICS = {  # per data set: mean and std of each channel, on a scale of 0 to
     "cifar10": ([125.3 / 255, 123 / 255, 113.9 / 255], [63 / 255, 62.1 / 255, 66.7 / 255]),
     "cifar100": ([129.3 / 255, 124.1 / 255, 112.4 / 255], [68.2 / 255, 65.4 / 255, 70.4 / 255]),
     "mnist": ([0.1307] * 3, [0.3081] * 3), "svhn": ([0.5] * 3, [0.5] * 3), "digits": ([0.5] * 3, [0.5] * 3),
+    "fashion-mnist": ([0.5] * 3, [0.5] * 3),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_normalisation_of_a_flat_image(name):
-    colour = (51, 51, 51) if name == "mnist" else (51, 102, 204)  # 0.2, 0.4, 0.8
+    grey = name in ("mnist", "fashion-mnist")
+    colour = (51, 51, 51) if grey else (51, 102, 204)  # 0.2, 0.4, 0.8
     image = Image.new("RGB", (300, 300) if name == "imagenet" else (32, 32), colour)
-    if name == "mnist":
+    if grey:
         image = image.convert("L")
     mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS[name])
     expected = (torch.tensor(colour)[:, None, None] / 255 - mean) / std
@@ -117,7 +127,7 @@ def test_digits_are_the_scans():
             assert array.shape == (8, 8, 3) and (array == array[..., :1]).all()
             assert scans[tuple(array[..., 0].flatten().tolist())] == label
     counts = numpy.bincount(load_digits().target)
-    assert (abs(numpy.bincount(val.targets) - 0.2 * counts) < 1).all()  # stratified
+    assert (abs(numpy.bincount([label for _, label in val]) - 0.2 * counts) < 1).all()  # stratified
     assert get_transform("digits", train=True)(train[0][0]).shape == (3, 40, 40)
 
 
@@ -149,6 +159,23 @@ def test_mnist_is_given_as_three_equal_channels(tmp_path, monkeypatch):
     assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
 
 
+def test_fashion_mnist_takes_the_copy_of_the_system(tmp_path, monkeypatch):
+    made = tiny_data.fashion_mnist(tmp_path / "made", monkeypatch)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for packed in made.glob("*.gz"):
+        packed.rename(copy / packed.name)
+    monkeypatch.setattr(data_room, "FASHION_MNIST_COPY", copy)
+    for data_dir in (tmp_path / "made", tmp_path / "new"):  # files that are there stay as they are
+        found = get_dataset("fashion-mnist", "test", data_dir=data_dir)
+        assert [label for _, label in found] == tiny_data.labels(6)
+    assert (tmp_path / "new" / "fashion-mnist").exists()
+    packed = copy / "t10k-images-idx3-ubyte.gz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte.gz cannot be read .*install it"):
+        get_dataset("fashion-mnist", "test", data_dir=tmp_path / "newer")
+
+
 def test_data_paths_say_where_data_lives(tmp_path, monkeypatch):
     assert data_paths["cifar10"] == "data/cifar10"
     tiny_data.cifar10(tmp_path, monkeypatch)
@@ -167,7 +194,7 @@ def test_missing_data_is_downloaded_and_verified(tmp_path, monkeypatch, http_fol
     assert len(get_dataset("cifar10", "train", data_dir=tmp_path / "data")) == 20
 
     archive.write_bytes(archive.read_bytes()[:-10])  # what another newcomer would get
-    with pytest.raises(UserError, match="CIFAR10 is not in .*other/cifar10, or altered there, and could not be downloaded"):
+    with pytest.raises(DataError, match="CIFAR10 is not in .*other/cifar10, or altered there, and could not be downloaded"):
         get_dataset("cifar10", "train", data_dir=tmp_path / "other")
 
 
@@ -188,7 +215,7 @@ def test_damaged_data_offline_is_one_clear_error(tmp_path, monkeypatch, damage):
         path.write_bytes(content[:100])
     elif damage == "altered":
         path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(UserError, match=r"SVHN is not in .*svhn, or altered there.* go online, copy it there") as error:
+    with pytest.raises(DataError, match=r"SVHN is not in .*svhn, or altered there.* go online, copy it there") as error:
         get_dataset("svhn", "train", data_dir=tmp_path)
     assert "\n" not in str(error.value)
 
@@ -196,21 +223,21 @@ def test_damaged_data_offline_is_one_clear_error(tmp_path, monkeypatch, damage):
 def test_truncated_mnist_is_one_clear_error(tmp_path, monkeypatch):
     path = tiny_data.mnist(tmp_path, monkeypatch) / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="MNIST in .* cannot be read"):
+    with pytest.raises(DataError, match="MNIST in .* cannot be read"):
         get_dataset("mnist", "train", data_dir=tmp_path)
 
 
 def test_image_folder_errors(tmp_path):
-    with pytest.raises(UserError, match="imagenet was looked for in .*imagenet/train and is not there"):
+    with pytest.raises(DataError, match="imagenet was looked for in .*imagenet/train and is not there"):
         get_dataset("imagenet", "train", data_dir=tmp_path)
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match="must hold one folder of images per class"):
+    with pytest.raises(DataError, match="must hold one folder of images per class"):
         get_dataset("imagenet", "train", data_dir=tmp_path)
     (tmp_path / "imagenet" / "train" / "cat").mkdir()
-    with pytest.raises(UserError, match="must hold one folder of images per class"):
+    with pytest.raises(DataError, match="must hold one folder of images per class"):
         get_dataset("imagenet", "train", data_dir=tmp_path)
     (tmp_path / "imagenet" / "train" / "cat" / "1.JPEG").write_bytes(b"no image")
-    with pytest.raises(UserError, match="cat/1.JPEG is not a readable image"):
+    with pytest.raises(DataError, match="cat/1.JPEG is not a readable image"):
         get_dataset("imagenet", "train", data_dir=tmp_path)[0]
 
 
@@ -246,10 +273,11 @@ def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
 CPU = torch.device("cpu")
 
 
-def loader_of(name, data_dir, *flags, train_split=True):
-    args = train.parse_args(["--dataset", name, "--model", "resnet50q" if name == "imagenet" else "resnet20q",
-                             "--data-dir", str(data_dir), "--batch-size", "5", *map(str, flags)])
-    return train.make_loader(args, CPU, train_split)
+def loader_of(name, data_dir, in_memory=True, train=True, batch_size=5, seed=0):
+    row = DATASETS[name]
+    split = next(iter(row.val_split)) if train else next(iter(row.val_split.values()))
+    dataset = get_dataset(name, split, data_dir=data_dir)
+    return make_loader(dataset, name, CPU, batch_size, train, seed, in_memory=in_memory)
 
 
 def epoch_of(loader, epoch=0, start=0):
@@ -262,10 +290,12 @@ def joined(loader):
     return [torch.cat(parts) for parts in zip(*loader)]
 
 
-def test_validation_batches_from_memory_are_4_times_as_large_unless_compiled(tiny_cifar10):
+def test_validation_batches_are_4_times_as_large_unless_compiled(tiny_cifar10):
     for flags, size in (((), 16), (["--compile"], 4)):
-        loader = loader_of("cifar10", tiny_cifar10, *flags, "--batch-size", "4", train_split=False)
-        assert len(loader.labels) > 4
+        args = settle(parse_flags(["--dataset", "cifar10", "--model", "resnet20q", "--batch-size",
+                                   "4", *flags]))
+        dataset = get_dataset("cifar10", "test", data_dir=tiny_cifar10)
+        loader = make_val_loader(args, dataset, torch.channels_last, CPU)
         sizes = [len(labels) for labels in loader.labels.split(size)]
         assert [len(labels) for _, labels in loader] == sizes and len(loader) == len(sizes)
 
@@ -274,15 +304,22 @@ def test_validation_batches_from_memory_are_4_times_as_large_unless_compiled(tin
 def test_batches_from_memory_are_those_of_the_per_sample_transforms(name, tmp_path, monkeypatch):
     """To the last bit where nothing is drawn; ImageNet, which stays on disk, is normalised batch by batch."""
     make(name, tmp_path, monkeypatch)
-    fast, plain = loader_of(name, tmp_path), loader_of(name, tmp_path, "--plain")
-    assert isinstance(fast, InMemoryLoader if name != "imagenet" else WorkerLoader)
+    memory, single = (loader_of(name, tmp_path, in_memory) for in_memory in (True, False))
+    assert isinstance(memory, InMemoryLoader if name != "imagenet" else WorkerLoader)
+    assert isinstance(single, WorkerLoader)
     if DATASETS[name].padding is None:
-        torch.testing.assert_close(epoch_of(fast, 3), epoch_of(plain, 3), rtol=0, atol=0)
-    assert [len(labels) for _, labels in epoch_of(fast)] == [len(labels) for _, labels in epoch_of(plain)]
-    assert all(torch.equal(one[1], other[1]) for one, other in zip(epoch_of(fast, 1), epoch_of(plain, 1)))
-    fast, plain = (loader_of(name, tmp_path, *flags, train_split=False) for flags in ((), ["--plain"]))
-    torch.testing.assert_close(joined(fast), joined(plain), rtol=0, atol=0)
-    assert next(iter(fast))[0].is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(epoch_of(memory, 3), epoch_of(single, 3), rtol=0, atol=0)
+    for one, other in zip(epoch_of(memory, 1), epoch_of(single, 1), strict=True):
+        assert torch.equal(one[1], other[1])
+    memory, single = (joined(loader_of(name, tmp_path, in_memory, train=False))
+                      for in_memory in (True, False))
+    torch.testing.assert_close(memory, single, rtol=0, atol=0)
+    split = next(iter(DATASETS[name].val_split.values()))
+    samples = get_dataset(name, split, get_transform(name, train=False), tmp_path)
+    expected = torch.stack([image for image, _ in samples])
+    torch.testing.assert_close(memory[0], expected, rtol=0, atol=0)  # torchvision's own, one by one
+    first = next(iter(loader_of(name, tmp_path)))[0]
+    assert first.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_flips_and_crops_in_memory_are_drawn_as_those_per_sample():
@@ -311,7 +348,7 @@ def test_batches_from_memory_are_a_function_of_seed_and_epoch(tiny_cifar10):
     torch.testing.assert_close(epoch_of(loader_of("cifar10", tiny_cifar10), 2), first, rtol=0, atol=0)
     torch.testing.assert_close(epoch_of(loader_of("cifar10", tiny_cifar10), 2, start=2), first[2:], rtol=0, atol=0)
     for other in (epoch_of(loader_of("cifar10", tiny_cifar10), 1),
-                  epoch_of(loader_of("cifar10", tiny_cifar10, "--seed", 1), 2)):
+                  epoch_of(loader_of("cifar10", tiny_cifar10, seed=1), 2)):
         assert not torch.equal(other[0][0], first[0][0])
     images, labels = read_arrays(get_dataset("cifar10", "train", get_transform("cifar10", False, False), tiny_cifar10))
     parts = []
@@ -328,23 +365,24 @@ def test_data_larger_than_the_memory(tiny_cifar10, monkeypatch, capsys):
     needed = 20 * 3 * 32 * 32
     memory = {"free": 2 * needed, "available": 2 * needed}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 10**12))
-    monkeypatch.setattr(train.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory["available"]))
-    args = train.parse_args(["--dataset", "cifar10", "--model", "resnet20q"])
-    cuda = torch.device("cuda")
-    assert train.memory_for(args, "train", 20, cuda) == cuda and not capsys.readouterr().out
+    monkeypatch.setattr(loader_room.psutil, "virtual_memory",
+                        lambda: SimpleNamespace(available=memory["available"]))
+    dataset, cuda = range(20), torch.device("cuda")
+    assert choose_place(dataset, "cifar10", cuda) == cuda and not capsys.readouterr().out
     memory["free"] -= 1
-    assert train.memory_for(args, "train", 20, cuda) == CPU
-    assert "are more than half of what is free on cuda" in (told := capsys.readouterr().out) and told.count("\n") == 1
+    assert choose_place(dataset, "cifar10", cuda) == CPU
+    told = capsys.readouterr().out
+    assert "are more than half of what is free on cuda" in told and told.count("\n") == 1
     assert "kept in host memory" in told
     memory["available"] -= 1
-    assert train.memory_for(args, "train", 20, cuda) is None
+    assert choose_place(dataset, "cifar10", cuda) is None
     capsys.readouterr()
-    random, still = loader_of("cifar10", tiny_cifar10), loader_of("cifar10", tiny_cifar10, train_split=False)
+    loader = loader_of("cifar10", tiny_cifar10)
     assert "read anew every epoch" in capsys.readouterr().out
-    assert isinstance(random, WorkerLoader)
-    torch.testing.assert_close(epoch_of(random), epoch_of(loader_of("cifar10", tiny_cifar10, "--plain")), rtol=0, atol=0)
-    plain = loader_of("cifar10", tiny_cifar10, "--plain", train_split=False)
-    torch.testing.assert_close(joined(still), joined(plain), rtol=0, atol=0)
+    assert choose_place(dataset, "cifar10", cuda, rank=1) is None and not capsys.readouterr().out
+    assert isinstance(loader, WorkerLoader)
+    expected = epoch_of(loader_of("cifar10", tiny_cifar10, in_memory=False))
+    torch.testing.assert_close(epoch_of(loader), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rank", range(4))

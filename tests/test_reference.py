@@ -6,7 +6,7 @@ from torch.testing import assert_close
 import reference
 from models import MODELS, set_bit_width
 from models.losses import any_precision_backward
-from models.quan_ops import BIT_WIDTHS, quantize_activation, quantize_weight
+from models.quan_ops import BIT_WIDTHS, normalize_weight, quantize_activation, quantize_weight
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-9}
 RECORDS = sorted(path.stem for path in reference.FOLDER.glob("*q_*.json"))
@@ -22,7 +22,7 @@ def test_quantizers(bits):
     expected = record[str(bits)]
 
     w = tensor(record["weight"]).requires_grad_()
-    quantized = quantize_weight(w, bits)
+    quantized = quantize_weight(*normalize_weight(w), bits)
     quantized.backward(tensor(record["upstream_grad"]))
     assert_close(quantized.detach(), tensor(expected["weight_q"]), **TOLERANCE)
     assert_close(w.grad, tensor(expected["weight_grad"]), **TOLERANCE)
@@ -55,6 +55,7 @@ def logits_per_bit_width(model, images, bit_widths):
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_training(name):
+    """With what the bit-widths share computed once, as train.py does."""
     record = reference.load(name)
     bit_widths, seed = record["bits"], record["seed"]
     model = reference.fill(MODELS[record["model"]](bit_widths, num_classes=record["classes"]).double(), seed)

@@ -6,26 +6,28 @@ from functools import partial
 import pytest
 
 import report
-import train
-import utils
+from engine.arguments import parse_flags, settle
+from engine.errors import run_program
+from engine.run_folder import append_json_line
 
 
 def write_run(folder, top1, *flags):
-    """A results folder of train.py's arguments `flags`, with val top-1 {bits: [per epoch]}."""
+    """Make a results folder of train.py's `flags`, with val top-1 {bits: [per epoch]}."""
     folder.mkdir(parents=True)
     epochs = len(next(iter(top1.values())))
-    args = train.parse_args(["--epochs", str(max(1, epochs)), *flags, "--bit_width_list", ",".join(map(str, top1))])
-    arguments = train.as_dict(args)
+    arguments = vars(settle(parse_flags(["--epochs", str(max(1, epochs)), *flags,
+                                         "--bit_width_list", ",".join(map(str, top1))])))
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
     for epoch in range(epochs):
-        val = {bits: {"loss": 1.0, "top1": values[epoch], "top5": 99.0} for bits, values in top1.items()}
-        utils.append_json_line(folder / "metrics.jsonl", {"epoch": epoch + 1, "train": val, "val": val})
+        val = {bits: {"loss": 1.0, "top1": values[epoch], "top5": 99.0}
+               for bits, values in top1.items()}
+        append_json_line(folder / "metrics.jsonl", {"epoch": epoch + 1, "train": val, "val": val})
     return str(folder)
 
 
 def run(argv):
     try:
-        utils.run(report.main, partial(report.parse_args, argv))
+        run_program(report.main, partial(report.parse_args, argv))
     except SystemExit as ended:
         return ended.code
     return 0
@@ -35,16 +37,19 @@ def run(argv):
 def runs(tmp_path):
     return [
         write_run(tmp_path / "a0", {1: [90.0, 91.0], 32: [99.0, 98.0]}, "--seed", "0"),
-        write_run(tmp_path / "a1", {1: [92.0, 93.0], 32: [97.0, 98.0]}, "--seed", "1", "--workers", "3"),
+        write_run(tmp_path / "a1", {1: [92.0, 93.0], 32: [97.0, 98.0]}, "--seed", "1",
+                  "--workers", "3"),
         write_run(tmp_path / "h0", {1: [80.0, 81.0], 32: [98.0, 98.0]}, "--loss", "hard"),
-        write_run(tmp_path / "d1", {1: [70.0, 72.0]}), write_run(tmp_path / "d32", {32: [95.0, 96.0]}, "--loss", "hard")]
+        write_run(tmp_path / "d1", {1: [70.0, 72.0]}),
+        write_run(tmp_path / "d32", {32: [95.0, 96.0]}, "--loss", "hard")]
 
 
 def test_table_in_the_published_form(runs, tmp_path, capsys):
     assert run([*runs, "--output", str(tmp_path / "out" / "table")]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[:6] == [
-        "svhnq on digits: val top-1 (%) of the last epoch, mean ± standard deviation, 1 to 2 runs a cell", "",
+        "svhnq on digits: val top-1 (%) of the last epoch, mean ± standard deviation, "
+        "1 to 2 runs a cell", "",
         "| model | 1 | 32 |", "|---|---|---|",
         "| any, recursive | 92.00 ± 1.41 | 98.00 ± 0.00 |", "| any, hard | 81.00 | 98.00 |"]
     assert "| dedicated | 72.00 | 96.00 |" in out
@@ -52,12 +57,14 @@ def test_table_in_the_published_form(runs, tmp_path, capsys):
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert len(rows) == 8 and rows[0] == {
-        "dataset": "digits", "model": "svhnq", "configuration": "any, recursive", "seed": "0", "bits": "1",
-        "top1": "91.0", "top5": "99.0", "loss": "1.0", "results": runs[0]}
+        "dataset": "digits", "model": "svhnq", "configuration": "any, recursive", "seed": "0",
+        "bits": "1", "top1": "91.0", "top5": "99.0", "loss": "1.0", "results": runs[0]}
 
 
 @pytest.mark.parametrize("epoch, row", [
-    ("last", "91.00 | 98.00"), ("checkpoint", "90.00 | 99.00"), ("best", "91.00 | 99.00")])  # at epoch 1 32 bits was best
+    ("last", "91.00 | 98.00"),
+    ("checkpoint", "90.00 | 99.00"),  # of epoch 1, where 32 bits was best
+    ("best", "91.00 | 99.00")])
 def test_which_epoch(epoch, row, runs, tmp_path, capsys):
     assert run([runs[0], "--epoch", epoch, "--output", str(tmp_path / "t")]) == 0
     assert f"| any, recursive | {row} |" in capsys.readouterr().out
@@ -65,14 +72,16 @@ def test_which_epoch(epoch, row, runs, tmp_path, capsys):
 
 def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys):
     slow = write_run(tmp_path / "slow", {1: [45.0, 50.0], 32: [55.0, 60.0]}, "--lr", "0.01")
-    resnet = write_run(tmp_path / "resnet", {1: [40.0], 32: [41.0]}, "--model", "resnet20q", "--epochs", "1")
+    resnet = write_run(tmp_path / "resnet", {1: [40.0], 32: [41.0]}, "--model", "resnet20q",
+                       "--epochs", "1")
     assert run([runs[0], slow, resnet, "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
-    assert "| any, recursive, lr 0.001 | 91.00 | 98.00 |" in out and "| any, recursive, lr 0.01 | 50.00 | 60.00 |" in out
+    assert "| any, recursive, lr 0.001 | 91.00 | 98.00 |" in out
+    assert "| any, recursive, lr 0.01 | 50.00 | 60.00 |" in out
     assert "resnet20q on digits" in out and "| any, recursive | 40.00 | 41.00 |" in out
 
 
-def test_an_unfinished_run_has_a_row_of_its_own_and_a_repeated_seed_is_left_out(runs, tmp_path, capsys):
+def test_unfinished_runs_have_a_row_of_their_own_and_repeated_seeds_none(runs, tmp_path, capsys):
     half = write_run(tmp_path / "half", {1: [10.0], 32: [11.0]}, "--epochs", "2")
     again = write_run(tmp_path / "again", {1: [1.0, 2.0], 32: [3.0, 4.0]}, "--seed", "1")
     assert run([*runs, half, again, "--output", str(tmp_path / "t")]) == 0
@@ -85,11 +94,12 @@ def test_an_unfinished_run_has_a_row_of_its_own_and_a_repeated_seed_is_left_out(
 def test_evaluations_say_what_they_are_of(runs, tmp_path, capsys):
     folder = tmp_path / "e"
     folder.mkdir()
-    arguments = {**json.loads((tmp_path / "d32" / "config.json").read_text())["arguments"], "evaluate": True,
-                 "calibrate": 20}
+    config = json.loads((tmp_path / "d32" / "config.json").read_text())
+    arguments = {**config["arguments"], "evaluate": True, "calibrate": 20}
     (folder / "config.json").write_text(json.dumps(
         {"arguments": arguments, "epoch": 3, "checkpoint": "x/ckpt/model_best.pth.tar"}))
-    (folder / "evaluation.json").write_text(json.dumps({"1": {"loss": 1.0, "top1": 20.0, "top5": 50.0}}))
+    (folder / "evaluation.json").write_text(
+        json.dumps({"1": {"loss": 1.0, "top1": 20.0, "top5": 50.0}}))
     assert run([*runs, str(folder), "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     assert "of the last epoch, or the checkpoint that was evaluated," in out
@@ -110,13 +120,15 @@ def test_what_is_no_run_is_left_out_of_those_that_are(runs, tmp_path, capsys):
     (tmp_path / "container").mkdir()
     assert run([*map(str, sorted(tmp_path.iterdir())), "--output", str(tmp_path / "report")]) == 0
     out = capsys.readouterr().out
-    assert "| any, recursive | 92.00" in out and f"left out: {tmp_path}/container is not a results folder" in out
+    assert "| any, recursive | 92.00" in out
+    assert f"left out: {tmp_path}/container is not a results folder" in out
 
 
 @pytest.mark.parametrize("make, told", [
     (lambda folder: None, "is not a results folder of train.py"),
     (lambda folder: folder.mkdir(), "is not a results folder of train.py"),
-    (lambda folder: write_run(folder, {1: []}) and (folder / "metrics.jsonl").write_text(""), "no finished epoch")])
+    (lambda folder: write_run(folder, {1: []}) and (folder / "metrics.jsonl").write_text(""),
+     "no finished epoch")])
 def test_what_is_no_run(make, told, tmp_path, capsys):
     make(tmp_path / "x")
     assert run([str(tmp_path / "x"), "--output", str(tmp_path / "t")]) == 1

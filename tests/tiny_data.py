@@ -71,23 +71,28 @@ def svhn(data_dir, monkeypatch):
     return folder
 
 
-def mnist(data_dir, monkeypatch):
+def mnist(data_dir, monkeypatch, kind=datasets.MNIST, name="mnist"):
     """MNIST's idx files, beside their .gz as downloaded."""
-    folder = Path(data_dir, "mnist", "MNIST", "raw")
+    folder = Path(data_dir, name, kind.__name__, "raw")
     folder.mkdir(parents=True)
     resources = []
     for prefix, count in (("train", 12), ("t10k", 6)):
+        head = struct.pack(">IIII", 2051, count, 28, 28)
         contents = {
-            "images-idx3-ubyte": struct.pack(">IIII", 2051, count, 28, 28) + pixels(count, 28, 28).tobytes(),
+            "images-idx3-ubyte": head + pixels(count, 28, 28).tobytes(),
             "labels-idx1-ubyte": struct.pack(">II", 2049, count) + bytes(labels(count))}
-        for name, content in contents.items():
-            path = folder / f"{prefix}-{name}"
+        for ending, content in contents.items():
+            path = folder / f"{prefix}-{ending}"
             path.write_bytes(content)
             compressed = folder / f"{path.name}.gz"
             compressed.write_bytes(gzip.compress(content))
             resources.append((compressed.name, md5(compressed)))
-    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    monkeypatch.setattr(kind, "resources", resources)
     return folder
+
+
+def fashion_mnist(data_dir, monkeypatch):
+    return mnist(data_dir, monkeypatch, datasets.FashionMNIST, "fashion-mnist")
 
 
 def imagenet(data_dir, monkeypatch=None, classes=("n01440764", "n01443537", "n01484850"), per_class=2):

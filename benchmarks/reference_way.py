@@ -1,0 +1,73 @@
+"""Train the reference way: what the program computes, without anything that makes it fast.
+
+    python benchmarks/reference_way.py --epochs 30 --results-dir results/reference
+
+It takes train.py's flags. Bit-widths share nothing, in training and in evaluation; all is in
+float32, uncompiled and in the usual memory format; the optimizer is torch's default, not fused;
+images are transformed one by one; metrics are read at every step.
+"""
+import contextlib
+import sys
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = {"reference": "benchmarks/reference_way.py", "default": "train.py"}
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from dataset.loader import make_loader  # noqa: E402
+from engine import setup, state  # noqa: E402
+from engine.arguments import parse_flags  # noqa: E402
+from engine.errors import UsageError, run_program  # noqa: E402
+from engine.forward_pass import ForwardPass  # noqa: E402
+from engine.metrics import Metrics  # noqa: E402
+
+
+class ReferenceForwardPass(ForwardPass):
+    """A ForwardPass in float32 and the usual memory format, where bit-widths share nothing."""
+
+    shared = False
+
+    def __init__(self, model, device, precision="fp32", batch_size=None):
+        if precision != "fp32" or batch_size:
+            raise UsageError("the reference way is float32, uncompiled: leave --precision and "
+                             "--compile out")
+        super().__init__(model, device)
+        self.memory_format = torch.contiguous_format
+        model.to(memory_format=self.memory_format)
+
+
+class MetricsReadEveryStep(Metrics):
+    def add(self, results, labels):
+        super().add(results, labels)
+        self.averages()  # waits for the device
+
+
+def make_optimizer(args, parameters):
+    optimizer = setup.make_optimizer(args, parameters)
+    for group in optimizer.param_groups:
+        group["fused"] = None  # as torch chooses where nothing is said
+    return optimizer
+
+
+@contextlib.contextmanager
+def patched():
+    """Make the reference way of what train.py makes within this context."""
+    with (patch.object(setup, "ForwardPass", ReferenceForwardPass),
+          patch.object(setup, "make_loader", partial(make_loader, in_memory=False)),
+          patch.object(train, "make_optimizer", make_optimizer),
+          patch.object(state, "Metrics", MetricsReadEveryStep)):
+        yield
+
+
+def main(flags):
+    with patched():
+        return train.main(flags)
+
+
+if __name__ == "__main__":
+    run_program(main, partial(parse_flags, description=__doc__.splitlines()[0]))

@@ -1,0 +1,108 @@
+"""Trainings on random images, as train.py makes them, in the default way or the reference way."""
+import contextlib
+import time
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import reference_way  # first: the project's modules are found through it
+import train
+from dataset.data import DATASETS
+from dataset.loader import ShuffledBatches
+from engine import setup
+from engine.arguments import parse_flags, settle
+from engine.console import Console
+from engine.device import choose_device
+from engine.errors import StopRequest
+from engine.state import TrainingState
+from utils import flag_text
+
+WAYS = {"reference": reference_way.patched, "default": contextlib.nullcontext}
+BITS = (1, 2, 4, 8, 32)
+NEVER_SAVES = SimpleNamespace(save_is_due=lambda: False)  # train_one_epoch's results folder
+
+
+class RandomImages(Dataset):
+    """Random uint8 images as data set `name` stores them; of large ones a few, again and again."""
+
+    def __init__(self, name, count):
+        self.count = count
+        shape = (min(count, 64), 375, 500, 3) if name == "imagenet" else (count, 32, 32, 3)
+        self.images = torch.randint(256, shape, dtype=torch.uint8).numpy()
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index % len(self.images)]), index % 10
+
+
+class OneBatch:
+    """A loader that gives the same random batch `steps` times."""
+
+    def __init__(self, size, image_size, steps, device, memory_format):
+        images = torch.randn(size, 3, image_size, image_size, device=device)
+        self.images = images.contiguous(memory_format=memory_format)
+        self.labels = torch.arange(size, device=device) % 10
+        self.batch_sampler = ShuffledBatches(steps * size, size, seed=0)
+
+    def __iter__(self):
+        yield from [(self.images, self.labels)] * len(self.batch_sampler)
+
+
+class Run:
+    """A training as train.py makes it, in one of WAYS."""
+
+    def __init__(self, options, way, bit_widths=BITS):
+        self.args = settle(parse_flags(flags(options, way, bit_widths)))
+        self.device = choose_device(options.device)
+        self.data, self.images, self.way = DATASETS[options.dataset], options.images, way
+        torch.manual_seed(0)
+        model = setup.make_model(self.args, bit_widths, self.data.num_classes or 1000)
+        model.to(self.device)
+        with WAYS[way]():
+            self.forward_pass = setup.make_forward_pass(self.args, model, self.device)
+            self.state = TrainingState(
+                model, train.make_optimizer(self.args, model.parameters()),
+                bit_widths, self.device, vars(self.args), options.images)
+        self.console = Console(bit_widths, 1, 1, self.args.print_freq, bar=False)
+
+    def loader(self):
+        """Return the loader of random images."""
+        images = RandomImages(self.args.dataset, self.images)
+        with WAYS[self.way]():
+            return setup.make_train_loader(
+                self.args, images, self.forward_pass.memory_format, self.device)
+
+    def seconds(self, loader):
+        """Return how long an epoch with this loader takes."""
+        tf32 = self.args.precision == "tf32"  # of the whole process: the other run sets it too
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        self.state.metrics = type(self.state.metrics)(self.state.bit_widths, self.device)
+        self.state.epoch += 1
+        synchronize(self.device)
+        start = time.perf_counter()
+        train.train_one_epoch(self.state, loader, self.forward_pass, self.args.loss, self.console,
+                              NEVER_SAVES, StopRequest())
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def steps(self, count):
+        """Return how long a step takes, the mean of `count`."""
+        return self.seconds(OneBatch(self.args.batch_size, self.data.image_size, count, self.device,
+                                     self.forward_pass.memory_format)) / count
+
+
+def flags(options, way, bit_widths=BITS):
+    """Return train.py's flags."""
+    default = ["--precision", options.precision, *(["--compile"] if options.compile else [])]
+    return ["--model", options.model, "--dataset", options.dataset, "--device", options.device,
+            "--batch-size", str(options.batch_size), "--workers", str(options.workers),
+            "--bit_width_list", flag_text(bit_widths), *(default if way == "default" else [])]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

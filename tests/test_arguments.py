@@ -1,0 +1,245 @@
+"""The command line and the recipes: what they mean, and what is told of a wrong one."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT, assert_one_line, run
+
+import train
+from engine.arguments import parse_flags, settle
+
+SETTINGS = ("dataset", "train_split", "model", "optimizer", "lr", "lr_decay", "epochs",
+            "batch_size", "weight_decay")
+
+
+def arguments(argv):
+    return settle(parse_flags(argv))
+
+
+def settings(args):
+    return tuple(getattr(args, name) for name in SETTINGS)
+
+
+def test_defaults_are_the_digits_recipe():
+    args = arguments([])
+    assert settings(args) == ("digits", "train", "svhnq", "adam", 0.001, [15, 22, 27], 30, 64, 0)
+    assert (args.width, args.loss, args.bit_width_list) == (2, "recursive", [1, 2, 4, 8, 32])
+
+
+def test_flags_existing_users_know():
+    args = arguments([
+        "--results-dir", "r", "--dataset", "svhn", "--train_split", "train", "--model", "svhnq",
+        "--workers", "3", "--epochs", "9", "--start-epoch", "2", "--batch-size", "16",
+        "--optimizer", "sgd", "--lr", "0.1", "--lr_decay", "3,6", "--weight-decay", "1e-4",
+        "--print-freq", "7", "--pretrain", "p", "--resume", "", "--bit_width_list", "4,1,32"])
+    assert settings(args) == ("svhn", "train", "svhnq", "sgd", 0.1, [3, 6], 9, 16, 1e-4)
+    assert (args.results_dir, args.workers, args.start_epoch, args.print_freq, args.pretrain) == (
+        "r", 3, 2, 7, "p")
+    assert args.bit_width_list == [1, 4, 32]
+
+
+def test_dashed_spellings():
+    args = arguments(["--train-split", "train", "--lr-decay", "", "--bit-width-list", "2",
+                      "-p", "4"])
+    assert (args.train_split, args.lr_decay, args.bit_width_list, args.print_freq) == (
+        "train", [], [2], 4)
+
+
+def test_flags_hold_what_is_given_and_nothing_else():
+    assert vars(parse_flags(["--lr", "0.5", "--all-conv"])) == {"lr": 0.5, "all_conv": True}
+
+
+def test_learning_rate_against_a_table_by_hand():
+    expected = [0.5, 0.5, 0.05, 0.05, 0.005, 0.0005, 0.0005]
+    assert [train.learning_rate(0.5, [2, 4, 5], epoch) for epoch in range(7)] == (
+        pytest.approx(expected))
+
+
+# ---- recipes
+
+RECIPES = {  # REFERENCE.md's table, by hand
+    "train_digits.sh": ("digits", "train", "svhnq", "adam", 0.001, [15, 22, 27], 30, 64, 0),
+    "train_cifar10.sh": ("cifar10", "train", "resnet20q", "adam", 0.001, [100, 150, 180], 200, 128,
+                         0),
+    "train_svhn.sh": ("svhn", "train_extra", "svhnq", "adam", 0.001, [50, 75, 90], 100, 128, 0),
+    "train_imagenet.sh": ("imagenet", "train", "resnet50q", "sgd", 0.5, [45, 60, 70], 80, 256,
+                          1e-5),
+}
+DEDICATED_IMAGENET = ("imagenet", "train", "resnet50q", "sgd", 0.1, [30, 60, 85, 95, 105], 120, 256)
+
+
+@pytest.fixture(scope="module")
+def recipe_flags(tmp_path_factory):
+    """A function that runs a recipe by bash, and returns the flags that train.py gets of it."""
+    folder = tmp_path_factory.mktemp("recipes")
+    python = folder / "python"  # prints what comes after train.py; all else succeeds
+    python.write_text("""#!/bin/bash
+while [ $# -gt 0 ]; do
+    word=$1
+    shift
+    case "$word" in */train.py) printf '%s\\n' "$@" ;; esac
+done
+""")
+    python.chmod(0o755)
+
+    def flags(script, *more, processes="1"):
+        done = subprocess.run(
+            ["bash", ROOT / script, *more], cwd=folder, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHON": str(python), "PROCESSES": processes})
+        return parse_flags(done.stdout.split("\n")[:-1])
+    return flags
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_recipe(script, recipe_flags):
+    args = settle(recipe_flags(script))
+    assert settings(args) == RECIPES[script]
+    assert (args.bit_width_list, args.loss) == ([1, 2, 4, 8, 32], "recursive")
+    args = settle(recipe_flags(script, "--loss", "hard", "--bit_width_list", "2",
+                               "--results-dir", "a folder"))
+    assert (args.bit_width_list, args.loss, args.results_dir) == ([2], "hard", "a folder")
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_resumed_run_keeps_its_own_settings(script, recipe_flags):
+    flags = recipe_flags(script, "--resume", "results/x", "--workers", "1")
+    assert vars(flags) == {"resume": "results/x", "workers": 1}
+
+
+@pytest.mark.parametrize("bits, decay, spelling", [
+    ("1", 1e-5, "--bit_width_list {}"), ("2", 1e-5, "--bit-width-list={}"),
+    ("4", 1e-4, "--bit-width-list {}"), ("8", 1e-4, "--bit_width_list={}"),
+    ("32", 1e-4, "--bit_width_list {}")])
+def test_dedicated_imagenet_recipe(bits, decay, spelling, recipe_flags):
+    args = settle(recipe_flags("train_imagenet.sh", *spelling.format(bits).split()))
+    assert settings(args) == (*DEDICATED_IMAGENET, decay) and args.bit_width_list == [int(bits)]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_imagenet_recipe_names_its_results_folder(processes, recipe_flags):
+    def results_dir(*flags):
+        return getattr(recipe_flags("train_imagenet.sh", *flags, processes=processes),
+                       "results_dir", None)
+
+    assert results_dir() == "results/imagenet_resnet50q_any"
+    assert results_dir("--bit_width_list", "2,32") == "results/imagenet_resnet50q_any"
+    assert results_dir("--bit_width_list=4") == "results/imagenet_resnet50q_4"
+    assert results_dir("--results-dir", "mine") == "mine"
+    for flags in (["--evaluate", "--pretrain", "x"], ["--resume", "x"], ["--resume=x"]):
+        assert results_dir(*flags) is None
+
+
+# ---- bad input: one line on stderr that names the value and what is allowed, and exit code 2
+
+BAD_ARGUMENTS = [
+    (["--model", "resnet18"], "'resnet18'", "choose from resnet20q, resnet50q, svhnq"),
+    (["--dataset", "cifar"], "'cifar'", "choose from digits, "),
+    (["--train_split", "test"], "'test'", "digits: choose from train"),
+    (["--dataset", "svhn", "--train_split", "val"], "'val'",
+     "train_extra, train, extra, train_extra_auto_quan"),
+    (["--loss", "easy"], "'easy'", "choose from hard, soft, recursive"),
+    (["--optimizer", "lion"], "'lion'", "choose from adam, sgd"),
+    (["--device", "gpu"], "'gpu'", "choose auto, cpu, cuda"),
+    (["--device", "cuda:x"], "'cuda:x'", "choose auto, cpu, cuda"),
+    (["--bit_width_list", "0"], "bit-width 0", "choose from 1 to 8 and 32"),
+    (["--bit_width_list", "4,9"], "bit-width 9", "choose from 1 to 8 and 32"),
+    (["--bit_width_list", "16"], "bit-width 16", "choose from 1 to 8 and 32"),
+    (["--bit_width_list", "33"], "bit-width 33", "choose from 1 to 8 and 32"),
+    (["--bit_width_list", "-4"], "bit-width -4", "choose from 1 to 8 and 32"),
+    (["--bit_width_list", "two"], "bit-width 'two'", "choose from 1 to 8 and 32"),
+    (["--bit_width_list", "1,2,2"], "1,2,2 repeat", "each of them once"),
+    (["--bit_width_list", ""], "no bit-width given", "list at least one"),
+    (["--bit_width_list", "1,"], "bit-width ''", "choose from 1 to 8 and 32"),
+    (["--epochs", "0"], "0 is too small", "from 1 up"),
+    (["--epochs", "-3"], "-3 is too small", "from 1 up"),
+    (["--epochs", "many"], "'many'", "from 1 up"),
+    (["--batch-size", "0"], "0 is too small", "from 1 up"),
+    (["--batch-size", "-8"], "-8 is too small", "from 1 up"),
+    (["--lr", "0"], "'0'", "above 0"),
+    (["--lr", "-0.1"], "'-0.1'", "above 0"),
+    (["--lr", "nan"], "'nan'", "above 0"),
+    (["--lr", "1e38"], "'1e38'", "at most 1e+30"),
+    (["--lr_decay", "20,10"], "'20,10'", "rising epochs"),
+    (["--lr_decay", "soon"], "'soon'", "rising epochs"),
+    (["--weight-decay", "-1"], "'-1'", "from 0 up"),
+    (["--train-fraction", "1.5"], "'1.5'", "above 0, at most 1"),
+    (["--width", "0"], "0 is too small", "from 1 up"),
+    (["--workers", "-1"], "-1 is too small", "from 0 up"),
+    (["--print-freq", "0"], "0 is too small", "from 1 up"),
+    (["--start-epoch", "30"], "--start-epoch 30", "less than --epochs 30"),
+    (["--dataset", "cifar10"], "cifar10 has 32 x 32", "choose --model resnet20q or resnet50q"),
+    (["--seed", "-1"], "-1 is too small", "from 0 up"),
+    (["--seed", "4294967296"], "4294967296 is too large", "up to 4294967295"),
+    (["--precision", "int8"], "'int8'", "choose from fp32, tf32, bf16"),
+    (["--sync-bn", "--compile"], "--sync-bn", "give one of them"),
+    (["--lrr", "1"], "--lrr", "--help"),
+    (["--bit_width"], "--bit_width", "--help"),
+    # what goes with --evaluate
+    (["--evaluate"], "--evaluate", "give --pretrain"),
+    (["--evaluate", "--pretrain", "x", "--resume", "y"], "--pretrain x", "give one of them"),
+    (["--pretrain", "x", "--calibrate", "3"], "--calibrate 3", "goes with --evaluate"),
+    (["--evaluate", "--pretrain", "x", "--calibrate", "-1"], "-1 is too small", "from 0 up"),
+    (["--evaluate", "--pretrain", "x", "--calibrate", "all"], "'all'", "from 0 up"),
+    (["--evaluate", "--pretrain", "x", "--save-calibrated", "y"], "--save-calibrated y",
+     "goes with --calibrate"),
+    (["--evaluate", "--pretrain", "x", "--bit_width_list", "12"], "bit-width 12",
+     "choose from 1 to 8 and 32"),
+]
+
+
+@pytest.mark.parametrize("argv, value, allowed", BAD_ARGUMENTS,
+                         ids=lambda value: " ".join(value) if type(value) is list else "")
+def test_wrong_argument(argv, value, allowed, capsys, tmp_path):
+    assert run(["--results-dir", tmp_path / "r", *argv]) == 2
+    assert_one_line(capsys, "error: ", value, allowed)
+    assert not (tmp_path / "r").exists()
+
+
+def test_wrong_argument_as_a_program(environment):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--lr", "fast"], env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "train.py: error: argument --lr: 'fast' is not allowed: give a number above 0, at most "
+        "1e+30 (--help lists the arguments)\n")
+
+
+def test_batch_size_must_divide(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(["--batch-size", 64, "--results-dir", tmp_path / "r"]) == 2
+    assert_one_line(capsys, "--batch-size 64", "a multiple of 3")
+
+
+def test_one_gpu_for_several_processes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["--device", "cuda:0", "--results-dir", tmp_path / "r"]) == 2
+    assert_one_line(capsys, "--device cuda:0", "give cuda")
+
+
+def test_restarts_need_a_results_folder(monkeypatch, capsys):
+    """A run that torchrun starts again by the same command must find what it had begun."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert run(["--width", 1]) == 2
+    assert_one_line(capsys, "--max-restarts 3", "name it with --results-dir")
+    for flags in (["--results-dir", "r"], ["--resume", "r"], ["--evaluate", "--pretrain", "x"]):
+        assert vars(parse_flags(flags))
+
+
+def test_a_precision_that_is_not_there(capsys, tmp_path):
+    assert run(["--precision", "tf32", "--device", "cpu", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "--precision tf32 is not in the hardware of cpu", "choose fp32")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there(device, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(["--device", device, "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, f"device {device} is not here", "choose cpu or auto")
+
+
+def test_a_network_larger_than_the_memory(capsys, tmp_path):
+    assert run(["--width", 2**31 - 1, "--device", "cpu", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "out of memory", "--width")

@@ -1,0 +1,64 @@
+"""The benchmarks: the reference way trains as train.py does; the speed benchmark runs."""
+import sys
+
+import pytest
+import torch
+
+import train
+from dataset.loader import InMemoryLoader, WorkerLoader
+from engine import setup
+from engine.arguments import parse_flags
+from engine.errors import UsageError
+from engine.run_folder import read_metrics
+from runs import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+import reference_way  # noqa: E402
+import speed  # noqa: E402
+from trainings import Run  # noqa: E402
+
+OPTIONS = speed.parse_args(["step", "--batch-size", "4", "--images", "6", "--repeats", "1",
+                            "--steps", "1", "--device", "cpu"])
+
+
+def test_the_reference_way_trains_as_the_default(tmp_path, monkeypatch):
+    """resnet20q on digits draws weights and order alone: losses agree, before a step and after."""
+    get_dataset, losses = setup.get_dataset, {}
+    monkeypatch.setattr(setup, "get_dataset",
+                        lambda *args, **kwargs: get_dataset(*args, **kwargs)[:14])
+    for way in (train, reference_way):
+        way.main(parse_flags([
+            "--model", "resnet20q", "--width", "1", "--bit_width_list", "8,32", "--device", "cpu",
+            "--epochs", "2", "--results-dir", str(tmp_path / way.__name__)]))
+        records = read_metrics(tmp_path / way.__name__ / "metrics.jsonl")
+        losses[way] = [record["train"][bits]["loss"] for record in records for bits in (8, 32)]
+    assert losses[train] == pytest.approx(losses[reference_way], rel=1e-3)
+    assert losses[train][2:] != pytest.approx(losses[train][:2], rel=1e-2)  # a step was taken
+
+
+@pytest.mark.parametrize("way, loader, shared, fused", [
+    ("default", InMemoryLoader, True, True), ("reference", WorkerLoader, False, None)])
+def test_the_two_ways(way, loader, shared, fused):
+    run = Run(OPTIONS, way)
+    assert type(run.loader()) is loader
+    assert run.forward_pass.shared is shared
+    assert run.state.optimizer.param_groups[0]["fused"] is fused
+    assert (type(run.state.metrics) is reference_way.MetricsReadEveryStep) is not shared
+    usual = [weight.stride() == torch.empty(weight.shape).stride()
+             for weight in run.state.model.parameters()]
+    assert all(usual) is not shared
+    assert setup.make_loader is not reference_way.partial  # nothing stays patched
+
+
+def test_the_reference_way_has_one_precision():
+    with reference_way.patched(), pytest.raises(UsageError, match="--precision"):
+        setup.ForwardPass(torch.nn.ReLU(), torch.device("cpu"), "bf16")
+
+
+@pytest.mark.parametrize("measure", [speed.measure_step, speed.measure_epoch, speed.measure_loader])
+def test_speed_benchmark(measure, capsys):
+    columns = measure(OPTIONS)
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if len(row) > len(columns)] == ["reference", "default, fp32"]
+    assert all(value > 0 for name, values in columns.items() if name != "MiB" for value in values)
+    assert columns.get("ratio", [1])[0] == 1 or measure is speed.measure_loader

@@ -1,0 +1,334 @@
+"""What bit-widths share, low precision and torch.compile, against the reference way."""
+import copy
+import functools
+
+import pytest
+import torch
+from torch.nn.functional import conv2d, cosine_similarity
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reference
+from engine.device import missing_compiler
+from engine.errors import UserError
+from engine.evaluation import evaluate
+from engine.forward_pass import PRECISIONS, ForwardPass, check_precision
+from engine.metrics import Metrics
+from models import BIT_WIDTHS, MODELS
+from models.losses import LOSSES, any_precision_backward
+from models.quan_ops import (ClampUnit, Conv2dQ, normalize_weight, quantize, quantize_activation,
+                             quantize_weight)
+
+CPU = torch.device("cpu")
+WIDTHS = [1, 2, 4, 8, 32]
+SIZES = {"resnet20q": 16, "resnet50q": 16, "svhnq": 40}
+
+
+def network(name, all_conv=False, width=1, widths=WIDTHS, num_classes=5):
+    torch.manual_seed(0)
+    model = MODELS[name](widths, num_classes=num_classes, width=width, all_conv=all_conv)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0
+    return model
+
+
+def batch(name, count=4, dtype=torch.float64):
+    images = reference.values("images", (count, 3, SIZES[name], SIZES[name]), 0).to(dtype)
+    return images, torch.arange(count) % 5
+
+
+def gradients(model, images, labels, loss="recursive", widths=WIDTHS, **kwargs):
+    """Return the step's results, and the gradients by name."""
+    model.train().zero_grad()
+    results = any_precision_backward(model, images, labels, widths, loss, **kwargs)
+    return results, {key: value.grad.clone() for key, value in model.named_parameters()}
+
+
+def relative(found, expected):
+    """Return the largest error of a dict's tensors, relative to a tensor's largest entry."""
+    return max(float((found[key] - expected[key]).abs().max()
+                     / expected[key].abs().max().clamp_min(1e-4)) for key in expected)
+
+
+# ---- shared computation
+
+# reference.fill gives BatchNorms random shifts: those of a new network are 0, and where a channel's
+# inputs are all alike its outputs lie on the clamp's end, on either side by the order of sums.
+@pytest.mark.parametrize("name, all_conv, loss", [
+    *(("resnet20q", False, loss) for loss in LOSSES), *(("svhnq", False, loss) for loss in LOSSES),
+    ("resnet20q", True, "recursive"), ("svhnq", True, "recursive"),
+    ("resnet50q", False, "recursive"), ("resnet50q", True, "recursive")])
+def test_shared_equals_everything_anew(name, all_conv, loss):
+    model = reference.fill(network(name, all_conv).double(), seed=0)
+    if name == "svhnq":  # low-bit sums are equal, or 0, but for their order: no maximum or clamp
+        model.layers[8], model.layers[21] = torch.nn.AvgPool2d(2), torch.nn.Identity()
+    images, labels = batch(name)
+    anew = copy.deepcopy(model)
+    expected, expected_gradients = gradients(anew, images, labels, loss, shared=False)
+    model.to(memory_format=torch.channels_last)
+    found, found_gradients = gradients(model, images, labels, loss)
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert relative(found_gradients, expected_gradients) < 1e-9
+    assert_close(dict(model.named_buffers()), dict(anew.named_buffers()), rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_shared_is_computed_once_a_step(monkeypatch):
+    model = network("resnet20q", widths=[1, 8, 32]).double()
+    images, labels = batch("resnet20q")
+    calls = []
+    stem, tanh = model.conv0.forward, torch.tanh
+    monkeypatch.setattr(model.conv0, "forward", lambda x: calls.append("stem") or stem(x))
+    monkeypatch.setattr(torch, "tanh", lambda w: calls.append("tanh") or tanh(w))
+    any_precision_backward(model, images, labels, [1, 8, 32])
+    layers = [layer for layer in model.modules() if isinstance(layer, Conv2dQ)]
+    assert calls.count("stem") == 1 and calls.count("tanh") == len(layers) == 18
+    any_precision_backward(model, images, labels, [1, 8, 32], shared=False)
+    assert calls.count("stem") == 4 and calls.count("tanh") == 4 * 18
+    assert not any(layer.shared for layer in layers)
+
+
+def test_an_error_within_a_step_leaves_nothing_shared():
+    model = network("resnet20q")
+    images, labels = batch("resnet20q", dtype=torch.float32)
+    with pytest.raises(ValueError, match="3 bits was not trained"):
+        any_precision_backward(model, images, labels, [32, 3])  # 32 comes first
+    assert not any(layer.shared for layer in model.modules() if isinstance(layer, Conv2dQ))
+
+
+def test_evaluation_shares_and_gives_the_same():
+    model = reference.fill(network("resnet20q").double(), seed=0)
+    loader = [batch("resnet20q")]
+    forward_pass = ForwardPass(model, CPU)
+    found = evaluate(model, forward_pass, loader, WIDTHS, CPU)
+    forward_pass.shared = False
+    expected = evaluate(model, forward_pass, loader, WIDTHS, CPU)
+    for bits in WIDTHS:
+        assert found[bits] == pytest.approx(expected[bits], rel=1e-12)
+
+
+# ---- integer operands
+
+class Operands(TorchDispatchMode):
+    """Gathers the operands of convolutions and matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "convolution", "convolution_backward"):
+            self.found += [(name, arg) for arg in args if isinstance(arg, torch.Tensor)]
+        return function(*args, **(kwargs or {}))
+
+    def of(self, name):
+        return [operand for kind, operand in self.found if kind == name]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_operands_in_16_bits_are_the_integers(bits):
+    torch.manual_seed(0)
+    conv = Conv2dQ(16, 8, 3, bias=False)
+    conv.bits, n = bits, 2**bits - 1
+    x = quantize_activation(1.5 * torch.rand(2, 16, 8, 8), bits)
+    with torch.autocast("cpu", torch.bfloat16), Operands() as operands:
+        conv(x)
+    a, w = operands.of("convolution")
+    assert a.dtype == w.dtype == torch.bfloat16
+    k, odd = a.double() * 2**bits, w.double() * 2**bits
+    assert torch.equal(k, (n * x.double()).round())
+    v, _ = normalize_weight(conv.weight.double())
+    assert torch.equal(odd, n * quantize_weight(v, 1.0, bits).mul(n).round().div(n))
+    assert set(odd.abs().unique().tolist()) <= set(range(1, n + 1, 2))
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_integer_operands_give_the_same_values_and_gradients(bits, bias, monkeypatch):
+    torch.manual_seed(0)
+    conv = Conv2dQ(3, 4, 3, bias=bias).double()
+    x = quantize_activation(torch.rand(2, 3, 8, 8, dtype=torch.float64), bits).requires_grad_()
+    conv.bits = bits
+    upstream = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    results = []
+    for low in (False, True):
+        monkeypatch.setattr("models.quan_ops.low_precision", lambda x: low)
+        out = conv(x)
+        results.append((out, *torch.autograd.grad(out, [x, *conv.parameters()], upstream)))
+    assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_low_precision_costs_the_quantizer_nothing(bits, monkeypatch):
+    """A convolution of operands rounded to bfloat16 is exact with integers, and not without."""
+    torch.manual_seed(0)
+    conv = Conv2dQ(64, 8, 3, bias=False).double()
+    conv.bits = bits
+    x = quantize_activation(torch.rand(4, 64, 10, 10, dtype=torch.float64), bits)
+    exact = conv(x)
+
+    def rounded(x, w, bias):
+        return conv2d(x.bfloat16().double(), w.bfloat16().double(), bias)
+
+    monkeypatch.setattr(conv, "_conv_forward", rounded)
+    assert (conv(x) - exact).abs().mean() > 1e-5 * exact.abs().mean()
+    monkeypatch.setattr("models.quan_ops.low_precision", lambda x: True)
+    assert_close(conv(x), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, all_conv", [
+    ("svhnq", False), ("resnet20q", False), ("resnet20q", True)])
+def test_bf16_losses_and_gradients_are_near(name, all_conv):
+    images, labels = batch(name, 8, torch.float32)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        model = network(name, all_conv, widths=[8, 32])
+        forward = ForwardPass(model, CPU, precision)
+        results, grads = gradients(model, images, labels, widths=[8, 32], forward=forward,
+                                   autocast=forward.autocast)
+        assert all(grad.dtype == torch.float32 for grad in grads.values())
+        losses = torch.stack([loss for loss, _ in results.values()])
+        found[precision] = losses, torch.cat([grad.flatten() for grad in grads.values()])
+    assert_close(found["bf16"][0], found["fp32"][0], rtol=0.05, atol=0)
+    assert cosine_similarity(found["bf16"][1], found["fp32"][1], dim=0) > 0.95
+
+
+def test_convolutions_are_in_low_precision_and_the_classifier_is_not():
+    model = network("resnet20q")  # its only matrix products are the classifier's
+    forward = ForwardPass(model, CPU, "bf16")
+    images, labels = batch("resnet20q", dtype=torch.float32)
+    with Operands() as operands:
+        gradients(model, images, labels, forward=forward, autocast=forward.autocast)
+    for name, dtype in (("mm", torch.float32), ("addmm", torch.float32),
+                        ("convolution", torch.bfloat16), ("convolution_backward", torch.bfloat16)):
+        assert {operand.dtype for operand in operands.of(name)} == {dtype}, name
+
+
+def test_a_precision_that_is_not_in_the_hardware(monkeypatch):
+    message = "--precision tf32 is not in the hardware of cpu: choose fp32"
+    with pytest.raises(UserError, match=message):
+        check_precision("tf32", CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    for precision in ("tf32", "bf16"):
+        with pytest.raises(UserError, match=f"--precision {precision} .* of cuda: choose fp32"):
+            check_precision(precision, torch.device("cuda"))
+    check_precision("fp32", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for precision in PRECISIONS:
+        check_precision(precision, torch.device("cuda"))
+
+
+def test_memory_format_is_channels_last_where_the_hardware_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = network("svhnq")
+    for device, precision, channels_last in (
+            ("cpu", "fp32", True), ("cuda", "fp32", False), ("cuda", "tf32", True),
+            ("cuda", "bf16", True)):
+        found = ForwardPass(model, torch.device(device), precision).memory_format
+        assert (found == torch.channels_last) == channels_last
+        weight = model.layers[3].weight
+        assert weight.is_contiguous(memory_format=found)
+
+
+# ---- no waiting
+
+class Waiting(TorchDispatchMode):
+    """Gathers what would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default")
+        if any(name in str(function) for name in waits):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_in_a_step_waits_for_the_device(precision):
+    model = network("resnet20q")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    forward = ForwardPass(model, CPU, precision)
+    images, labels = batch("resnet20q", dtype=torch.float32)
+    metrics = Metrics(WIDTHS, CPU)
+
+    def step():
+        optimizer.zero_grad()
+        results = any_precision_backward(model, images, labels, WIDTHS, forward=forward,
+                                         autocast=forward.autocast)
+        optimizer.step()
+        metrics.add(results, labels)
+
+    step()
+    with Waiting() as waiting:
+        step()
+        assert waiting.found == []
+        metrics.averages()
+    assert waiting.found  # the counter counts: a log point does wait
+
+
+# ---- compiled
+
+@pytest.mark.parametrize("function", [
+    ClampUnit.apply, functools.partial(quantize, bits=4),
+    lambda x: quantize_weight(x, torch.tensor(0.3), 4), lambda x: quantize_activation(x, 4)])
+def test_compiled_quantizers_have_their_gradients(function):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.cat([2 * torch.rand(100) - 0.5, torch.tensor([0.0, 1.0])]).requires_grad_()
+    expected, = torch.autograd.grad(function(x).sum(), x)
+    found = torch.compile(function, backend="aot_eager")(x)
+    assert_close(found, function(x))
+    assert_close(torch.autograd.grad(found.sum(), x)[0], expected)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_equals_eager(precision):
+    """Logits and each parameter's gradient, at 8 bits, so that 2 bits would not pass for them."""
+    if missing_compiler(CPU) is not None:
+        pytest.skip("no C++ compiler here")
+    images, labels = batch("svhnq", dtype=torch.float32)
+    found = {}
+    for batch_size in (None, 4):
+        model = network("svhnq", widths=[8])
+        forward = ForwardPass(model, CPU, precision, batch_size)
+        results, grads = gradients(model, images, labels, widths=[8], forward=forward,
+                                   autocast=forward.autocast)
+        found[batch_size] = results[8][1], grads
+    (logits, grads), (expected_logits, expected) = found[4], found[None]
+    # Not to the last digits: where a fused sum crosses a rounding threshold a level changes.
+    tolerance, least = (1e-3, 0.99) if precision == "fp32" else (0.02, 0.95)
+    assert_close(logits, expected_logits, rtol=tolerance, atol=tolerance)
+    for key in expected:
+        if expected[key].norm() > 1e-6:
+            near = cosine_similarity(grads[key].flatten(), expected[key].flatten(), dim=0)
+            assert near > least, key
+
+
+def test_no_recompilation_after_the_first_step():
+    """Nine bit-widths, training and evaluation: one graph each; odd batches go uncompiled."""
+    torch._dynamo.reset()
+    widths = list(BIT_WIDTHS)
+    model = network("svhnq", widths=widths)
+    forward = ForwardPass(model, CPU, batch_size=4, backend="eager")
+    images, labels = batch("svhnq", dtype=torch.float32)
+
+    def train_and_evaluate(count):
+        model.train()
+        any_precision_backward(model, images[:count], labels[:count], widths, forward=forward)
+        validation = [(images, labels), (images[:3], labels[:3])]
+        evaluate(model, forward, validation, widths, CPU)
+
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    train_and_evaluate(4)
+    graphs = counters["unique_graphs"]
+    assert graphs - before == 2 * len(BIT_WIDTHS)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (4, 3, 4):
+            train_and_evaluate(count)
+    assert counters["unique_graphs"] == graphs

@@ -1,0 +1,262 @@
+"""Going on: by --resume, by the same command, after a kill; and starting from other weights."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT, assert_one_line, assert_same, load, run, snapshot, tiny
+
+from engine.run_folder import read_metrics
+from models import MODELS
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A finished run that a test may change."""
+    return shutil.copytree(trained, tmp_path / "copied")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, tiny_cifar10):
+    """The results folder of a run that was stopped after 1 of 3 epochs. No test changes it."""
+    folder = tmp_path_factory.mktemp("begun") / "r"
+    assert run(tiny(tiny_cifar10, folder, "--epochs", 1)) == 0
+    for path in (folder / "ckpt").iterdir():  # as if it had been stopped
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["arguments"]["epochs"] = 3
+        torch.save(checkpoint, path)
+    return folder
+
+
+def assert_same_run(folder, other):
+    """Assert that two runs ended alike: weights, optimizer, metrics, random states."""
+    ours, theirs = load(folder), load(other)
+    for part in ("epoch", "state_dict", "optimizer", "best_prec1", "random_states"):
+        assert_same(ours[part], theirs[part])
+    pairs = zip(read_metrics(folder / "metrics.jsonl"), read_metrics(other / "metrics.jsonl"),
+                strict=True)
+    for one, another in pairs:
+        assert [one[part] for part in ("epoch", "lr", "train", "val")] == [
+            another[part] for part in ("epoch", "lr", "train", "val")]
+
+
+# ---- --resume
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_resume_continues_as_if_never_stopped(optimizer, trained, tmp_path, tiny_cifar10):
+    flags, whole = ["--optimizer", optimizer], trained
+    if optimizer != "adam":
+        whole = tmp_path / "whole"
+        assert run(tiny(tiny_cifar10, whole, *flags)) == 0
+    assert run(tiny(tiny_cifar10, tmp_path / "parts", *flags, "--epochs", 1)) == 0
+    assert run(["--resume", tmp_path / "parts", "--epochs", 3]) == 0
+    assert_same_run(tmp_path / "parts", whole)
+    log = next((tmp_path / "parts").glob("log_*.txt")).read_text()
+    assert " 1/1 " in log and " 3/3 " in log  # continued, not begun anew
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--loss", "hard"], "--loss was recursive and is now hard"),
+    (["--seed", "4"], "--seed was 0 and is now 4"),
+    (["--bit_width_list", "2"], "--bit-width-list was 2,32 and is now 2"),
+    (["--model", "resnet50q"], "--model was resnet20q and is now resnet50q"),
+    (["--optimizer", "sgd"], "--optimizer was adam and is now sgd"),
+    (["--batch-size", "4"], "--batch-size was 8"),
+    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100"),
+    (["--lr", "0.1"], "--lr was 0.001"),
+    (["--precision", "bf16"], "--precision was fp32 and is now bf16"),
+    (["--lr_decay", "1"], "--lr-decay was 2 and is now 1"),
+    (["--weight-decay", "0.5"], "--weight-decay was 0.0")])
+def test_resume_with_other_flags_is_refused(flags, told, trained, capsys):
+    assert run(["--resume", trained, *flags]) == 2
+    assert_one_line(capsys, told, "leave these flags out")
+
+
+def test_resume_of_a_finished_run_tells_its_results_again(copied, capsys):
+    before = load(copied)
+    (copied / "accuracy.png").unlink()
+    assert run(["--resume", copied]) == 0
+    out = capsys.readouterr().out
+    assert "last (epoch 3)" in out and "nothing is left to train" in out
+    assert (copied / "accuracy.png").exists()
+    assert_same(load(copied), before)
+
+
+def test_resume_from_an_older_checkpoint_goes_on_elsewhere(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(trained)
+    assert run(["--resume", trained / "ckpt" / "model_best.pth.tar", "--epochs", 4]) == 0
+    assert snapshot(trained) == before
+    (elsewhere,) = (tmp_path / "results").iterdir()
+    assert load(elsewhere)["epoch"] == 4 and load(elsewhere, "model_best")["state_dict"]
+
+
+def test_resume_of_nothing(tmp_path, capsys):
+    assert run(["--resume", tmp_path / "no"]) == 1
+    assert_one_line(capsys, f"checkpoint {tmp_path}/no does not exist")
+    assert run(["--resume", tmp_path]) == 1
+    assert_one_line(capsys, "holds no checkpoint", "model_latest.pth.tar, model_best.pth.tar")
+
+
+def test_memory_formats_of_a_checkpoint_do_not_matter(begun, tmp_path):
+    """Fused optimizers take their state and the weights as they lie in memory: they must agree."""
+    folders = [shutil.copytree(begun, tmp_path / name) for name in ("as it was", "contiguous")]
+    state = load(folders[1])
+    for values in state["optimizer"]["state"].values():
+        values.update({name: value.clone(memory_format=torch.contiguous_format)
+                       for name, value in values.items()})
+    torch.save(state, folders[1] / "ckpt" / "model_latest.pth.tar")
+    assert run(["--resume", folders[0]]) == 0
+    assert run(["--resume", folders[1], "--results-dir", folders[1]]) == 0
+    assert_same(load(folders[0])["state_dict"], load(folders[1])["state_dict"])
+
+
+def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path, tiny_cifar10,
+                                                               capsys):
+    parameters = MODELS["resnet20q"]([2, 32], width=1).parameters()
+    sgd = torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    checkpoint = {key: load(trained)[key] for key in ("epoch", "model", "state_dict", "best_prec1")}
+    torch.save({**checkpoint, "optimizer": sgd.state_dict()}, tmp_path / "x.pth.tar")
+    argv = ["--resume", tmp_path / "x.pth.tar", "--epochs", 4, "--width", 1, "--data-dir",
+            tiny_cifar10, "--results-dir", tmp_path / "r"]
+    assert run(argv) == 1
+    assert_one_line(capsys, "holds another optimizer's state", "--optimizer")
+    assert run([*argv, "--optimizer", "sgd"]) == 0
+
+
+@pytest.mark.parametrize("changes, code, told", [
+    ({"optimizer": None}, 1, "holds no optimizer to go on with"),
+    ({"epoch": "3"}, 1, "holds no epoch"),
+    ({"optimizer": {"state": {}, "param_groups": []}}, 1, "holds another optimizer's state"),
+    ({"arguments": {"precision": "fp16"}}, 2, "--precision fp16 does not exist: choose from fp32")])
+def test_what_cannot_be_resumed(changes, code, told, trained, tmp_path, capsys):
+    checkpoint = load(trained)
+    if "arguments" in changes:
+        changes = {"arguments": {**checkpoint["arguments"], **changes["arguments"]}}
+    torch.save({**checkpoint, **changes}, tmp_path / "x.pth.tar")
+    assert run(["--resume", tmp_path / "x.pth.tar", "--epochs", 9]) == code
+    assert_one_line(capsys, told)
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(begun, trained, tmp_path):
+    """One that knows of arguments and parts which there were, and not of one that came later."""
+    folder = shutil.copytree(begun, tmp_path / "r")
+    checkpoint = load(folder)
+    older = {"plain": False, "resume": str(folder), "start_epoch": 1}
+    arguments = {**checkpoint["arguments"], **older}
+    del arguments["sync_bn"]
+    torch.save({**checkpoint, "scaler": {}, "arguments": arguments},
+               folder / "ckpt" / "model_latest.pth.tar")
+    assert run(["--resume", folder]) == 0
+    assert_same_run(folder, trained)
+
+
+# ---- the same command again
+
+def test_the_same_command_goes_on_from_the_latest_checkpoint(begun, trained, tmp_path,
+                                                            tiny_cifar10, capsys):
+    folder = shutil.copytree(begun, tmp_path / "r")
+    assert run(tiny(tiny_cifar10, folder, "--print-freq", 1, "--device", "auto")) == 0
+    assert f"resuming in {folder}: 1 of 3 epochs done" in capsys.readouterr().out
+    assert_same_run(folder, trained)
+
+    before = load(folder)  # and of a finished run it tells the results again
+    assert run(tiny(tiny_cifar10, folder)) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert_same(load(folder), before)
+    assert run(["--resume", folder, "--epochs", 4]) == 0 and load(folder)["epoch"] == 4
+    assert run([*tiny(tiny_cifar10, folder), "--epochs", 4]) == 0
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--seed", 5], "--seed was 0 and is now 5"),
+    (["--epochs", 9], "--epochs was 3 and is now 9"),
+    (["--lr", 0.1, "--all-conv"], "--all-conv was False and is now True; --lr was 0.001"),
+    (["--pretrain", "x"], "--pretrain was None and is now x"),
+    (["--resume", "x"], "--resume was None and is now x")])
+@pytest.mark.parametrize("folder", ["begun", "trained"])
+def test_another_command_in_a_run_s_folder_is_refused(folder, flags, told, request, tiny_cifar10,
+                                                      capsys):
+    folder = request.getfixturevalue(folder)
+    before = snapshot(folder)
+    assert run([*tiny(tiny_cifar10, folder), *flags]) == 1
+    assert_one_line(capsys, f"{folder} holds a run already, and ", told, f"--resume {folder}",
+                    "choose another folder with --results-dir")
+    assert snapshot(folder) == before
+
+
+def test_a_run_s_own_best_checkpoint_is_another_command(begun, capsys):
+    before = snapshot(begun)
+    best = begun / "ckpt" / "model_best.pth.tar"
+    assert run(["--resume", best, "--results-dir", begun]) == 1
+    assert_one_line(capsys, f"{begun} holds a run already", f"--resume was None and is now {best}")
+    assert snapshot(begun) == before
+
+
+def test_a_run_begun_from_an_older_checkpoint_goes_on_by_its_command(trained, tmp_path, capsys):
+    """The same command leaves the older checkpoint alone, once its folder has one of its own."""
+    best = shutil.copy(trained / "ckpt" / "model_best.pth.tar", tmp_path / "older.pth.tar")
+    command = ["--resume", best, "--results-dir", tmp_path / "new", "--epochs", 4]
+    assert run(command) == 0
+    first = load(tmp_path / "new")
+    assert first["epoch"] == 4
+    for other, told in ((["--epochs", 5], "--epochs was 4 and is now 5"),
+                        (["--seed", 1], "--seed was 0 and is now 1"),
+                        (["--resume", trained], f"--resume was {best} and is now {trained}")):
+        capsys.readouterr()
+        assert run([*command, *other]) == 1
+        assert_one_line(capsys, f"{tmp_path}/new holds a run already, and {told}")
+    best.unlink()
+    assert run(command) == 0
+    assert "4 of 4 epochs done, nothing is left to train" in capsys.readouterr().out
+    assert_same(load(tmp_path / "new"), first)
+    assert run(["--resume", tmp_path / "new", "--epochs", 5]) == 0  # lengthened, it is still it
+    assert run([*command, "--epochs", 5]) == 0 and load(tmp_path / "new")["epoch"] == 5
+
+
+# ---- --pretrain
+
+def test_pretrain_starts_from_those_weights_prefixed_or_not(trained, tmp_path, tiny_cifar10):
+    checkpoint = load(trained, "model_best")
+    prefixed = {f"module.{key}": value for key, value in checkpoint["state_dict"].items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "parallel.pth.tar")
+    after = []
+    for index, source in enumerate((trained, tmp_path / "parallel.pth.tar")):
+        # By a learning rate below float32's resolution, weights are saved as they were loaded.
+        assert run(tiny(tiny_cifar10, tmp_path / f"next{index}", "--epochs", 1, "--lr", "1e-30",
+                        "--pretrain", source)) == 0
+        after.append(load(tmp_path / f"next{index}")["state_dict"])
+    assert_same(*after)
+    for key, value in checkpoint["state_dict"].items():
+        if "running" not in key and "tracked" not in key:
+            assert_same(after[0][key], value)
+
+
+def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_path, tiny_cifar10,
+                                                                 capsys):
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1, "--lr", "1e-30", "--pretrain", trained)
+    assert run([*argv, "--bit_width_list", "4,8,32"]) == 0
+    told = "BatchNorms of 4 bits (as those of 2 bits), 8 bits (as those of 2 bits)"
+    assert told in capsys.readouterr().out
+    before, after = load(trained, "model_best")["state_dict"], load(tmp_path / "r")["state_dict"]
+    assert_same(after["bn.bn_dict.4.weight"], before["bn.bn_dict.2.weight"])
+    assert_same(after["layers.3.conv0.weight"], before["layers.3.conv0.weight"])
+
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0  # which remembers it
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["arguments"]["pretrain"] == str(trained)
+
+
+# ---- stopped and killed runs
+
+def test_runs_that_are_killed_go_on_to_the_same_end():
+    """python tests/kill_runs.py --kills 20 --signal KILL (or TERM, INT) is the longer trial."""
+    command = [sys.executable, ROOT / "tests" / "kill_runs.py", "--signal", "KILL", "TERM", "INT",
+               "--kills", "9"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "9 of 9 identical" in done.stdout

@@ -1,0 +1,62 @@
+"""The results folder: its metrics file, and which folders are refused."""
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import assert_one_line, assert_same, load, run, tiny
+
+from engine.run_folder import append_json_line, keep_epochs, read_metrics
+
+
+def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    values = {"loss": 1.0, "top1": 50.0, "top5": 90.0}
+    for epoch in (1, 2, 3):
+        append_json_line(path, {"epoch": epoch, "train": {4: values}, "val": {4: values}})
+    with open(path, "a") as file:
+        file.write('{"epoch": 4, "tra')  # killed while writing
+    kept = keep_epochs(path, 2)
+    assert [record["epoch"] for record in kept] == [1, 2] and kept[0]["val"] == {4: values}
+    assert read_metrics(path) == kept
+
+
+def test_results_folder_that_cannot_be_written(capsys, tmp_path, tiny_cifar10):
+    (tmp_path / "file").write_text("not a folder")
+    assert run(tiny(tiny_cifar10, tmp_path / "file" / "run")) == 1
+    assert_one_line(capsys, f"{tmp_path}/file/run cannot be written", "--results-dir")
+
+
+def test_a_run_without_its_checkpoints_is_not_overwritten_either(tmp_path, tiny_cifar10, capsys):
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    for path in (tmp_path / "r" / "ckpt").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 1
+    assert_one_line(capsys, "holds a run already")
+
+
+def test_a_folder_that_a_run_is_writing_is_refused(tmp_path, tiny_cifar10, capsys):
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)
+    assert run(argv) == 0
+    before = load(tmp_path / "r")
+    hold = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('held', flush=True); sys.stdin.read()")
+    holder = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "r" / ".lock"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    capsys.readouterr()
+    for again in (["--resume", tmp_path / "r", "--epochs", 2], argv):
+        assert run(again) == 1
+        assert_one_line(capsys, f"{tmp_path}/r is being written by another run")
+    assert_same(load(tmp_path / "r"), before)
+    holder.communicate()
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0
+
+
+def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = tiny(tiny_cifar10, "", "--epochs", 1)
+    for _ in range(2):
+        assert run(argv) == 0
+    name = "cifar10_resnet20q_2-32_recursive_seed0"
+    assert {path.name for path in Path("results").iterdir()} == {name, f"{name}_2"}
