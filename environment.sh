@@ -20,14 +20,10 @@ for requirement in map(Requirement, wanted):
 CHECK
 }
 
-# train.py, by way of the array PYTHON_FLAGS, with the flags in the array `recipe`, then those given; a resumed run keeps
-# its own settings.
+# train.py, by way of the array PYTHON_FLAGS. The array `recipe` counts where neither the flags given
+# nor a checkpoint that is resumed or evaluated says otherwise.
 train() {
-    local flag
-    for flag in "$@"; do
-        case "$flag" in --resume | --resume=*) recipe=() ;; esac
-    done
-    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" ${recipe[@]+"${recipe[@]}"} "$@"
+    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" "$@" --recipe "${recipe[@]}"
 }
 
 if [ -z "${PYTHON:-}" ]; then

@@ -22,7 +22,7 @@ import torch
 
 from dataset.loader import count_classes
 from engine import published
-from engine.arguments import parse_flags, run_name
+from engine.arguments import OF_SCHEDULE, flag_name, parse_flags, run_name
 from engine.console import Console
 from engine.device import choose_device, describe
 from engine.distributed import (any_process, exchange_gradients, one_at_a_time_per_machine,
@@ -50,11 +50,17 @@ def main(flags):
         with one_at_a_time_per_machine():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
         torch.manual_seed(args.seed)
-        return (evaluate_checkpoint if args.evaluate else train)(args, checkpoint, device)
+        if args.evaluate:
+            return evaluate_checkpoint(args, checkpoint, device)
+        unset = [name for name in OF_SCHEDULE if name not in {**vars(flags), **flags.recipe}]
+        return train(args, checkpoint, device, () if checkpoint else unset)
 
 
-def train(args, checkpoint, device):
-    """Train, going on from a Checkpoint where there is one; return the results folder."""
+def train(args, checkpoint, device, unset=()):
+    """Train, going on from a Checkpoint where there is one; return the results folder.
+
+    unset: arguments that matter and were left to their defaults, to be told.
+    """
     train_set, val_set = open_data(args)
     model, forward_pass = prepare_model(args, checkpoint, (train_set, val_set), device)
     train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
@@ -68,7 +74,7 @@ def train(args, checkpoint, device):
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
         run.write_config(vars(args), device)
         run.begin(state.epoch)
-        tell_beginning(args, device, state, run, told)
+        tell_beginning(args, device, state, run, told, unset)
         if not in_place:
             run.save(state)  # shows before an hour's work whether it can be saved
         console = Console(args.bit_width_list, args.epochs, len(train_loader), args.print_freq,
@@ -162,12 +168,16 @@ def start(state, args, checkpoint):
         return f"initialised from {path}{also}"
 
 
-def tell_beginning(args, device, state, run, told):
+def tell_beginning(args, device, state, run, told, unset):
     loss = args.loss if len(args.bit_width_list) > 1 else "hard"
     no_gpu = " (no GPU found)" if args.device == "auto" and device.type == "cpu" else ""
     several = f", {world_size()} processes" if world_size() > 1 else ""
     log.info("%s on %s (%s), %s bits, %s loss, on %s%s%s", args.model, args.dataset,
-             args.train_split, flag_text(args.bit_width_list), loss, describe(device), no_gpu, several)
+             args.train_split, flag_text(args.bit_width_list), loss, describe(device), no_gpu,
+             several)
+    if unset:
+        defaults = [f"{flag_name(name)} {flag_text(getattr(args, name))}" for name in unset]
+        log.info("not set, so by default: %s", "  ".join(defaults))
     if told:
         log.info(told)
     if state.epoch > args.start_epoch or state.metrics.steps or args.resume:

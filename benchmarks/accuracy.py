@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reference_way import PROGRAMS, ROOT  # first: the project's modules are found through it
 
-from engine.arguments import OneLineParser, whole_number
+from engine.arguments import OneLineParser, number
 from engine.errors import run_program
 from engine.run_folder import read_metrics
 from models.losses import LOSSES
@@ -75,7 +75,7 @@ def main(options):
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("--loss", choices=LOSSES, default="recursive")
-    parser.add_argument("--seeds", type=whole_number(1), default=8, help="seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=number(int, 1), default=8, help="seeds 0, 1, ...")
     parser.add_argument("--flags", default="", help="of train.py's runs, as one word")
     parser.add_argument("--folder", default="results/accuracy", help="of the runs")
     return parser.parse_args(argv)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reference_way import PROGRAMS, ROOT  # first: the project's modules are found through it
 from trainings import WAYS, Run, flags, synchronize
 
-from engine.arguments import OneLineParser, device_name, whole_number
+from engine.arguments import OneLineParser, device_name, number
 from engine.device import choose_device, describe
 from engine.errors import run_program
 from engine.forward_pass import PRECISIONS
@@ -191,15 +191,15 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("what", choices=MEASUREMENTS, help="what to measure")
     add("--model", choices=SETTINGS, default="svhnq")
-    add("--batch-size", type=whole_number(1), help="unset: the recipe's, of resnet50q 64")
+    add("--batch-size", type=number(int, 1), help="unset: the recipe's, of resnet50q 64")
     add("--precision", choices=PRECISIONS, default="fp32")
     add("--compile", action="store_true")
     add("--device", type=device_name, default="auto")
-    add("--workers", type=whole_number(0), default=0)
-    add("--images", type=whole_number(1), default=1280, help="of an epoch")
-    add("--epochs", type=whole_number(1), default=30, help="of a job")
-    add("--repeats", type=whole_number(1), default=7)
-    add("--steps", type=whole_number(1), default=5, help="of one timing")
+    add("--workers", type=number(int, 0), default=0)
+    add("--images", type=number(int, 1), default=1280, help="of an epoch")
+    add("--epochs", type=number(int, 1), default=30, help="of a job")
+    add("--repeats", type=number(int, 1), default=7)
+    add("--steps", type=number(int, 1), default=5, help="of one timing")
     options = parser.parse_args(argv)
     options.dataset, batch_size = SETTINGS[options.model]
     options.batch_size = options.batch_size or batch_size

@@ -64,8 +64,8 @@ def open_image_folder(root, split):
     try:
         return datasets.ImageFolder(folder, loader=load_image)
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} must hold one folder of images per class: {one_line(error)}") from None
+        raise DataError(f"{folder} must hold one folder of images per class: {one_line(error)}; fill "
+                        "it, or remove it from train and val") from None
 
 
 def load_image(path):
@@ -83,7 +83,8 @@ def open_downloadable(kind, root, **split):
     try:
         return kind(root, **split)
     except Exception as error:
-        if "not found" not in str(error):  # torchvision's word for missing or altered files
+        # torchvision's word for missing or altered files; it does not fetch the metadata alone
+        if "not found" not in str(error) or "metadata" in str(error):
             raise DataError(f"{kind.__name__} in {root} cannot be read ({one_line(error)}): remove "
                             "that folder and start again to download it anew") from None
     print(f"{kind.__name__} is missing from {root}, or altered there: downloading it")

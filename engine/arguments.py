@@ -2,7 +2,8 @@
 import argparse
 import math
 import re
-from argparse import Namespace
+import sys
+from argparse import ArgumentTypeError, Namespace
 
 from dataset.data import DATASETS
 from engine.distributed import max_restarts, rank, world_size
@@ -13,52 +14,35 @@ from models.losses import LOSSES
 from utils import flag_text, one_line
 
 OPTIMIZERS = ("adam", "sgd")
+# What decides how a run trains; told at the start where it is left to the defaults.
+OF_SCHEDULE = ("epochs", "batch_size", "optimizer", "lr", "lr_decay", "weight_decay")
 
 
 # ---- types of arguments
 
-def whole_number(least, most=2**31 - 1):
+def number(kind, least, most=2**31 - 1, above=False):
+    """Return a type: a number of `kind`, int or float, from `least` up (or above it) to `most`."""
     def parse(text):
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number: give one from {least} up") from None
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{value} is too {'small' if value < least else 'large'}: give a whole number from "
-                f"{least} up to {most}")
+            value = math.nan
+        if not (least < value <= most or value == least and not above):
+            allowed = f"above {least}" if above else f"from {least} up"
+            name, end = ("whole number", most) if kind is int else ("number", f"{most:g}")
+            raise ArgumentTypeError(
+                f"{text!r} is not allowed: give a {name} {allowed}, at most {end}")
         return value
     return parse
 
 
-def real_number(text, zero_allowed=False, most=1e30):  # a larger step does not fit into float32
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value <= most and (value > 0 or zero_allowed and value == 0)):
-        least = "from 0 up" if zero_allowed else "above 0"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: give a number {least}, at most {most:g}")
-    return value
-
-
-def weight_decay(text):
-    return real_number(text, zero_allowed=True)
-
-
-def fraction(text):
-    return real_number(text, most=1)
-
-
 def bit_width_list(text):
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
     try:
-        parts = [part.strip() for part in text.split(",")] if text.strip() else []
         return sorted(check_bit_widths(int(part) if re.fullmatch(r"-?\d+", part) else part
                                        for part in parts))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise ArgumentTypeError(str(error)) from None
 
 
 def epoch_list(text):
@@ -67,14 +51,14 @@ def epoch_list(text):
     except ValueError:
         epochs = [0]
     if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:
-        raise argparse.ArgumentTypeError(
+        raise ArgumentTypeError(
             f"{text!r} is not a list of rising epochs from 1 up, such as 100,150,180")
     return epochs
 
 
 def device_name(text):
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(
+        raise ArgumentTypeError(
             f"{text!r} does not exist: choose auto, cpu, cuda, or one GPU such as cuda:0")
     return text
 
@@ -82,25 +66,16 @@ def device_name(text):
 def one_of(names):
     def parse(text):
         if text not in names:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} does not exist: choose from {', '.join(names)}")
+            raise ArgumentTypeError(f"{text!r} does not exist: choose from {', '.join(names)}")
         return text
     return parse
 
 
+def source(text):
+    return None if text in ("", "None") else text  # as published scripts write it
+
+
 # ---- the command line
-
-class OneLineParser(argparse.ArgumentParser):
-    """Tells of a wrong argument in one line, and defaults in the help."""
-
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=HelpFormatter)
-
-    def error(self, message):
-        told = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
-        self.exit(UsageError.exit_code, told if rank() == 0 else None)
-
 
 class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
@@ -109,12 +84,24 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: {flag_text(action.default)})"
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Tells of a wrong argument in one line, and defaults in the help."""
+
+    def __init__(self, description, **kwargs):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter,
+                         **kwargs)
+
+    def error(self, message):
+        told = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
+        self.exit(UsageError.exit_code, told if rank() == 0 else None)
+
+
 def make_parser(description=None):
-    parser = OneLineParser(description)
-    add_method(parser.add_argument)
-    add_schedule(parser.add_argument)
-    add_starting_points(parser.add_argument)
-    add_machine(parser.add_argument)
+    parser = OneLineParser(description, epilog=(
+        "--recipe FLAG...: all that follows counts where neither a flag nor a checkpoint says "
+        "otherwise"))
+    for add_group in (add_method, add_schedule, add_sources, add_machine):
+        add_group(parser.add_argument)
     return parser
 
 
@@ -124,44 +111,47 @@ def add_method(add):
         help=", ".join(DATASETS))
     add("--train_split", "--train-split", metavar="SPLIT",
         help="split to train on; unset: train, for svhn train_extra")
-    add("--train-fraction", type=fraction, default=1.0, metavar="X",
+    add("--train-fraction", type=number(float, 0, 1, above=True), default=1.0, metavar="X",
         help="train on this part of the training split, drawn by the seed; for short honest trials")
     add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
     add("--model", type=one_of(MODELS), default="svhnq", metavar="NAME", help=", ".join(MODELS))
-    add("--width", type=whole_number(1), metavar="N", help=f"width multiplier; unset: {widths}")
+    add("--width", type=number(int, 1), metavar="N", help=f"width multiplier; unset: {widths}")
     add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
         metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
     add("--loss", type=one_of(LOSSES), default="recursive", metavar="NAME",
         help="who teaches the lower bit-widths: hard (labels), soft (the highest), recursive (the "
              "next higher)")
-    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N",
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
         help="of weights, data order, augmentation and dropout")
 
 
 def add_schedule(add):
-    add("--epochs", type=whole_number(1), default=30, metavar="N", help="passes over the split")
-    add("--start-epoch", type=whole_number(0), default=0, metavar="N",
+    add("--epochs", type=number(int, 1), default=30, metavar="N", help="passes over the split")
+    add("--start-epoch", type=number(int, 0), default=0, metavar="N",
         help="epochs taken as done, for the learning rate too; --resume sets it")
-    add("--batch-size", type=whole_number(1), default=64, metavar="N",
+    add("--batch-size", type=number(int, 1), default=128, metavar="N",
         help="images a step, over all processes")
     add("--optimizer", type=one_of(OPTIMIZERS), default="adam", metavar="NAME",
         help="adam, or sgd (momentum 0.9)")
-    add("--lr", type=real_number, default=0.001, metavar="X", help="learning rate")
+    add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, metavar="X",
+        help="learning rate")
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
         help='epochs after which the learning rate is divided by 10; "" for never')
-    add("--weight-decay", type=weight_decay, default=0.0, metavar="X", help="L2 penalty; 0 is off")
+    add("--weight-decay", type=number(float, 0, 1e30), default=0.0, metavar="X",
+        help="L2 penalty; 0 is off")
 
 
-def add_starting_points(add):
-    add("--pretrain", metavar="SOURCE",
+def add_sources(add):
+    add("--pretrain", type=source, metavar="SOURCE",
         help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or "
              "a published name")
-    add("--resume", metavar="PATH", help="go on with a run: its results folder, or a checkpoint")
+    add("--resume", type=source, metavar="PATH",
+        help="go on with a run: its results folder, or a checkpoint")
     add("--evaluate", action="store_true",
         help="no training: the accuracy of --pretrain (or --resume) at every bit-width of the "
              "list; unset list: all it has")
-    add("--calibrate", type=whole_number(0), metavar="N",
+    add("--calibrate", type=number(int, 0), metavar="N",
         help="with --evaluate: for a bit-width that was not trained, start from the nearest that "
              "was and re-estimate BatchNorm's statistics over N training batches (0: as it is)")
     add("--save-calibrated", metavar="FILE",
@@ -178,16 +168,16 @@ def add_machine(add):
         help=f"of the convolutions' operands: {', '.join(PRECISIONS)}; all else stays in float32")
     add("--compile", action="store_true",
         help="torch.compile, a graph per bit-width; minutes to begin with")
-    add("--workers", type=whole_number(0), default=0, metavar="N",
+    add("--workers", type=number(int, 0), default=0, metavar="N",
         help="processes that load data; 0 loads in this one")
     add("--sync-bn", action="store_true",
         help="several processes: BatchNorm by the statistics of the whole batch; unset: of each "
              "process's part, as published")
-    add("--timeout", type=whole_number(1), default=600, metavar="SECONDS",
+    add("--timeout", type=number(int, 1), default=600, metavar="SECONDS",
         help="several processes: how long one waits for the others before the run ends")
-    add("--save-every", type=real_number, metavar="MINUTES",
+    add("--save-every", type=number(float, 0, above=True), metavar="MINUTES",
         help="also save inside an epoch, this often; unset: after every epoch")
-    add("--print-freq", "-p", type=whole_number(1), default=50, metavar="N",
+    add("--print-freq", "-p", type=number(int, 1), default=50, metavar="N",
         help="steps between progress lines where output is not a terminal")
 
 
@@ -195,16 +185,21 @@ DEFAULTS = vars(make_parser().parse_args([]))
 
 
 def parse_flags(argv=None, description=None):
-    """Return the arguments that argv sets, as a namespace without the others.
+    """Return the arguments that argv sets, as a namespace; those after --recipe in its `recipe`.
 
     Where one is wrong, or they do not go together, ends with one line on stderr and exit code 2.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--recipe") if "--recipe" in argv else len(argv)
     parser = make_parser(description)
-    flags = parser.parse_args(argv, Namespace(**dict.fromkeys(DEFAULTS)))
-    flags = Namespace(**{name: value for name, value in vars(flags).items() if value is not None})
+    given, recipe = (
+        {name: value for name, value in vars(parser.parse_args(
+            part, Namespace(**dict.fromkeys(DEFAULTS)))).items() if value is not None}
+        for part in (argv[:end], argv[end + 1:]))
+    flags = Namespace(**given, recipe=recipe)
     try:
-        check_purpose(Namespace(**{**DEFAULTS, **vars(flags)}))
-        if not (hasattr(flags, "resume") or hasattr(flags, "evaluate")):
+        check_purpose(Namespace(**{**DEFAULTS, **given}))
+        if "resume" not in given and "evaluate" not in given:
             settle(flags)
     except UsageError as error:
         parser.error(str(error))
@@ -225,12 +220,14 @@ def check_purpose(args):
                          "both or neither")
 
 
-def settle(flags, saved=None):
-    """Return all arguments: the flags, else what is saved, else the defaults.
+def settle(flags, saved=None, guessed=None):
+    """Return all arguments: given, else saved, else the recipe's, else guessed, else default.
 
     Raises UsageError where they do not go together.
     """
-    values = {**DEFAULTS, **(saved or {}), **vars(flags)}
+    given = dict(vars(flags))
+    recipe = given.pop("recipe", {})
+    values = {**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given}
     data = DATASETS[values["dataset"]]
     values["train_split"] = values["train_split"] or next(iter(data.val_split))
     values["width"] = values["width"] or DEFAULT_WIDTH[values["model"]]
@@ -239,9 +236,9 @@ def settle(flags, saved=None):
         raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
                          f"choose from {', '.join(data.val_split)}")
     if args.model == "svhnq" and data.image_size != 40:
-        raise UsageError(
-            f"--model svhnq takes 40 x 40 images and {args.dataset} has {data.image_size} x "
-            f"{data.image_size}: choose --model resnet20q or resnet50q")
+        raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has "
+                         f"{data.image_size} x {data.image_size}: choose --model resnet20q or "
+                         "resnet50q")
     if args.precision not in PRECISIONS:  # an older run's
         raise UsageError(f"--precision {args.precision} does not exist: choose from "
                          f"{', '.join(PRECISIONS)}, to train on with --pretrain")
@@ -268,11 +265,12 @@ def check_training(args):
                          f"than --epochs {args.epochs}")
 
 
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def run_name(args):
     """Name a run by what sets it apart: data, model, bit-widths, loss, seed."""
     parts = [args.dataset, args.model, "-".join(map(str, args.bit_width_list))]
-    if len(args.bit_width_list) > 1:
-        parts.append(args.loss)
-    if args.all_conv:
-        parts.append("allconv")
+    parts += [args.loss] * (len(args.bit_width_list) > 1) + ["allconv"] * args.all_conv
     return "_".join([*parts, f"seed{args.seed}"])

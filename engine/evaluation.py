@@ -117,7 +117,7 @@ def save_calibrated(target, args, checkpoint, model, added):
         "epoch": content.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
         "best_prec1": content.get("best_prec1"), "optimizer": None,
         "calibrated": sorted({*content.get("calibrated", ()), *added}),
-        "arguments": {**saved_arguments(args, checkpoint),
+        "arguments": {**saved_arguments(args, checkpoint)[0],
                       **{name: getattr(args, name) for name in OF_EVALUATION},
                       "bit_width_list": bit_widths}})
     log.info("calibrated checkpoint: %s", target)

@@ -3,7 +3,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from engine import published
-from engine.arguments import DEFAULTS, settle
+from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, settle
 from engine.errors import UsageError, UserError, reading
 from engine.state import load_checkpoint
 from models import MODELS, check_bit_widths, saved_bit_widths
@@ -20,6 +20,7 @@ OF_THE_MACHINE = ("results_dir", "device", "compile", "workers", "timeout", "sav
 OF_NETWORK = ("model", "width", "all_conv")
 OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size",
                  "precision")
+NAMES = ("model_latest.pth.tar", "model_best.pth.tar")
 
 
 class Checkpoint:
@@ -35,58 +36,58 @@ def resolve(flags):
 
     Raises UserError where a checkpoint is missing, damaged, or of something else.
     """
-    given = Namespace(**{**DEFAULTS, **vars(flags)})
+    given = Namespace(**{**DEFAULTS, **flags.recipe, **vars(flags)})
     if given.evaluate:
         return resolve_evaluation(flags, given)
-    latest = Path(given.results_dir or "", "ckpt", "model_latest.pth.tar")
-    if given.results_dir and latest.exists() and not is_of(given.resume, latest):
+    latest = Path(given.results_dir or "", "ckpt", NAMES[0])
+    own = (latest, latest.parent, latest.parent.parent)  # what --resume may call it
+    if given.results_dir and latest.exists() and not (
+            given.resume and Path(given.resume).resolve() in [path.resolve() for path in own]):
         return resolve_same_command(flags, Checkpoint(latest, in_place=True))
     if not given.resume:
         return settle(flags), None
-    path = published.find_checkpoint(given.resume, "model_latest.pth.tar", "model_best.pth.tar")
-    own = path.parent.parent
-    latest = path.with_name("model_latest.pth.tar")
+    path = published.find_checkpoint(given.resume, *NAMES)
+    folder, latest = path.parent.parent, path.with_name(NAMES[0])
     # From an older checkpoint than its folder's latest, a run goes on in a folder of its own.
     in_place = (path.parent.name == "ckpt" and (path == latest or not latest.exists())
-                and Path(given.results_dir or own).resolve() == own.resolve())
+                and Path(given.results_dir or folder).resolve() == folder.resolve())
     return resolve_resumed(flags, given.resume, Checkpoint(path, in_place))
-
-
-def is_of(source, latest):
-    """Return whether --resume `source` means the checkpoint at `latest`."""
-    latest = latest.resolve()
-    return source and Path(source).resolve() in (latest, latest.parent, latest.parent.parent)
 
 
 def resolve_resumed(flags, source, checkpoint):
     """--resume: what no flag sets is the saved run's; UsageError for a flag that must stay."""
-    content = checkpoint.content
+    content, given = checkpoint.content, dict(vars(flags))
     with reading(checkpoint.path):
         for name, kind in (("epoch", int), ("best_prec1", object), ("optimizer", dict)):
             if name not in content or not isinstance(content[name], kind):
                 raise UserError(f"{source} holds no {name} to go on with: start a new run from it "
                                 "with --pretrain")
-        saved = saved_arguments(flags, checkpoint)
-        changed = differences(saved, vars(flags), FIXED_ON_RESUME)
+        saved, guessed = saved_arguments(flags, checkpoint)
+        untold = [flag_name(name) for name in ("train_split", "loss", *OF_SCHEDULE)
+                  if guessed and name not in {**given, **flags.recipe}]
+        if untold:
+            raise UsageError(f"--resume {source} does not tell how it was trained: give "
+                             f"{', '.join(untold)}, or start a new run from it with --pretrain")
+        changed = differences(saved, given, FIXED_ON_RESUME)
         if changed:
             raise UsageError(f"--resume {source} goes on with the run as it was started, but "
                              f"{'; '.join(changed)}: leave these flags out, or start a new run "
                              "from it with --pretrain")
+        check_bit_widths(saved["bit_width_list"])
         saved = {name: value for name, value in saved.items()
                  if name in DEFAULTS and name not in ("results_dir", "device")}
-        check_bit_widths(saved["bit_width_list"])
-        ours = dict(vars(flags))
         if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
-            ours.pop("resume", None)
-            ours["results_dir"] = str(checkpoint.path.parent.parent)
-        return settle(Namespace(**ours), saved), checkpoint
+            given.pop("resume", None)
+            given["results_dir"] = str(checkpoint.path.parent.parent)
+        return settle(Namespace(**given), saved, guessed), checkpoint
 
 
 def resolve_same_command(flags, checkpoint):
     """The same command again: it goes on; UserError naming what another command changes."""
     folder = checkpoint.path.parent.parent
     with reading(checkpoint.path):
-        saved = {**DEFAULTS, **saved_arguments(flags, checkpoint)}
+        saved, _ = saved_arguments(flags, checkpoint)
+        saved = {**DEFAULTS, **saved}
         ours = vars(flags)  # with --resume, what they leave open came from the run it names
         if not ours.get("resume"):
             ours = {**vars(settle(flags)), "resume": saved["resume"]}
@@ -94,45 +95,46 @@ def resolve_same_command(flags, checkpoint):
     if changed:
         raise UserError(f"{folder} holds a run already, and {'; '.join(changed)}: go on with it by "
                         f"--resume {folder}, or choose another folder with --results-dir")
-    flags = {name: value for name, value in vars(flags).items() if name != "resume"}
-    return resolve_resumed(Namespace(**flags), folder, checkpoint)
+    given = {name: value for name, value in vars(flags).items() if name != "resume"}
+    return resolve_resumed(Namespace(**given), folder, checkpoint)
 
 
 def differences(saved, ours, names):
-    return [f"--{name.replace('_', '-')} was {flag_text(saved[name])} and is now "
-            f"{flag_text(ours[name])}"
+    return [f"{flag_name(name)} was {flag_text(saved[name])} and is now {flag_text(ours[name])}"
             for name in names if name in saved and name in ours and saved[name] != ours[name]]
 
 
 def saved_arguments(flags, checkpoint):
-    """Return the arguments that a checkpoint was trained with; of a published one its model's."""
+    """Return the arguments that a checkpoint was trained with, and what is guessed of others.
+
+    A published one tells its model and bit-widths; its data set is that of the published model.
+    """
     content = checkpoint.content
     model = content.get("model", getattr(flags, "model", None))
     if model not in list(MODELS):
         raise UserError(f"{checkpoint.path} is of model {model!r}: choose a checkpoint of "
                         f"{', '.join(MODELS)}")
-    return content.get("arguments") or {
-        "model": model, "dataset": published.DATASET[model],
-        "bit_width_list": saved_bit_widths(content["state_dict"])}
+    if content.get("arguments"):
+        return content["arguments"], {}
+    told = {"model": model, "bit_width_list": saved_bit_widths(content["state_dict"])}
+    return told, {"dataset": published.DATASET.get(model, DEFAULTS["dataset"])}
 
 
 def resolve_evaluation(flags, given):
     """--evaluate: what no flag sets is taken from the checkpoint."""
-    names = "model_latest.pth.tar", "model_best.pth.tar"
-    names = names[1:] if given.pretrain else names
+    names = NAMES[1:] if given.pretrain else NAMES
     checkpoint = Checkpoint(published.find_checkpoint(given.pretrain or given.resume, *names))
     path = checkpoint.path
     with reading(path):
-        saved = saved_arguments(flags, checkpoint)
+        saved, guessed = saved_arguments(flags, checkpoint)
         saved = {name: saved[name] for name in OF_EVALUATION if name in saved}
-        for name in OF_NETWORK:
-            ours = getattr(flags, name, saved.get(name))
-            if name in saved and ours != saved[name]:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} {ours} is not what {path} holds ({flag} "
-                                 f"{saved[name]}): leave the flag out")
+        changed = [name for name in OF_NETWORK if name in saved
+                   and getattr(flags, name, saved[name]) != saved[name]]
+        if changed:
+            raise UsageError(f"{flag_name(changed[0])} {getattr(flags, changed[0])} is not what "
+                             f"{path} holds ({changed[0]} {saved[changed[0]]}): leave the flag out")
         trained = saved_bit_widths(checkpoint.content["state_dict"])
-        args = settle(flags, {**saved, "bit_width_list": trained})
+        args = settle(flags, {**saved, "bit_width_list": trained}, guessed)
     if not trained:
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     unknown = [bits for bits in args.bit_width_list if bits not in trained]

@@ -78,7 +78,7 @@ class RunFolder:
         """Keep the records of `epoch` epochs; a resumed run makes the later ones again."""
         if rank() == 0:
             self.history = keep_epochs(self.metrics_file, epoch)
-            self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch + 1)
+            self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch)
 
     def log_epoch(self, record):
         """Add an epoch's record to metrics.jsonl and to TensorBoard."""
@@ -158,13 +158,13 @@ def keep_epochs(path, epoch):
 
 
 def write_summary(writer, record):
-    """Write an epoch's record as TensorBoard scalars, tagged as the published code does."""
-    names = {"loss": "loss", "prec_1": "top1", "prec_5": "top5"}
-    writer.add_scalar("lr", record["lr"], record["epoch"])
+    """Write an epoch's record as TensorBoard scalars, tagged and counted from 0 as published."""
+    names, epoch = {"loss": "loss", "prec_1": "top1", "prec_5": "top5"}, record["epoch"] - 1
+    writer.add_scalar("lr", record["lr"], epoch)
     for part in ("train", "val"):
         for bits, values in record[part].items():
             for tag, name in names.items():
-                writer.add_scalar(f"{part}_{tag}_{bits}", values[name], record["epoch"])
+                writer.add_scalar(f"{part}_{tag}_{bits}", values[name], epoch)
     writer.flush()
 
 

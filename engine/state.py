@@ -141,6 +141,9 @@ def load_weights(model, state_dict, path):
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
                          for what, keys in problems.items() if keys)
+        if odd_shapes == ["fc.bias", "fc.weight"]:
+            count = len(state_dict["fc.bias"])
+            told += f"; it has {count} classes: choose data with the same ones"
         raise UserError(f"{path} does not fit the model: {told}; check --model, --width and "
                         "--bit_width_list")
     model.load_state_dict(state_dict)
@@ -163,7 +166,10 @@ def load_optimizer(optimizer, state, path):
                     values[name] = torch.empty_like(parameter).copy_(value)
         odd = [name for group in optimizer.param_groups
                for name in optimizer.defaults.keys() - group.keys()]
+        odd += [f"--weight-decay {group['weight_decay']}" for group in optimizer.param_groups
+                if group["weight_decay"] != optimizer.defaults["weight_decay"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         odd = [one_line(error)]
     if odd:
-        raise UserError(f"{path} holds another optimizer's state ({odd[0]}): check --optimizer")
+        raise UserError(f"{path} holds another optimizer's state ({odd[0]}): check --optimizer and "
+                        "--weight-decay")

@@ -22,9 +22,10 @@ def settings(args):
     return tuple(getattr(args, name) for name in SETTINGS)
 
 
-def test_defaults_are_the_digits_recipe():
+def test_defaults():
+    """The batch size is the published one, on which published command lines rely."""
     args = arguments([])
-    assert settings(args) == ("digits", "train", "svhnq", "adam", 0.001, [15, 22, 27], 30, 64, 0)
+    assert settings(args) == ("digits", "train", "svhnq", "adam", 0.001, [15, 22, 27], 30, 128, 0)
     assert (args.width, args.loss, args.bit_width_list) == (2, "recursive", [1, 2, 4, 8, 32])
 
 
@@ -48,7 +49,22 @@ def test_dashed_spellings():
 
 
 def test_flags_hold_what_is_given_and_nothing_else():
-    assert vars(parse_flags(["--lr", "0.5", "--all-conv"])) == {"lr": 0.5, "all_conv": True}
+    flags = vars(parse_flags(["--lr", "0.5", "--all-conv"]))
+    assert flags == {"lr": 0.5, "all_conv": True, "recipe": {}}
+
+
+@pytest.mark.parametrize("nothing", ["", "None"])
+def test_no_source_as_published_scripts_write_it(nothing):
+    args = arguments(["--pretrain", nothing, "--resume", nothing])
+    assert args.pretrain is None and args.resume is None
+
+
+def test_flags_come_before_a_checkpoint_it_before_the_recipe_and_that_before_the_defaults():
+    flags = parse_flags(["--lr", "0.1", "--recipe", "--lr", "0.2", "--epochs", "2", "--loss",
+                         "hard", "--dataset", "cifar10", "--model", "resnet20q"])
+    args = settle(flags, {"lr": 0.3, "epochs": 3}, {"dataset": "svhn", "seed": 4})
+    assert (args.lr, args.epochs, args.loss, args.dataset, args.seed, args.batch_size) == (
+        0.1, 3, "hard", "cifar10", 4, 128)
 
 
 def test_learning_rate_against_a_table_by_hand():
@@ -61,6 +77,7 @@ def test_learning_rate_against_a_table_by_hand():
 
 RECIPES = {  # REFERENCE.md's table, by hand
     "train_digits.sh": ("digits", "train", "svhnq", "adam", 0.001, [15, 22, 27], 30, 64, 0),
+    "train_fashion.sh": ("fashion-mnist", "train", "svhnq", "adam", 0.001, [3, 5], 6, 128, 0),
     "train_cifar10.sh": ("cifar10", "train", "resnet20q", "adam", 0.001, [100, 150, 180], 200, 128,
                          0),
     "train_svhn.sh": ("svhn", "train_extra", "svhnq", "adam", 0.001, [50, 75, 90], 100, 128, 0),
@@ -105,7 +122,10 @@ def test_recipe(script, recipe_flags):
 @pytest.mark.parametrize("script", RECIPES)
 def test_a_resumed_run_keeps_its_own_settings(script, recipe_flags):
     flags = recipe_flags(script, "--resume", "results/x", "--workers", "1")
+    recipe = vars(flags).pop("recipe")
     assert vars(flags) == {"resume": "results/x", "workers": 1}
+    args = settle(flags, {**recipe, "lr": 0.7, "epochs": 3})
+    assert (args.lr, args.epochs, args.workers) == (0.7, 3, 1)
 
 
 @pytest.mark.parametrize("bits, decay, spelling", [
@@ -120,8 +140,8 @@ def test_dedicated_imagenet_recipe(bits, decay, spelling, recipe_flags):
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_the_imagenet_recipe_names_its_results_folder(processes, recipe_flags):
     def results_dir(*flags):
-        return getattr(recipe_flags("train_imagenet.sh", *flags, processes=processes),
-                       "results_dir", None)
+        flags = recipe_flags("train_imagenet.sh", *flags, processes=processes)
+        return getattr(flags, "results_dir", flags.recipe.get("results_dir"))
 
     assert results_dir() == "results/imagenet_resnet50q_any"
     assert results_dir("--bit_width_list", "2,32") == "results/imagenet_resnet50q_any"
@@ -152,11 +172,11 @@ BAD_ARGUMENTS = [
     (["--bit_width_list", "1,2,2"], "1,2,2 repeat", "each of them once"),
     (["--bit_width_list", ""], "no bit-width given", "list at least one"),
     (["--bit_width_list", "1,"], "bit-width ''", "choose from 1 to 8 and 32"),
-    (["--epochs", "0"], "0 is too small", "from 1 up"),
-    (["--epochs", "-3"], "-3 is too small", "from 1 up"),
+    (["--epochs", "0"], "'0'", "from 1 up"),
+    (["--epochs", "-3"], "'-3'", "from 1 up"),
     (["--epochs", "many"], "'many'", "from 1 up"),
-    (["--batch-size", "0"], "0 is too small", "from 1 up"),
-    (["--batch-size", "-8"], "-8 is too small", "from 1 up"),
+    (["--batch-size", "0"], "'0'", "from 1 up"),
+    (["--batch-size", "-8"], "'-8'", "from 1 up"),
     (["--lr", "0"], "'0'", "above 0"),
     (["--lr", "-0.1"], "'-0.1'", "above 0"),
     (["--lr", "nan"], "'nan'", "above 0"),
@@ -165,13 +185,13 @@ BAD_ARGUMENTS = [
     (["--lr_decay", "soon"], "'soon'", "rising epochs"),
     (["--weight-decay", "-1"], "'-1'", "from 0 up"),
     (["--train-fraction", "1.5"], "'1.5'", "above 0, at most 1"),
-    (["--width", "0"], "0 is too small", "from 1 up"),
-    (["--workers", "-1"], "-1 is too small", "from 0 up"),
-    (["--print-freq", "0"], "0 is too small", "from 1 up"),
+    (["--width", "0"], "'0'", "from 1 up"),
+    (["--workers", "-1"], "'-1'", "from 0 up"),
+    (["--print-freq", "0"], "'0'", "from 1 up"),
     (["--start-epoch", "30"], "--start-epoch 30", "less than --epochs 30"),
     (["--dataset", "cifar10"], "cifar10 has 32 x 32", "choose --model resnet20q or resnet50q"),
-    (["--seed", "-1"], "-1 is too small", "from 0 up"),
-    (["--seed", "4294967296"], "4294967296 is too large", "up to 4294967295"),
+    (["--seed", "-1"], "'-1'", "from 0 up"),
+    (["--seed", "4294967296"], "'4294967296'", "at most 4294967295"),
     (["--precision", "int8"], "'int8'", "choose from fp32, tf32, bf16"),
     (["--sync-bn", "--compile"], "--sync-bn", "give one of them"),
     (["--lrr", "1"], "--lrr", "--help"),
@@ -180,7 +200,7 @@ BAD_ARGUMENTS = [
     (["--evaluate"], "--evaluate", "give --pretrain"),
     (["--evaluate", "--pretrain", "x", "--resume", "y"], "--pretrain x", "give one of them"),
     (["--pretrain", "x", "--calibrate", "3"], "--calibrate 3", "goes with --evaluate"),
-    (["--evaluate", "--pretrain", "x", "--calibrate", "-1"], "-1 is too small", "from 0 up"),
+    (["--evaluate", "--pretrain", "x", "--calibrate", "-1"], "'-1'", "from 0 up"),
     (["--evaluate", "--pretrain", "x", "--calibrate", "all"], "'all'", "from 0 up"),
     (["--evaluate", "--pretrain", "x", "--save-calibrated", "y"], "--save-calibrated y",
      "goes with --calibrate"),

@@ -1,6 +1,5 @@
 """Going on: by --resume, by the same command, after a kill; and starting from other weights."""
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,19 @@ from runs import ROOT, assert_one_line, assert_same, load, run, snapshot, tiny
 
 from engine.run_folder import read_metrics
 from models import MODELS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killing(environment, tmp_path_factory):
+    """The program that kills runs; it needs one core, and starts first to run beside the tests."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "kill_runs.py", "--signal", "KILL", "TERM", "INT",
+         "--kills", "9"],
+        env={**environment, "TMPDIR": str(tmp_path_factory.mktemp("kills"))},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture
@@ -122,7 +134,12 @@ def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path
     torch.save({**checkpoint, "optimizer": sgd.state_dict()}, tmp_path / "x.pth.tar")
     argv = ["--resume", tmp_path / "x.pth.tar", "--epochs", 4, "--width", 1, "--data-dir",
             tiny_cifar10, "--results-dir", tmp_path / "r"]
-    assert run(argv) == 1
+    assert run(argv) == 2
+    assert_one_line(capsys, "does not tell how it was trained: give --train-split, --loss, "
+                            "--batch-size, --optimizer, --lr, --lr-decay, --weight-decay")
+    argv += ["--train-split", "train", "--loss", "recursive", "--batch-size", 8, "--lr", 0.001,
+             "--lr-decay", "", "--weight-decay", 0]
+    assert run([*argv, "--optimizer", "adam"]) == 1
     assert_one_line(capsys, "holds another optimizer's state", "--optimizer")
     assert run([*argv, "--optimizer", "sgd"]) == 0
 
@@ -252,11 +269,8 @@ def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_pa
 
 # ---- stopped and killed runs
 
-def test_runs_that_are_killed_go_on_to_the_same_end():
+def test_runs_that_are_killed_go_on_to_the_same_end(killing):
     """python tests/kill_runs.py --kills 20 --signal KILL (or TERM, INT) is the longer trial."""
-    command = [sys.executable, ROOT / "tests" / "kill_runs.py", "--signal", "KILL", "TERM", "INT",
-               "--kills", "9"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 of 9 identical" in done.stdout
+    out, err = killing.communicate(timeout=300)
+    assert killing.returncode == 0, out + err
+    assert "9 of 9 identical" in out

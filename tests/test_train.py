@@ -84,13 +84,14 @@ def summary_values(folder):
 
 
 def test_tensorboard_tags_and_values(trained):
+    """Epochs are counted from 0 there, as published."""
     values = summary_values(trained / "summary")
     tags = {f"{part}_{what}_{bits}" for part in ("train", "val")
             for what in ("loss", "prec_1", "prec_5") for bits in (2, 32)}
-    assert {tag for tag, _ in values} == {"lr", *tags} and {step for _, step in values} == {1, 2, 3}
+    assert {tag for tag, _ in values} == {"lr", *tags} and {step for _, step in values} == {0, 1, 2}
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    assert values["val_prec_1_2", 3] == pytest.approx(last["val"]["2"]["top1"])
-    assert values["train_loss_32", 3] == pytest.approx(last["train"]["32"]["loss"])
+    assert values["val_prec_1_2", 2] == pytest.approx(last["val"]["2"]["top1"])
+    assert values["train_loss_32", 2] == pytest.approx(last["train"]["32"]["loss"])
 
 
 def test_metrics_are_those_of_the_saved_network(trained, tiny_cifar10):
