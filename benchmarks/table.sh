@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# The digits tables: every loss, and a dedicated model for each bit-width, at seeds 0, 1 and 2 (24
-# runs, under an hour on 2 CPU cores); then what quantizing after training gives. The same command
-# again goes on where it stopped; flags go to every training.
-#   JOBS=2 benchmarks/digits_table.sh [flags]        JOBS trainings at a time, one CPU thread each
+# The tables of docs/results.md: every loss, and a dedicated model for each bit-width, at seeds 0, 1
+# and 2 (24 runs); then what quantizing after training gives, and the recursive networks at every
+# bit-width. Digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a half. The same
+# command again goes on where it stopped; flags go to every training.
+#   JOBS=2 benchmarks/table.sh digits|fashion [flags]     JOBS trainings at a time, a CPU thread each
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
 cd "$here"
+case "${1:-}" in
+    digits | fashion) export recipe=$1 ;;
+    *) echo "table.sh: error: '${1:-}' has no table: choose digits or fashion" >&2; exit 2 ;;
+esac
+shift
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-results=results/digits_table
+results=results/${recipe}_table
 
 one_run() {  # FOLDER [flags]
     if [ -e "$1/accuracy.png" ]; then return; fi
-    ./train_digits.sh --results-dir "$1" "${@:2}" > /dev/null
+    "./train_$recipe.sh" --results-dir "$1" "${@:2}" > /dev/null
     echo "$1"
 }
 export -f one_run
@@ -21,19 +27,20 @@ evaluate() {  # NAME RUN SEED BATCHES BIT_WIDTHS
     if [ -e "$folder/evaluation.json" ]; then return; fi
     "$PYTHON" train.py --evaluate --pretrain "$results/$2_seed$3/ckpt/model_latest.pth.tar" \
         --calibrate "$4" --bit_width_list "$5" --results-dir "$folder" > /dev/null
+    echo "$folder"
 }
 
-for seed in 0 1 2; do
-    for loss in recursive hard soft; do
+for loss in recursive hard soft; do
+    for seed in 0 1 2; do
         echo "one_run $results/${loss}_seed$seed --seed $seed --loss $loss $*"
     done
-    for bits in 1 2 4 8 32; do
+done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
+for bits in 1 2 4 8 32; do
+    for seed in 0 1 2; do
         echo "one_run $results/dedicated_${bits}_seed$seed --seed $seed --bit_width_list $bits $*"
     done
 done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
 
-# The paper's comparison: a network trained at 32 bits only, quantized afterwards; and an
-# any-precision one at every bit-width.
 for seed in 0 1 2; do
     for batches in 0 20; do
         evaluate "post_training_$batches" dedicated_32 "$seed" "$batches" 1,2,4,8,32
