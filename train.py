@@ -33,9 +33,8 @@ from engine.figures import best_and_last, save_training_figure
 from engine.resume import resolve
 from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_model, make_optimizer, make_train_loader,
-                          make_val_loader, open_data)
+                          make_val_loader, open_data, synchronize_batch_norm)
 from engine.state import TrainingState, load_checkpoint, load_weights
-from engine.sync_batch_norm import synchronize_batch_norm
 from models import fit_bit_widths
 from models.losses import any_precision_backward
 from utils import flag_text

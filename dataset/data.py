@@ -15,6 +15,7 @@ from utils import one_line, replacing
 
 data_paths = {name: f"data/{name}" for name in (
     "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
+HALF = (0.5,) * 3
 FASHION_MNIST_COPY = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 
 
@@ -64,8 +65,8 @@ def open_image_folder(root, split):
     try:
         return datasets.ImageFolder(folder, loader=load_image)
     except FileNotFoundError as error:
-        raise DataError(f"{folder} must hold one folder of images per class: {one_line(error)}; fill "
-                        "it, or remove it from train and val") from None
+        raise DataError(f"{folder} must hold one folder of images per class: {one_line(error)}; "
+                        "fill it, or remove it from train and val") from None
 
 
 def load_image(path):
@@ -99,35 +100,31 @@ def open_downloadable(kind, root, **split):
 class DataSet(NamedTuple):
     open: callable  # (root, split) -> a sequence of (PIL image, label)
     val_split: dict  # each split to train on -> the split to validate on; the first is the default
-    num_classes: int | None  # None: as many as there are class folders
-    image_size: int  # pixels, after the transform
-    mean: tuple  # per channel, of images in [0, 1]
-    std: tuple
+    num_classes: int | None = 10  # None: as many as there are class folders
+    image_size: int = 40  # pixels, after the transform
+    mean: tuple = HALF  # per channel, of images in [0, 1]
+    std: tuple = HALF
     train: tuple = ()  # transforms of training images
     eval: tuple = ()  # of the others
     in_memory: bool = True  # small enough to be kept as arrays
     padding: int | None = None  # where `train` is a random flip, and a crop of the padded image
-    held_out_of: str | None = None  # the split that *_auto_quan splits share out
 
 
-HALF = (0.5,) * 3
 RESIZE_40 = (transforms.Resize(40),)
 THREE_CHANNELS = (transforms.Grayscale(3),)  # the one channel, three times
 FLIP_AND_CROP = (transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4))
 
 DATASETS = {
     "digits": DataSet(
-        open=open_digits, val_split={"train": "val"}, num_classes=10, image_size=40, mean=HALF,
-        std=HALF, train=RESIZE_40, eval=RESIZE_40),
+        open=open_digits, val_split={"train": "val"}, train=RESIZE_40, eval=RESIZE_40),
     "fashion-mnist": DataSet(
-        open=open_fashion_mnist, val_split={"train": "test"}, num_classes=10, image_size=40,
-        mean=HALF, std=HALF, train=RESIZE_40 + THREE_CHANNELS, eval=RESIZE_40 + THREE_CHANNELS),
+        open=open_fashion_mnist, val_split={"train": "test"}, train=RESIZE_40 + THREE_CHANNELS,
+        eval=RESIZE_40 + THREE_CHANNELS),
     "cifar10": DataSet(
         open=lambda root, split: open_downloadable(datasets.CIFAR10, root, train=split == "train"),
-        val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, num_classes=10,
-        image_size=32, mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
-        std=(63.0 / 255, 62.1 / 255, 66.7 / 255), train=FLIP_AND_CROP, padding=4,
-        held_out_of="train"),
+        val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, image_size=32,
+        mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+        train=FLIP_AND_CROP, padding=4),
     "cifar100": DataSet(
         open=lambda root, split: open_downloadable(datasets.CIFAR100, root, train=split == "train"),
         val_split={"train": "test"}, num_classes=100, image_size=32,
@@ -135,14 +132,12 @@ DATASETS = {
         train=FLIP_AND_CROP, padding=4),
     "mnist": DataSet(
         open=lambda root, split: open_downloadable(datasets.MNIST, root, train=split == "train"),
-        val_split={"train": "test"}, num_classes=10, image_size=28, mean=(0.1307,) * 3,
-        std=(0.3081,) * 3, train=THREE_CHANNELS, eval=THREE_CHANNELS),
+        val_split={"train": "test"}, image_size=28, mean=(0.1307,) * 3, std=(0.3081,) * 3,
+        train=THREE_CHANNELS, eval=THREE_CHANNELS),
     "svhn": DataSet(
         open=lambda root, split: open_downloadable(datasets.SVHN, root, split=split),
         val_split={"train_extra": "test", "train": "test", "extra": "test",
-                   "train_extra_auto_quan": "val_auto_quan"},
-        num_classes=10, image_size=40, mean=HALF, std=HALF, train=RESIZE_40, eval=RESIZE_40,
-        held_out_of="train_extra"),
+                   "train_extra_auto_quan": "val_auto_quan"}, train=RESIZE_40, eval=RESIZE_40),
     "imagenet": DataSet(
         open=open_image_folder, val_split={"train": "val"}, num_classes=None, image_size=224,
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
@@ -154,8 +149,9 @@ DATASETS = {
 def get_transform(name, train, normalized=True):
     """Return a data set's transform: PIL image -> (3, size, size) float32, or uint8 as it is."""
     row = DATASETS[name]
-    end = ((transforms.ToTensor(), transforms.Normalize(row.mean, row.std)) if normalized
-           else (transforms.PILToTensor(),))
+    end = [transforms.PILToTensor()]
+    if normalized:
+        end = [transforms.ToTensor(), transforms.Normalize(row.mean, row.std)]
     return transforms.Compose([*(row.train if train else row.eval), *end])
 
 
@@ -184,9 +180,9 @@ def get_dataset(name, split, transform=None, data_dir=None):
     if split not in splits:
         raise ValueError(f"{name} has no split {split}: choose from {', '.join(splits)}")
     root = data_paths[name] if data_dir is None else os.path.join(data_dir, name)
-    held_out = split.endswith("_auto_quan")
-    # "train_extra": train and extra, joined
-    parts = [row.open(root, part) for part in (row.held_out_of if held_out else split).split("_")]
+    held_out = split.endswith("_auto_quan")  # a part of the default split
+    names = (next(iter(row.val_split)) if held_out else split).split("_")
+    parts = [row.open(root, part) for part in names]  # "train_extra": train and extra, joined
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if held_out:
         indices = list(range(len(dataset)))

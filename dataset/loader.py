@@ -5,7 +5,7 @@ import signal
 
 import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from dataset.data import DATASETS, DataError, Transformed, get_transform
 
@@ -33,16 +33,14 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
         return InMemoryLoader(images.to(place), labels.to(place), name, device, batches, batch_size,
                               rank, world_size, memory_format)
     dataset = Transformed(dataset, get_transform(name, train, normalized=False))
+    kwargs = {"batch_size": batch_size, "sampler": range(rank, len(dataset), world_size)}
     if train:
         dataset, kwargs = SeededSamples(dataset), {"batch_sampler": batches}
-    else:
-        kwargs = {"batch_size": batch_size, "sampler": range(rank, len(dataset), world_size)}
     # A generator of its own: making an iterator must not draw from the training's random numbers.
-    loader = DataLoader(
-        dataset, generator=torch.Generator(), num_workers=workers, pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_stop_signals, **kwargs)
-    return WorkerLoader(loader, name, device, memory_format)
+    return WorkerLoader(
+        name, device, memory_format, dataset=dataset, generator=torch.Generator(),
+        num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals, **kwargs)
 
 
 def choose_place(dataset, name, device, rank=0):
@@ -51,42 +49,32 @@ def choose_place(dataset, name, device, rank=0):
     Rank 0 says so where it is not the device.
     """
     needed = len(dataset) * 3 * DATASETS[name].image_size ** 2
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, of this machine
-    host = psutil.virtual_memory().available // processes
+    host = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     if needed <= min(free, host) / 2:  # on the way to the device they pass through the CPU's memory
         return device
     place = torch.device("cpu") if device.type == "cuda" and needed <= host / 2 else None
     if rank == 0:
         where, free = (device, free) if place else ("the host", host)
+        done = "kept in host memory" if place else "read anew every epoch"
         print(f"{name}: {needed / 2**20:.0f} MiB are more than half of what is free on {where} "
-              f"({free / 2**20:.0f} MiB): "
-              f"{'kept in host memory' if place else 'read anew every epoch'}")
+              f"({free / 2**20:.0f} MiB): {done}")
     return place
-
-
-def fraction_of(dataset, fraction, seed):
-    """Return a part of a data set, drawn by the seed."""
-    if fraction == 1:
-        return dataset
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return Subset(dataset, chosen[:max(1, round(fraction * len(dataset)))].tolist())
 
 
 def count_classes(name, *parts):
     """Return the number of classes; DataError where class folders, and so labels, differ."""
     if DATASETS[name].num_classes:
         return DATASETS[name].num_classes
-    first, *others = parts
-    for other in others:
-        odd = sorted(set(first.classes) ^ set(other.classes))
-        if odd:
-            raise DataError(f"{first.root} and {other.root} must hold the same class folders: "
-                            f"{len(odd)} stand in only one of them, {odd[0]} for one")
+    first, last = parts[0], parts[-1]
+    odd = sorted(set(first.classes) ^ set(last.classes))
+    if odd:
+        raise DataError(f"{first.root} and {last.root} must hold the same class folders: "
+                        f"{len(odd)} stand in only one of them, {odd[0]} for one")
     return len(first.classes)
 
 
-def normalize(images, name, memory_format=torch.channels_last):
+def normalize(images, name, memory_format):
     """Turn uint8 (N, 3, H, W) into what the data set's transform ends with, on the same device."""
     mean, std = (constant(values, images.device)[:, None, None]
                  for values in (DATASETS[name].mean, DATASETS[name].std))
@@ -109,12 +97,9 @@ class SeededSamples(Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
             return self.dataset[index]
-        finally:
-            torch.set_rng_state(state)
 
 
 class ShuffledBatches:
@@ -150,28 +135,27 @@ class ShuffledBatches:
         order = torch.randperm(self.num_samples, generator=generator)
         return order, torch.randint(2**62, (self.num_samples,), generator=generator)
 
-    def parts(self):
-        """Yield the slices of the epoch's order that are this process's batches."""
+    def batches(self, device="cpu"):
+        """Yield the indices and the numbers of this process's batches, (n,) int64 on the device."""
+        order, seeds = (drawn.to(device) for drawn in self.draw())
         for step in range(self.start, self.stop):
             first = step * self.batch_size
-            yield slice(first + self.rank, first + self.size(step), self.world_size)
+            part = slice(first + self.rank, first + self.size(step), self.world_size)
+            yield order[part], seeds[part]
 
     def __iter__(self):
-        order, seeds = self.draw()
-        for part in self.parts():
-            yield list(zip(order[part].tolist(), seeds[part].tolist()))
+        for indices, seeds in self.batches():
+            yield list(zip(indices.tolist(), seeds.tolist()))
 
 
 def read_arrays(dataset, workers=0):
     """Read samples of (uint8 (3, H, W), label) into images (N, H, W, 3) and labels (N,) int64."""
-    images, labels, start = None, torch.empty(len(dataset), dtype=torch.int64), 0
-    loader = DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator())
-    for pictures, targets in loader:
-        if images is None:
-            images = torch.empty(len(dataset), *pictures.shape[2:], 3, dtype=torch.uint8)
-        images[start:start + len(pictures)] = pictures.permute(0, 2, 3, 1)
-        labels[start:start + len(pictures)] = targets
-        start += len(pictures)
+    images = torch.empty(len(dataset), *dataset[0][0].shape[1:], 3, dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    batches = DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator())
+    for batch, image_part, label_part in zip(batches, images.split(256), labels.split(256)):
+        image_part.copy_(batch[0].permute(0, 2, 3, 1))
+        label_part.copy_(batch[1])
     return images, labels
 
 
@@ -183,18 +167,18 @@ def flipped_crops(images, indices, seeds, padding):
     device = images.device
     rows = top[:, None] - padding + torch.arange(height, device=device)  # (n, H)
     columns = left[:, None] - padding + torch.arange(width, device=device)  # of the flipped image
-    inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
     columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    crops = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return crops * (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
+    row, column = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    crops = images[indices[:, None, None], row[:, :, None], column[:, None, :]]
+    inside = (rows == row)[:, :, None] & (columns == column)[:, None, :]
+    return crops * inside[..., None]
 
 
 class InMemoryLoader:
     """Batches of images (N, H, W, 3) uint8 and labels (N,) that lie in memory, here or on `device`.
 
-    The order and the augmentation are those of batch_sampler, a ShuffledBatches; without one all
-    samples come in order, and a process gets every world_size-th.
+    batch_sampler, a ShuffledBatches, tells order and augmentation; without one all samples come in
+    order, and a process gets every world_size-th.
     """
 
     def __init__(self, images, labels, name, device, batch_sampler=None, batch_size=1, rank=0,
@@ -212,8 +196,7 @@ class InMemoryLoader:
         if self.batch_sampler is None:
             batches, padding = ((indices, None) for indices in self.indices), None
         else:
-            order, draws = (drawn.to(self.images.device) for drawn in self.batch_sampler.draw())
-            batches = ((order[part], draws[part]) for part in self.batch_sampler.parts())
+            batches = self.batch_sampler.batches(self.images.device)
             padding = DATASETS[self.name].padding
         for indices, seeds in batches:
             images, labels = self.images, self.labels[indices]
@@ -225,18 +208,14 @@ class InMemoryLoader:
             yield normalize(images, self.name, self.memory_format), labels
 
 
-class WorkerLoader:
-    """The batches of a DataLoader of uint8 images, normalised on `device`."""
+class WorkerLoader(DataLoader):
+    """A DataLoader of uint8 images, whose batches are normalised on `device`."""
 
-    def __init__(self, loader, name, device, memory_format):
-        self.loader, self.batch_sampler = loader, loader.batch_sampler
+    def __init__(self, name, device, memory_format, **kwargs):
+        super().__init__(**kwargs)
         self.name, self.device, self.memory_format = name, device, memory_format
 
-    def __len__(self):
-        return len(self.loader)
-
     def __iter__(self):
-        for images, labels in self.loader:
-            images = normalize(images.to(self.device, non_blocking=True), self.name,
-                               self.memory_format)
-            yield images, labels.to(self.device, non_blocking=True)
+        for images, labels in super().__iter__():
+            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+            yield normalize(images, self.name, self.memory_format), labels

@@ -13,7 +13,6 @@ from models import DEFAULT_WIDTH, MODELS, check_bit_widths
 from models.losses import LOSSES
 from utils import flag_text, one_line
 
-OPTIMIZERS = ("adam", "sgd")
 # What decides how a run trains; told at the start where it is left to the defaults.
 OF_SCHEDULE = ("epochs", "batch_size", "optimizer", "lr", "lr_decay", "weight_decay")
 
@@ -46,11 +45,9 @@ def bit_width_list(text):
 
 
 def epoch_list(text):
-    try:
-        epochs = [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        epochs = [0]
-    if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:
+    parts = text.split(",") if text.strip() else []
+    epochs = [int(part) if part.strip().isdecimal() else 0 for part in parts]
+    if 0 in epochs or sorted(set(epochs)) != epochs:
         raise ArgumentTypeError(
             f"{text!r} is not a list of rising epochs from 1 up, such as 100,150,180")
     return epochs
@@ -132,7 +129,7 @@ def add_schedule(add):
         help="epochs taken as done, for the learning rate too; --resume sets it")
     add("--batch-size", type=number(int, 1), default=128, metavar="N",
         help="images a step, over all processes")
-    add("--optimizer", type=one_of(OPTIMIZERS), default="adam", metavar="NAME",
+    add("--optimizer", type=one_of(("adam", "sgd")), default="adam", metavar="NAME",
         help="adam, or sgd (momentum 0.9)")
     add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, metavar="X",
         help="learning rate")
@@ -192,10 +189,10 @@ def parse_flags(argv=None, description=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--recipe") if "--recipe" in argv else len(argv)
     parser = make_parser(description)
-    given, recipe = (
-        {name: value for name, value in vars(parser.parse_args(
-            part, Namespace(**dict.fromkeys(DEFAULTS)))).items() if value is not None}
-        for part in (argv[:end], argv[end + 1:]))
+    parts = (vars(parser.parse_args(part, Namespace(**dict.fromkeys(DEFAULTS))))
+             for part in (argv[:end], argv[end + 1:]))
+    given, recipe = ({name: value for name, value in part.items() if value is not None}
+                     for part in parts)
     flags = Namespace(**given, recipe=recipe)
     try:
         check_purpose(Namespace(**{**DEFAULTS, **given}))
@@ -227,11 +224,10 @@ def settle(flags, saved=None, guessed=None):
     """
     given = dict(vars(flags))
     recipe = given.pop("recipe", {})
-    values = {**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given}
-    data = DATASETS[values["dataset"]]
-    values["train_split"] = values["train_split"] or next(iter(data.val_split))
-    values["width"] = values["width"] or DEFAULT_WIDTH[values["model"]]
-    args = Namespace(**values)
+    args = Namespace(**{**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given})
+    data = DATASETS[args.dataset]
+    args.train_split = args.train_split or next(iter(data.val_split))
+    args.width = args.width or DEFAULT_WIDTH[args.model]
     if args.train_split not in data.val_split:
         raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
                          f"choose from {', '.join(data.val_split)}")

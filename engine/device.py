@@ -1,6 +1,7 @@
 """The device of a run."""
 import os
 import platform
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
+from utils import one_line
 
 
 def choose_device(name):
@@ -20,20 +22,18 @@ def choose_device(name):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"device {name} is not here: torch sees no CUDA GPU; choose cpu or auto")
-    count = torch.cuda.device_count()
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name in ("auto", "cuda"):
-        return torch.device("cuda", freest_gpu() if count > 1 else 0)
-    device = torch.device(name)
-    if device.index >= count:
-        present = ", ".join(f"cuda:{index}" for index in range(count))
-        raise UserError(f"device {name} is not here: choose from {present}, cpu, auto")
-    return device
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or freest_gpu()}"
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in present:
+        raise UserError(f"device {name} is not here: choose from {', '.join(present)}, cpu, auto")
+    return torch.device(name)
 
 
 def freest_gpu():
     """Return the index, among the GPUs that torch sees, of the one with the most free memory."""
+    if torch.cuda.device_count() == 1:
+        return 0
     import gpustat
 
     try:
@@ -51,17 +51,11 @@ def describe(device):
     """Return the device's name for people."""
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
-
-
-def processor_name():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"cpu: {name}, {torch.get_num_threads()} threads"
 
 
 def missing_compiler(device):
@@ -74,8 +68,7 @@ def missing_compiler(device):
             warnings.simplefilter("ignore")
             torch.compile(lambda x: (x + 1).sin())(torch.zeros(64, device=device))
     except Exception as error:  # no C++ compiler, no Triton, no permission for the cache
-        text = str(error).strip().splitlines()
-        return text[0] if text else type(error).__name__
+        return one_line(error)
     finally:
         torch._dynamo.reset()
     return None

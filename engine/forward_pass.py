@@ -12,13 +12,11 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 def check_precision(precision, device):
     """Raise UserError where the device cannot compute in `precision`."""
+    choice, lacking = "fp32, or bf16, which is slow on most CPUs", precision == "tf32"
     if device.type == "cuda":
         recent = torch.cuda.get_device_capability(device) >= (8, 0)
-        lacking = precision != "fp32" and not recent
-    else:
-        lacking = precision == "tf32"
+        choice, lacking = "fp32", precision != "fp32" and not recent
     if lacking:
-        choice = "fp32" if device.type == "cuda" else "fp32, or bf16, which is slow on most CPUs"
         raise UserError(f"--precision {precision} is not in the hardware of {device}: choose "
                         f"{choice} (a resumed run keeps its own: go on where it began, or begin "
                         "anew from it with --pretrain)")
@@ -44,19 +42,16 @@ class ForwardPass:
         self.memory_format = torch.contiguous_format if usual else torch.channels_last
         model.to(memory_format=self.memory_format)
         self.batch_size = batch_size
-        self.compiled = compiled(forward_loss, backend) if batch_size else None
+        if batch_size:
+            # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            if hasattr(torch._functorch.config, "backward_pass_autocast"):
+                torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
+            self.compiled = torch.compile(forward_loss, dynamic=False, fullgraph=True,
+                                          backend=backend)
         self.autocast = contextlib.nullcontext
         if precision == "bf16":
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
 
     def __call__(self, network, x, target):
         return (self.compiled if len(x) == self.batch_size else forward_loss)(network, x, target)
-
-
-def compiled(function, backend="inductor"):
-    """Return function through torch.compile: one graph a bit-width and mode, of fixed shapes."""
-    # Nine bit-widths are a graph each for training and for evaluation; the default limit is 8.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    if hasattr(torch._functorch.config, "backward_pass_autocast"):
-        torch._functorch.config.backward_pass_autocast = "off"  # as in the uncompiled backward pass
-    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)

@@ -86,8 +86,7 @@ def resolve_same_command(flags, checkpoint):
     """The same command again: it goes on; UserError naming what another command changes."""
     folder = checkpoint.path.parent.parent
     with reading(checkpoint.path):
-        saved, _ = saved_arguments(flags, checkpoint)
-        saved = {**DEFAULTS, **saved}
+        saved = {**DEFAULTS, **saved_arguments(flags, checkpoint)[0]}
         ours = vars(flags)  # with --resume, what they leave open came from the run it names
         if not ours.get("resume"):
             ours = {**vars(settle(flags)), "resume": saved["resume"]}
@@ -95,8 +94,7 @@ def resolve_same_command(flags, checkpoint):
     if changed:
         raise UserError(f"{folder} holds a run already, and {'; '.join(changed)}: go on with it by "
                         f"--resume {folder}, or choose another folder with --results-dir")
-    given = {name: value for name, value in vars(flags).items() if name != "resume"}
-    return resolve_resumed(Namespace(**given), folder, checkpoint)
+    return resolve_resumed(flags, folder, checkpoint)
 
 
 def differences(saved, ours, names):

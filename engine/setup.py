@@ -1,10 +1,12 @@
 """The parts of a run, made as the arguments say."""
 import torch
+from torch.utils.data import Subset
 
 from dataset.data import DATASETS, get_dataset
-from dataset.loader import fraction_of, make_loader
+from dataset.loader import make_loader
 from engine.device import missing_compiler
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
+from engine.errors import UserError
 from engine.forward_pass import ForwardPass
 from models import MODELS
 
@@ -17,7 +19,10 @@ def open_data(args):
 
 
 def make_train_loader(args, dataset, memory_format, device):
-    dataset = fraction_of(dataset, args.train_fraction, args.seed)
+    if args.train_fraction < 1:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+        count = max(1, round(args.train_fraction * len(dataset)))
+        dataset = Subset(dataset, order[:count].tolist())
     return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
                        world_size(), args.workers, memory_format)
 
@@ -36,6 +41,14 @@ def images_per_process(args):
 
 def make_model(args, bit_widths, num_classes):
     return MODELS[args.model](bit_widths, num_classes, args.width, args.all_conv)
+
+
+def synchronize_batch_norm(model, device):
+    """Return the model with torch's SyncBatchNorm; UserError on CPUs, where it does not work."""
+    if device.type != "cuda":
+        raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs, and this run is on "
+                        f"{device}: leave it out")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def make_forward_pass(args, model, device):

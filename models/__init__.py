@@ -1,8 +1,8 @@
 """Any-precision networks by name, and the switch that sets their bit-width."""
 from models.bit_widths import calibrate, fit_bit_widths, saved_bit_widths
 from models.quan_ops import BIT_WIDTHS, check_bit_widths, set_bit_width, trained_bit_widths
-from models.resnet_quan import resnet20q, resnet50q
-from models.svhn_quan import svhnq
+from models.resnet_quan import ResNet20 as resnet20q, ResNet50 as resnet50q
+from models.svhn_quan import SVHNNet as svhnq
 
 MODELS = {"resnet20q": resnet20q, "resnet50q": resnet50q, "svhnq": svhnq}
 DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}

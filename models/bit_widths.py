@@ -31,8 +31,7 @@ def fit_bit_widths(state_dict, bit_widths):
         found = BATCH_NORM_ENTRY.fullmatch(key)
         if not found:
             fitted[key] = value
-            continue
-        for bits, origin in source.items():
+        for bits, origin in source.items() if found else ():
             if origin == int(found[2]):
                 fitted[f"{found[1]}{bits}{found[3]}"] = value
     return fitted, {bits: origin for bits, origin in source.items() if bits != origin}

@@ -17,17 +17,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         if torchs_own or torch.compiler.is_compiling():
             return super().forward(x)
         y, mean, var = AccurateBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        update_statistics(self, mean, var, x.numel() / x.shape[1])
+        count = x.numel() / x.shape[1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = self.momentum or 1 / self.num_batches_tracked.item()  # None: cumulative
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), momentum)
         return y
-
-
-@torch.no_grad()
-def update_statistics(layer, mean, var, count):
-    """Update a BatchNorm's running statistics by a batch's, var being biased, of count pixels."""
-    layer.num_batches_tracked += 1
-    momentum = layer.momentum or 1 / layer.num_batches_tracked.item()  # None: cumulative average
-    layer.running_mean.lerp_(mean, momentum)
-    layer.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
 class AccurateBatchNorm(torch.autograd.Function):

@@ -28,13 +28,17 @@ class BasicBlock(nn.Module):
     def forward(self, x):  # (N, C_in, H, W) -> (N, C, H / stride, W / stride)
         a = self.act0(self.bn0(x))
         shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(a))
-        out = self.conv0(a)
-        out = self.conv1(self.act1(self.bn1(out)))
+        out = self.conv1(self.act1(self.bn1(self.conv0(a))))
         return out + shortcut
 
 
 class ResNet20(nn.Module):
-    """Three stages of three basic blocks, 16, 32 and 64 times `width` channels."""
+    """The any-precision ResNet-20 for CIFAR-10: (N, 3, 32, 32) -> (N, num_classes).
+
+    Three stages of three basic blocks, 16, 32 and 64 times `width` channels; all_conv quantizes
+    every convolution. Raises ValueError where a bit-width is not one of 1 to 8 and 32, is repeated,
+    or none is given.
+    """
 
     def __init__(self, bit_widths, num_classes=10, width=5, all_conv=False):
         super().__init__()
@@ -46,8 +50,8 @@ class ResNet20(nn.Module):
         self.layers = nn.Sequential()
         for channels, first_stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for stride in (first_stride, 1, 1):
-                block = BasicBlock(in_channels, channels, stride, bn, full_precision_conv)
-                self.layers.append(block)
+                self.layers.append(
+                    BasicBlock(in_channels, channels, stride, bn, full_precision_conv))
                 in_channels = channels
         self.bn = bn(in_channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -72,7 +76,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels, channels, stride, first, bn, shortcut_conv):
+    def __init__(self, in_channels, channels, stride, bn, shortcut_conv):
         super().__init__()
         out_channels = self.expansion * channels
         self.bn0 = bn(in_channels)
@@ -85,7 +89,7 @@ class Bottleneck(nn.Module):
         self.act2 = ActivationQ()
         self.conv2 = Conv2dQ(channels, out_channels, 1, bias=False)
         self.downsample = None
-        if first:
+        if in_channels != out_channels:
             self.downsample = nn.Sequential(
                 shortcut_conv(in_channels, out_channels, 1, stride, bias=False), bn(out_channels))
 
@@ -98,7 +102,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Four stages of 3, 4, 6 and 3 bottlenecks, 64 to 512 times `width` channels within them."""
+    """The any-precision ResNet-50: (N, 3, 224, 224) -> (N, num_classes); else as ResNet20.
+
+    Four stages of 3, 4, 6 and 3 bottlenecks, 64 to 512 times `width` channels within them.
+    """
 
     def __init__(self, bit_widths, num_classes=1000, width=1, all_conv=False):
         super().__init__()
@@ -111,10 +118,8 @@ class ResNet50(nn.Module):
         for stage, blocks in enumerate((3, 4, 6, 3), start=1):
             channels = width * 32 * 2**stage
             layer = nn.Sequential()
-            for index in range(blocks):
-                stride = 2 if stage > 1 and index == 0 else 1
-                layer.append(Bottleneck(in_channels, channels, stride, index == 0, bn,
-                                        full_precision_conv))
+            for stride in (1 if stage == 1 else 2, *[1] * (blocks - 1)):
+                layer.append(Bottleneck(in_channels, channels, stride, bn, full_precision_conv))
                 in_channels = Bottleneck.expansion * channels
             self.add_module(f"layer{stage}", layer)
         self.bn = bn(in_channels)
@@ -135,19 +140,4 @@ class ResNet50(nn.Module):
 
     def body(self, x):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.act(self.bn(x))
-        return self.fc(self.pool(x).flatten(1))
-
-
-def resnet20q(bit_widths, num_classes=10, width=5, all_conv=False):
-    """Build the any-precision ResNet-20 for CIFAR-10: (N, 3, 32, 32) -> (N, num_classes).
-
-    all_conv quantizes every convolution. Raises ValueError where a bit-width is not one of 1 to 8
-    and 32, is repeated, or none is given.
-    """
-    return ResNet20(bit_widths, num_classes, width, all_conv)
-
-
-def resnet50q(bit_widths, num_classes=1000, width=1, all_conv=False):
-    """Build the any-precision ResNet-50: (N, 3, 224, 224) -> (N, num_classes); as resnet20q."""
-    return ResNet50(bit_widths, num_classes, width, all_conv)
+        return self.fc(self.pool(self.act(self.bn(x))).flatten(1))

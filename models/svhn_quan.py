@@ -9,7 +9,11 @@ from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_
 
 
 class SVHNNet(nn.Module):
-    """Seven convolutions and a classifier on 40 x 40 images; `width` is the paper's expansion e."""
+    """The any-precision SVHN network: (N, 3, 40, 40) -> (N, num_classes).
+
+    `width` is the paper's expansion e; all_conv quantizes the stem's weights too. Raises ValueError
+    where a bit-width is not one of 1 to 8 and 32, is repeated, or none is given.
+    """
 
     def __init__(self, bit_widths, num_classes=10, width=2, all_conv=False):
         super().__init__()
@@ -41,12 +45,3 @@ class SVHNNet(nn.Module):
 
     def body(self, x):
         return self.fc(self.layers[2:](x).flatten(1))
-
-
-def svhnq(bit_widths, num_classes=10, width=2, all_conv=False):
-    """Build the any-precision SVHN network: (N, 3, 40, 40) -> (N, num_classes).
-
-    all_conv quantizes the stem's weights too. Raises ValueError where a bit-width is not one of
-    1 to 8 and 32, is repeated, or none is given.
-    """
-    return SVHNNet(bit_widths, num_classes, width, all_conv)

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
-def change():
+def change(monkeypatch):  # which is undone after this
     """Run the README's block for a file in that file's module, until the test ends."""
     changed = []
 
