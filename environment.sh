@@ -1,9 +1,14 @@
-# Sourced by the recipes and run_tests.sh. Leaves in $here the project's folder, and in $PYTHON an interpreter that
-# satisfies requirements.txt: the one PYTHON names, the active one, or that of .venv there, which is made on first use
-# (5.5 GB with CUDA libraries, minutes).
+# Sourced by the recipes and run_tests.sh. Leaves in $here the project's folder, and in $PYTHON an
+# interpreter that satisfies requirements.txt: the one PYTHON names, the active one, or that of .venv
+# there, which is made on first use (5.5 GB with CUDA libraries, minutes).
 
 PYTHON_FLAGS=()
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+    echo "environment.sh: error: $1" >&2
+    exit 1
+}
 
 satisfied() {  # does this interpreter have everything, in versions that fit each other?
     "$1" - "$here/requirements.txt" <<'CHECK' 2>/dev/null
@@ -20,10 +25,11 @@ for requirement in map(Requirement, wanted):
 CHECK
 }
 
-# train.py, by way of the array PYTHON_FLAGS. The array `recipe` counts where neither the flags given
-# nor a checkpoint that is resumed or evaluated says otherwise.
+# train.py, by way of the array PYTHON_FLAGS. The array `recipe` counts where neither the flags
+# given nor a checkpoint that is resumed or evaluated says otherwise.
 train() {
-    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" "$@" --recipe "${recipe[@]}"
+    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" "$@" \
+        --recipe "${recipe[@]}"
 }
 
 if [ -z "${PYTHON:-}" ]; then
@@ -33,16 +39,14 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 if ! satisfied "$PYTHON"; then
     if [ "$PYTHON" != "$here/.venv/bin/python" ]; then
-        echo "environment.sh: error: $PYTHON does not satisfy requirements.txt: install it there, or unset PYTHON" >&2
-        exit 1
+        fail "$PYTHON does not satisfy requirements.txt: install it there, or unset PYTHON"
     fi
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "environment.sh: error: python3 is missing or older than 3.10: install Python 3.10 or newer" >&2
-        exit 1
+        fail "python3 is missing or older than 3.10: install Python 3.10 or newer"
     fi
     echo "First use: installing requirements.txt into $here/.venv (minutes)" >&2
-    if ! { python3 -m venv "$here/.venv" && "$PYTHON" -m pip install --quiet -r "$here/requirements.txt"; } >&2; then
-        echo "environment.sh: error: could not install requirements.txt into $here/.venv (see above)" >&2
-        exit 1
+    if ! { python3 -m venv "$here/.venv" &&
+           "$PYTHON" -m pip install --quiet -r "$here/requirements.txt"; } >&2; then
+        fail "could not install requirements.txt into $here/.venv (see above)"
     fi
 fi

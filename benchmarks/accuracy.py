@@ -50,7 +50,7 @@ def cells(values, reference):
 
 
 def main(options):
-    """Print the table; return {bits: points of the default less the reference's, last five epochs}."""
+    """Print the table; return {bits: default less reference}, of the last five epochs."""
     ways = {"reference": "", "default": options.flags}
     histories = {}
     for way, flags in ways.items():

@@ -3,7 +3,7 @@
 # and 2 (24 runs); then what quantizing after training gives, and the recursive networks at every
 # bit-width. Digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a half. The same
 # command again goes on where it stopped; flags go to every training.
-#   JOBS=2 benchmarks/table.sh digits|fashion [flags]     JOBS trainings at a time, a CPU thread each
+#   JOBS=2 benchmarks/table.sh digits|fashion [flags]    JOBS trainings at a time, a thread each
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
 cd "$here"

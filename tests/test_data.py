@@ -1,4 +1,4 @@
-"""Every data set from small files in its real format: splits, transforms, statistics, downloads, seeded batches."""
+"""Every data set from small files in its real format; seeded batches, in memory or not."""
 import random
 from types import SimpleNamespace
 
@@ -23,7 +23,8 @@ SIZES = {  # of the files in tiny_data, per split
     "cifar100": {"train": 12, "test": 6},
     "mnist": {"train": 12, "test": 6},
     "fashion-mnist": {"train": 12, "test": 6},
-    "svhn": {"train": 12, "extra": 28, "train_extra": 40, "test": 6, "train_extra_auto_quan": 38, "val_auto_quan": 2},
+    "svhn": {"train": 12, "extra": 28, "train_extra": 40, "test": 6,
+             "train_extra_auto_quan": 38, "val_auto_quan": 2},
     "imagenet": {"train": 6, "val": 6},
     "digits": {"train": 1437, "val": 360},
 }
@@ -61,7 +62,8 @@ def test_unknown_split_lists_the_known_ones(tmp_path):
 STATISTICS = {  # per data set: mean and std of each channel, on a scale of 0 to 255 for the CIFARs
     "cifar10": ([125.3 / 255, 123 / 255, 113.9 / 255], [63 / 255, 62.1 / 255, 66.7 / 255]),
     "cifar100": ([129.3 / 255, 124.1 / 255, 112.4 / 255], [68.2 / 255, 65.4 / 255, 70.4 / 255]),
-    "mnist": ([0.1307] * 3, [0.3081] * 3), "svhn": ([0.5] * 3, [0.5] * 3), "digits": ([0.5] * 3, [0.5] * 3),
+    "mnist": ([0.1307] * 3, [0.3081] * 3), "svhn": ([0.5] * 3, [0.5] * 3),
+    "digits": ([0.5] * 3, [0.5] * 3),
     "fashion-mnist": ([0.5] * 3, [0.5] * 3),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
@@ -194,7 +196,8 @@ def test_missing_data_is_downloaded_and_verified(tmp_path, monkeypatch, http_fol
     assert len(get_dataset("cifar10", "train", data_dir=tmp_path / "data")) == 20
 
     archive.write_bytes(archive.read_bytes()[:-10])  # what another newcomer would get
-    with pytest.raises(DataError, match="CIFAR10 is not in .*other/cifar10, or altered there, and could not be downloaded"):
+    told = "CIFAR10 is not in .*other/cifar10, or altered there, and could not be downloaded"
+    with pytest.raises(DataError, match=told):
         get_dataset("cifar10", "train", data_dir=tmp_path / "other")
 
 
@@ -215,7 +218,8 @@ def test_damaged_data_offline_is_one_clear_error(tmp_path, monkeypatch, damage):
         path.write_bytes(content[:100])
     elif damage == "altered":
         path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(DataError, match=r"SVHN is not in .*svhn, or altered there.* go online, copy it there") as error:
+    told = r"SVHN is not in .*svhn, or altered there.* go online, copy it there"
+    with pytest.raises(DataError, match=told) as error:
         get_dataset("svhn", "train", data_dir=tmp_path)
     assert "\n" not in str(error.value)
 
@@ -228,7 +232,8 @@ def test_truncated_mnist_is_one_clear_error(tmp_path, monkeypatch):
 
 
 def test_image_folder_errors(tmp_path):
-    with pytest.raises(DataError, match="imagenet was looked for in .*imagenet/train and is not there"):
+    told = "imagenet was looked for in .*imagenet/train and is not there"
+    with pytest.raises(DataError, match=told):
         get_dataset("imagenet", "train", data_dir=tmp_path)
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="must hold one folder of images per class"):
@@ -258,14 +263,15 @@ def test_shuffled_batches_cover_every_sample_once_in_an_order_of_seed_and_epoch(
 
 
 def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
-    dataset = SeededSamples(get_dataset("cifar10", "train", get_transform("cifar10", True), tiny_cifar10))
+    transform = get_transform("cifar10", True)
+    dataset = SeededSamples(get_dataset("cifar10", "train", transform, tiny_cifar10))
     state = torch.get_rng_state()
     here, there = (
         list(DataLoader(dataset, batch_sampler=ShuffledBatches(20, 8, 0), num_workers=workers,
                         generator=torch.Generator()))
         for workers in (0, 2))
     torch.testing.assert_close(here, there, rtol=0, atol=0)
-    assert torch.equal(torch.get_rng_state(), state)  # nothing drawn from the training's random numbers
+    assert torch.equal(torch.get_rng_state(), state)  # nothing drawn from it
 
 
 # ---- in memory
@@ -286,7 +292,7 @@ def epoch_of(loader, epoch=0, start=0):
 
 
 def joined(loader):
-    """All images and all labels: of a validation, whose batches are larger where it lies in memory."""
+    """Return all images and all labels of a loader."""
     return [torch.cat(parts) for parts in zip(*loader)]
 
 
@@ -302,7 +308,7 @@ def test_validation_batches_are_4_times_as_large_unless_compiled(tiny_cifar10):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_batches_from_memory_are_those_of_the_per_sample_transforms(name, tmp_path, monkeypatch):
-    """To the last bit where nothing is drawn; ImageNet, which stays on disk, is normalised batch by batch."""
+    """To the last bit where nothing is drawn; ImageNet stays on disk."""
     make(name, tmp_path, monkeypatch)
     memory, single = (loader_of(name, tmp_path, in_memory) for in_memory in (True, False))
     assert isinstance(memory, InMemoryLoader if name != "imagenet" else WorkerLoader)
@@ -323,7 +329,7 @@ def test_batches_from_memory_are_those_of_the_per_sample_transforms(name, tmp_pa
 
 
 def test_flips_and_crops_in_memory_are_drawn_as_those_per_sample():
-    """Of 162 views each as often, to chi-squared; those of one image tell nothing of the next one's."""
+    """Each of 162 views as often, to chi-squared; one image's tells nothing of the next one's."""
     pixels = tiny_data.pixels(1, 6, 7, 3)
     views = {}
     for flip in (False, True):
@@ -335,22 +341,25 @@ def test_flips_and_crops_in_memory_are_drawn_as_those_per_sample():
     count = 162 * 100
     batches = ShuffledBatches(count, count, 0)
     _, seeds = batches.draw()
-    crops = flipped_crops(torch.from_numpy(pixels), torch.zeros(count, dtype=torch.int64), seeds, padding=4)
+    indices = torch.zeros(count, dtype=torch.int64)
+    crops = flipped_crops(torch.from_numpy(pixels), indices, seeds, padding=4)
     seen = numpy.array([views[crop.numpy().tobytes()] for crop in crops])
     counts = numpy.bincount(seen, minlength=162)
     assert ((counts - 100) ** 2 / 100).sum() < 161 + 5 * (2 * 161) ** 0.5  # 5 standard deviations
     assert abs(numpy.corrcoef(seen[1:], seen[:-1])[0, 1]) < 5 / count**0.5
-    # The per-sample transform draws from the same 162, as test_cifar_training_images_are_flips_and_crops_... shows.
+    # The per-sample transform draws from the same 162: see the test of flips and crops above.
 
 
 def test_batches_from_memory_are_a_function_of_seed_and_epoch(tiny_cifar10):
     first = epoch_of(loader_of("cifar10", tiny_cifar10), 2)
-    torch.testing.assert_close(epoch_of(loader_of("cifar10", tiny_cifar10), 2), first, rtol=0, atol=0)
-    torch.testing.assert_close(epoch_of(loader_of("cifar10", tiny_cifar10), 2, start=2), first[2:], rtol=0, atol=0)
+    for start in (0, 2):
+        again = epoch_of(loader_of("cifar10", tiny_cifar10), 2, start)
+        torch.testing.assert_close(again, first[start:], rtol=0, atol=0)
     for other in (epoch_of(loader_of("cifar10", tiny_cifar10), 1),
                   epoch_of(loader_of("cifar10", tiny_cifar10, seed=1), 2)):
         assert not torch.equal(other[0][0], first[0][0])
-    images, labels = read_arrays(get_dataset("cifar10", "train", get_transform("cifar10", False, False), tiny_cifar10))
+    transform = get_transform("cifar10", False, False)
+    images, labels = read_arrays(get_dataset("cifar10", "train", transform, tiny_cifar10))
     parts = []
     for rank in range(2):  # of two processes
         batches = ShuffledBatches(20, 5, 0, rank, 2)
@@ -389,4 +398,5 @@ def test_data_larger_than_the_memory(tiny_cifar10, monkeypatch, capsys):
 def test_fewer_images_than_processes(rank):
     images, labels = torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.tensor([3, 4])
     loader = InMemoryLoader(images, labels, "mnist", CPU, rank=rank, world_size=4)
-    assert [labels.tolist() for _, labels in loader] == ([[3 + rank]] if rank < 2 else []) and len(loader) == (rank < 2)
+    assert [labels.tolist() for _, labels in loader] == ([[3 + rank]] if rank < 2 else [])
+    assert len(loader) == (rank < 2)

@@ -1,4 +1,4 @@
-"""The any-precision step on a stub network: who teaches whom, in which order, and what it returns."""
+"""The any-precision step on a stub network: who teaches whom, in which order; its results."""
 import pytest
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ LABELS = torch.tensor([0, 2, 1])
 
 
 class Stub(nn.Module):
-    """Its logits at a bit-width are a parameter of their own, so each gradient shows the target it learned from."""
+    """A bit-width's logits are a parameter of their own, whose gradient shows its target."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,8 @@ def test_shared_weights_get_the_sum_over_bit_widths():
 
 
 def test_unknown_loss_and_bit_width():
-    with pytest.raises(ValueError, match="loss easy does not exist: choose from hard, soft, recursive"):
+    told = "loss easy does not exist: choose from hard, soft, recursive"
+    with pytest.raises(ValueError, match=told):
         any_precision_backward(Stub(), None, LABELS, WIDTHS, "easy")
     with pytest.raises(ValueError, match="bit-width 9 does not exist"):
         any_precision_backward(Stub(), None, LABELS, [9], "hard")

@@ -59,9 +59,10 @@ def test_training_moves_only_the_active_batch_norms(name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     set_bit_width(model, 4)
     model(torch.rand(2, 3, SIZE[name], SIZE[name]))
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    moved = {key for key, value in model.state_dict().items()
+             if not torch.equal(before[key], value)}
     counted = {key for key in moved if key.endswith("num_batches_tracked")}
-    shared = {key for key in moved if "skip_bn" in key}  # resnet20q's shortcut BatchNorm serves every bit-width
+    shared = {key for key in moved if "skip_bn" in key}  # resnet20q's shortcut serves all
     switchable = sum(isinstance(layer, SwitchableBatchNorm2d) for layer in model.modules())
     assert all(".bn_dict.4." in f".{key}" for key in moved - shared)
     assert len(counted - shared) == switchable
@@ -92,7 +93,8 @@ def test_width_multiplies_the_channels(name):
 
     assert channels(2) == [2 * count for count in channels(1)]
     assert channels(DEFAULT_WIDTH[name]) == [
-        layer.out_channels for layer in MODELS[name]([4]).modules() if isinstance(layer, torch.nn.Conv2d)]
+        layer.out_channels for layer in MODELS[name]([4]).modules()
+        if isinstance(layer, torch.nn.Conv2d)]
 
 
 def test_resnet50q_initialisation():

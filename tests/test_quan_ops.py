@@ -1,4 +1,4 @@
-"""Quantizers against values worked out by hand, the layers, and that changing one is felt everywhere."""
+"""Quantizers against values by hand, the layers, and that changing one is felt everywhere."""
 import contextlib
 import math
 
@@ -74,7 +74,7 @@ def test_weight_at_32_bits_by_hand():
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
 def test_weight_gradient_by_hand(bits):
-    """E (1 - t^2) / m of the upstream one; the largest weight also takes -E sum(g t) / m^2 of it."""
+    """E (1 - t^2) / m of the upstream one; the largest weight also takes -E sum(g t) / m^2."""
     w = double(math.atanh(0.8), math.atanh(0.4), 0).requires_grad_()
     scale = (math.atanh(0.8) + math.atanh(0.4)) / 3
     quantized(w, bits).backward(double(1, 2, 3))
@@ -132,7 +132,7 @@ def normalized(layer, x, upstream):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batch_norm_in_channels_last_is_torchs(momentum, dtype, tolerance):
     torch.manual_seed(0)
-    x, upstream = (torch.randn(4, 6, 5, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x, upstream = (torch.randn(4, 6, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
                    for _ in "ab")
     layers = [kind(6, momentum=momentum).to(dtype) for kind in (torch.nn.BatchNorm2d, BatchNorm2d)]
     expected, found = (normalized(layer, x, upstream) for layer in layers)
@@ -151,7 +151,8 @@ def test_batch_norm_of_even_backgrounds_is_accurate_in_channels_last():
     expected = normalized(exact, x.double(), upstream.double())
     bounds = {"output": 5e-6, "gradient": 5e-6, "weight's": 1e-3, "bias's": 5e-6,
               "running mean": 5e-6, "variance": 5e-6}
-    for index, (name, bound) in enumerate(bounds.items()):  # the weight's: a difference of large sums
+    # The weight's gradient is a small difference of large sums.
+    for index, (name, bound) in enumerate(bounds.items()):
         error = (found[index] - expected[index]).abs().max() / expected[index].abs().max()
         assert error < bound, name  # torch's own: 5e-5 and more, and 1e-2 of the weight
 
@@ -204,8 +205,8 @@ def bf16(model):
     return {"forward": forward, "autocast": forward.autocast}
 
 
-PATHS = {"shared": trained(lambda model: {}), "not shared": trained(lambda model: {"shared": False}),
-         "bf16": trained(bf16), "compiled": trained(compiled), "evaluate": evaluated,
+PATHS = {"shared": trained(lambda model: {}),
+         "not shared": trained(lambda model: {"shared": False}), "bf16": trained(bf16), "compiled": trained(compiled), "evaluate": evaluated,
          "calibrate": calibrated}
 
 

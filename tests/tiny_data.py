@@ -30,10 +30,12 @@ def write_cifar(folder, files, label_key, classes, meta):
     """CIFAR's python version: a pickle a file, rows of 3072 bytes (red, green, blue planes)."""
     folder.mkdir(parents=True)
     for name, count in files.items():
-        record = {"data": pixels(count, 3072), label_key: labels(count, classes), "filenames": ["x.png"] * count}
+        record = {"data": pixels(count, 3072), label_key: labels(count, classes),
+                  "filenames": ["x.png"] * count}
         (folder / name).write_bytes(pickle.dumps(record, protocol=2))
     name, key = meta
-    (folder / name).write_bytes(pickle.dumps({key: [f"class {index}" for index in range(classes)]}, protocol=2))
+    names = [f"class {index}" for index in range(classes)]
+    (folder / name).write_bytes(pickle.dumps({key: names}, protocol=2))
 
 
 def cifar10(data_dir, monkeypatch, per_batch=4, test=6):
@@ -41,7 +43,8 @@ def cifar10(data_dir, monkeypatch, per_batch=4, test=6):
     names = [f"data_batch_{index}" for index in range(1, 6)]
     write_cifar(folder, {**dict.fromkeys(names, per_batch), "test_batch": test}, "labels", 10,
                 ("batches.meta", "label_names"))
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, md5(folder / name)] for name in names])
+    train_list = [[name, md5(folder / name)] for name in names]
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", train_list)
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", md5(folder / "test_batch")]])
     monkeypatch.setattr(datasets.CIFAR10, "meta", {
         "filename": "batches.meta", "key": "label_names", "md5": md5(folder / "batches.meta")})
@@ -64,7 +67,8 @@ def svhn(data_dir, monkeypatch):
     split_list = {}
     for split, count in (("train", 12), ("extra", 28), ("test", 6)):
         path = folder / f"{split}_32x32.mat"
-        y = numpy.array([label or 10 for label in labels(count)], numpy.uint8)[:, None]  # the digit 0 is class 10
+        # The digit 0 is class 10.
+        y = numpy.array([label or 10 for label in labels(count)], numpy.uint8)[:, None]
         scipy.io.savemat(path, {"X": pixels(32, 32, 3, count), "y": y})
         split_list[split] = [f"http://127.0.0.1:9/{path.name}", path.name, md5(path)]
     monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
@@ -95,8 +99,9 @@ def fashion_mnist(data_dir, monkeypatch):
     return mnist(data_dir, monkeypatch, datasets.FashionMNIST, "fashion-mnist")
 
 
-def imagenet(data_dir, monkeypatch=None, classes=("n01440764", "n01443537", "n01484850"), per_class=2):
-    """Folders of JPEG files of several sizes, some grey or CMYK, and a palette PNG under a JPEG's name, as ImageNet has."""
+def imagenet(data_dir, monkeypatch=None, classes=("n01440764", "n01443537", "n01484850"),
+             per_class=2):
+    """Folders of JPEG files, some grey or CMYK, and a palette PNG called JPEG, as ImageNet has."""
     folder = Path(data_dir, "imagenet")
     for split in ("train", "val"):
         for name in classes:
@@ -104,7 +109,8 @@ def imagenet(data_dir, monkeypatch=None, classes=("n01440764", "n01443537", "n01
             for index in range(per_class):
                 image = Image.fromarray(pixels(60 + 10 * index, 80, 3))
                 image = image.convert(("L", "RGB", "CMYK", "P")[index % 4])
-                image.save(folder / split / name / f"{name}_{index}.JPEG", "PNG" if image.mode == "P" else "JPEG")
+                kind = "PNG" if image.mode == "P" else "JPEG"
+                image.save(folder / split / name / f"{name}_{index}.JPEG", kind)
     return folder
 
 
