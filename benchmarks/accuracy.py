@@ -57,7 +57,8 @@ def main(options):
         name = "_".join([way, *(word.strip("-") for word in flags.split()), options.loss])
         histories[way] = [
             trained(PROGRAMS[way], Path(options.folder, f"{name}_seed{seed}"),
-                    [*shlex.split(flags), "--loss", options.loss, "--seed", str(seed)])
+                    ["--batch-size", "64", *shlex.split(flags), "--loss", options.loss, "--seed",
+                     str(seed)])
             for seed in range(options.seeds)]
     widths = list(histories["default"][0][-1]["val"])
     print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(map(str, widths))} |")
