@@ -72,13 +72,12 @@ def configuration(arguments):
 
 def labels(configurations):
     """Return {configuration: name}: as published, and whatever else sets it apart."""
-    names = {}
+    names, kind = {}, ("dataset", "model", "evaluate")
+    told = ("loss", "bit_width_list", "done", "checkpoint", "calibrate")
     for key in configurations:
         ours = dict(key)
-        kind = ("dataset", "model", "evaluate")
         peers = [peer for peer in map(dict, configurations)
                  if all(peer.get(name) == ours.get(name) for name in kind)]
-        told = ("loss", "bit_width_list", "done", "checkpoint", "calibrate")
         varying = [f"{name} {value}" for name, value in ours.items()
                    if name not in told and len({peer.get(name) for peer in peers}) > 1]
         parts = ["dedicated" if ours["loss"] == "dedicated" else f"any, {ours['loss']}"]
@@ -117,38 +116,32 @@ def table_rows(runs, epoch):
     choose = {"last": lambda history: history[-1]["val"], "best": best_of_each,
               "checkpoint": lambda history: best_record(history)["val"]}[epoch]
     names = labels(dict.fromkeys(configuration(arguments) for _, arguments, _ in runs))
-    order = list(names.values())
-    rows = [dict(zip(COLUMNS, (
-        arguments["dataset"], arguments["model"], names[configuration(arguments)],
-        arguments["seed"], bits, values["top1"], values["top5"], values["loss"], str(folder))))
-        for folder, arguments, history in runs for bits, values in sorted(choose(history).items())]
-    return sorted(rows, key=lambda row: order.index(row["configuration"]))
+    return [dict(zip(COLUMNS, (
+        arguments["dataset"], arguments["model"], name, arguments["seed"], bits, values["top1"],
+        values["top5"], values["loss"], str(folder))))
+        for key, name in names.items()
+        for folder, arguments, history in runs if configuration(arguments) == key
+        for bits, values in sorted(choose(history).items())]
 
 
 def panels(rows):
-    """Return {(dataset, model): {configuration: {bits: [top-1 per seed]}}}."""
+    """Return [(title, bit-widths, {configuration: {bits: [top-1 per seed]}})] of the figure."""
     found = {}
     for row in rows:
-        panel = found.setdefault((row["dataset"], row["model"]), {})
+        panel = found.setdefault(f"{row['model']} on {row['dataset']}", {})
         cells = panel.setdefault(row["configuration"], defaultdict(list))
         cells[row["bits"]].append(row["top1"])
-    return found
-
-
-def deviation(values):
-    """Return the sample standard deviation; 0 of a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    return [(title, sorted(set().union(*panel.values())), panel) for title, panel in found.items()]
 
 
 def markdown(rows, which):
     """Return the tables, one a data set and model."""
     text = []
-    for (dataset, model), configurations in panels(rows).items():
-        widths = sorted({bits for cells in configurations.values() for bits in cells})
+    for title, widths, configurations in panels(rows):
         counts = sorted({len(v) for cells in configurations.values() for v in cells.values()})
         runs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-        text += [f"{model} on {dataset}: val top-1 (%) of the {which}, mean ± standard deviation, "
-                 f"{runs} run{'s' if counts[-1] > 1 else ''} a cell", "",
+        text += [f"{title}: val top-1 (%) of the {which}, mean ± standard deviation, {runs} "
+                 f"run{'s' if counts[-1] > 1 else ''} a cell", "",
                  f"| model | {' | '.join(map(str, widths))} |", "|---" * (len(widths) + 1) + "|"]
         for name, cells in configurations.items():
             texts = [cell_text(cells[bits]) if bits in cells else "" for bits in widths]
@@ -158,7 +151,7 @@ def markdown(rows, which):
 
 
 def cell_text(values):
-    spread = f" ± {deviation(values):.2f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
 
@@ -166,14 +159,12 @@ def save_comparison_figure(path, rows):
     """Draw a panel a data set and model, a line a configuration, with standard deviations."""
     drawn = panels(rows)
     figure, axes = new_figure(len(drawn))
-    for axis, ((dataset, model), configurations) in zip(axes, drawn.items()):
-        widths = sorted({bits for cells in configurations.values() for bits in cells})
+    for axis, (title, widths, configurations) in zip(axes, drawn):
         for index, (name, cells) in enumerate(configurations.items()):
-            repeated = max(map(len, cells.values())) > 1
+            spread = {bits: statistics.stdev(v) for bits, v in cells.items() if len(v) > 1}
             plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in cells.items()},
-                          {bits: deviation(v) for bits, v in cells.items()} if repeated else None,
-                          color=COLOURS[index % len(COLOURS)], label=name)
-        axis.set_title(f"{model} on {dataset}")
+                          spread, color=COLOURS[index % len(COLOURS)], label=name)
+        axis.set_title(title)
         axis.legend()
     save_figure(figure, path)
 

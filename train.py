@@ -56,17 +56,8 @@ def main(flags):
 
 
 def train(args, checkpoint, device, unset=()):
-    """Train, going on from a Checkpoint where there is one; return the results folder.
-
-    unset: arguments that matter and were left to their defaults, to be told.
-    """
-    train_set, val_set = open_data(args)
-    model, forward_pass = prepare_model(args, checkpoint, (train_set, val_set), device)
-    train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
-    val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
-    optimizer = make_optimizer(args, model.parameters())
-    state = TrainingState(model, optimizer, args.bit_width_list, device, vars(args),
-                          train_loader.batch_sampler.num_samples)
+    """Train, from a Checkpoint if any; tell the `unset` arguments; return the results folder."""
+    state, forward_pass, train_loader, val_loader = prepare(args, checkpoint, device)
     told = start(state, args, checkpoint)
     in_place = checkpoint is not None and checkpoint.in_place
 
@@ -81,12 +72,14 @@ def train(args, checkpoint, device, unset=()):
         try:
             with StopRequest() as stop:
                 for epoch in range(state.epoch, args.epochs):
-                    lr = set_learning_rate(optimizer, learning_rate(args.lr, args.lr_decay, epoch))
+                    lr = learning_rate(args.lr, args.lr_decay, epoch)
+                    for group in state.optimizer.param_groups:
+                        group["lr"] = lr
                     train_metrics, speed = train_one_epoch(
                         state, train_loader, forward_pass, args.loss, console, run, stop)
                     if world_size() > 1:
                         run.save(state)  # they do not stop in the validation; shares statistics
-                    val_metrics = evaluate(model, forward_pass, val_loader, args.bit_width_list,
+                    val_metrics = evaluate(state.model, forward_pass, val_loader, state.bit_widths,
                                            device, f"epoch {epoch + 1}, validation", stop)
                     improved = state.finish_epoch(val_metrics)
                     record = {"epoch": epoch + 1, "lr": lr, "images_per_second": speed,
@@ -96,7 +89,9 @@ def train(args, checkpoint, device, unset=()):
                     run.save(state, best=improved)
         except Stopped as stopped:
             run.save(state)
-            raise Stopped(stopped.number, how_to_go_on(state, run, len(train_loader))) from None
+            command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
+            where = f"after step {state.metrics.steps} of {len(train_loader)}; to go on: {command}"
+            raise Stopped(stopped.number, f"in epoch {state.epoch + 1}, {where}") from None
         finish(run, run_name(args))
     return run.path
 
@@ -139,16 +134,22 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
 
 # ---- beginning and end
 
-def prepare_model(args, checkpoint, parts, device):
-    """Return the model on the device, and its ForwardPass."""
-    num_classes = count_classes(args.dataset, *parts)
+def prepare(args, checkpoint, device):
+    """Return a new TrainingState, its ForwardPass, and the loaders to train and to validate."""
+    train_set, val_set = open_data(args)
+    num_classes = count_classes(args.dataset, train_set, val_set)
     with reading(checkpoint.path if checkpoint else args.model):
         model = make_model(args, args.bit_width_list, num_classes).to(device)
     if args.sync_bn and world_size() > 1:
         model = synchronize_batch_norm(model, device)
     if rank() > 0:
         torch.manual_seed(args.seed + 1_000_003 * rank())  # the same weights, dropout of its own
-    return model, make_forward_pass(args, model, device)
+    forward_pass = make_forward_pass(args, model, device)
+    train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
+    val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
+    state = TrainingState(model, make_optimizer(args, model.parameters()), args.bit_width_list,
+                          device, vars(args), train_loader.batch_sampler.num_samples)
+    return state, forward_pass, train_loader, val_loader
 
 
 def start(state, args, checkpoint):
@@ -189,18 +190,6 @@ def tell_beginning(args, device, state, run, told, unset):
 def learning_rate(lr, decay_epochs, epoch):
     """Return the rate of epoch 0, 1, ...: of the epoch alone, so no resumed run is out of step."""
     return lr * 0.1 ** bisect.bisect_right(decay_epochs, epoch)
-
-
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def how_to_go_on(state, run, steps):
-    command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
-    return (f"in epoch {state.epoch + 1}, after step {state.metrics.steps} of {steps}; to go on: "
-            f"{command}")
 
 
 def finish(run, name):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -56,8 +57,9 @@ def memory_of_a_step(options, way):
     """Return the MiB that a step needs beyond what stays, measured in a process of its own."""
     # The C library is to give back at once what is freed, so that the process's size tells.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    with patch.dict(os.environ, environment), multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(own_memory_of_a_step, (options, way))
+    spawned = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with patch.dict(os.environ, environment), spawned as pool:
+        return pool.submit(own_memory_of_a_step, options, way).result()
 
 
 def own_memory_of_a_step(options, way):

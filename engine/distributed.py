@@ -25,10 +25,6 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_world_size():
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def max_restarts():
     """Return how often torchrun starts the run again after a process died (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
@@ -77,14 +73,6 @@ def one_at_a_time_per_machine():
     yield
     if local_rank() == 0:
         wait()
-
-
-def from_first(value):
-    """Return rank 0's value on every process."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def gather(value):

@@ -14,19 +14,16 @@ from utils import one_line
 
 class UserError(Exception):
     """Something the user can mend: one line on stderr."""
-
     exit_code = 1
 
 
 class UsageError(UserError):
     """A wrong argument."""
-
     exit_code = 2
 
 
 class StopRequest:
     """Within it, SIGTERM and Ctrl-C are remembered in `signal`; a second one acts at once."""
-
     signal = None
 
     def __enter__(self):
@@ -44,10 +41,7 @@ class StopRequest:
 
 
 class Stopped(UserError):
-    """The run was asked to stop, and is saved.
-
-    number: of the signal, None where another process got it.
-    """
+    """The run was asked to stop by signal `number` (None: another process got it), and is saved."""
 
     def __init__(self, number, where=""):
         number = number or signal.SIGTERM
@@ -80,7 +74,11 @@ def run_program(main, parse):
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT
     finally:
-        end_data_workers()
+        workers = multiprocessing.active_children()
+        if workers:  # of data, which ignore the SIGTERM of Python's exit
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report them as killed
+        for worker in workers:
+            worker.kill()
     if code != UsageError.exit_code or rank() == 0:  # of several processes one tells
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
@@ -93,12 +91,3 @@ def explained(error):
     if "DataLoader worker" in str(error):
         return f"{one_line(error)}: it may have run out of memory, lower --workers"
     raise error
-
-
-def end_data_workers():
-    """Kill the data workers that are left: they ignore the SIGTERM of Python's exit."""
-    workers = multiprocessing.active_children()
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
-    for worker in workers:
-        worker.kill()

@@ -51,13 +51,13 @@ def evaluate_checkpoint(args, checkpoint, device):
     path, content = checkpoint.path, checkpoint.content
     present = saved_bit_widths(content["state_dict"])
     trained = [bits for bits in present if bits not in content.get("calibrated", ())]
+    bit_widths = sorted({*present, *args.bit_width_list})
     arguments = {**vars(args), "bit_width_list": trained}
     target = new_file(args.save_calibrated) if args.save_calibrated else None
     train_set, val_set = open_data(args)
     with reading(path):
-        model = make_model(args, sorted({*present, *args.bit_width_list}),
-                           count_classes(args.dataset, val_set)).to(device)
-    state_dict, added = fit_bit_widths(content["state_dict"], {*present, *args.bit_width_list})
+        model = make_model(args, bit_widths, count_classes(args.dataset, val_set)).to(device)
+    state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
     load_weights(model, state_dict, path)
     forward_pass = make_forward_pass(args, model, device)
     batches = calibration_batches(args, train_set, forward_pass, device) if added else None
@@ -65,16 +65,16 @@ def evaluate_checkpoint(args, checkpoint, device):
 
     name = f"{run_name(Namespace(**arguments))}_evaluation"
     with RunFolder(args.results_dir, name) as run:
-        split = DATASETS[args.dataset].val_split[args.train_split]
         log.info("evaluating %s, a %s trained at %s bits, on %s (%s) on %s", path, args.model,
-                 flag_text(trained), args.dataset, split, describe(device))
+                 flag_text(trained), args.dataset,
+                 DATASETS[args.dataset].val_split[args.train_split], describe(device))
         for bits, origin in added.items():
-            how = ""
             if args.calibrate:
-                how = f", statistics re-estimated over {args.calibrate} training batches"
                 with forward_pass.autocast():
                     calibrate(model, bits, (images for images, _ in batches))
-            log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin, how)
+            log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin,
+                     f", statistics re-estimated over {args.calibrate} training batches"
+                     if args.calibrate else "")
         results = evaluate(model, forward_pass, val_loader, args.bit_width_list, device)
         if rank() == 0:
             run.write_config(arguments, device, checkpoint=str(path), epoch=content.get("epoch"))
@@ -112,12 +112,11 @@ def new_file(name):
 def save_calibrated(target, args, checkpoint, model, added):
     """Write an ordinary checkpoint that knows which of its bit-widths were calibrated."""
     content = checkpoint.content
-    bit_widths = saved_bit_widths(model.state_dict())
     save_checkpoint(target, {
         "epoch": content.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
         "best_prec1": content.get("best_prec1"), "optimizer": None,
         "calibrated": sorted({*content.get("calibrated", ()), *added}),
         "arguments": {**saved_arguments(args, checkpoint)[0],
                       **{name: getattr(args, name) for name in OF_EVALUATION},
-                      "bit_width_list": bit_widths}})
+                      "bit_width_list": saved_bit_widths(model.state_dict())}})
     log.info("calibrated checkpoint: %s", target)

@@ -23,7 +23,7 @@ def best_of_each(history):
 def best_and_last(history):
     """Return the closing table of a run: val top-1 per bit-width."""
     best, last = best_record(history), history[-1]
-    rows = [("val top-1 (%), by bits", [str(bits) for bits in sorted(last["val"])])]
+    rows = [("val top-1 (%), by bits", sorted(last["val"]))]
     for label, values in (("best epoch of each", best_of_each(history)),
                           (f"best checkpoint (epoch {best['epoch']})", best["val"]),
                           (f"last (epoch {last['epoch']})", last["val"])):
@@ -37,9 +37,8 @@ def evaluation_table(results, trained):
     """Return a table of {bits: {"loss", "top1", "top5"}}, the untrained bit-widths marked."""
     rows = [f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"]
     for bits, value in results.items():
-        mark = "" if bits in trained else "   not trained"
         rows.append(f"{bits:>5} {value['loss']:8.4f} {value['top1']:8.2f} {value['top5']:8.2f}"
-                    f"{mark}")
+                    f"{'' if bits in trained else '   not trained'}")
     return "\n".join(rows)
 
 
@@ -86,9 +85,9 @@ def plot_by_width(axis, widths, top1, spread=None, **style):
     """Plot top1 {bits: %} over evenly spaced widths, with error bars where spread is given."""
     present = [bits for bits in widths if bits in top1]
     axis.errorbar([widths.index(bits) for bits in present], [top1[bits] for bits in present],
-                  yerr=spread and [spread[bits] for bits in present], marker="o", capsize=3,
-                  **style)
-    axis.set_xticks(range(len(widths)), [str(bits) for bits in widths])
+                  yerr=[spread.get(bits, 0) for bits in present] if spread else None,
+                  marker="o", capsize=3, **style)
+    axis.set_xticks(range(len(widths)), widths)
     axis.set(xlabel="bits (weights and activations)", ylabel="val top-1 (%)")
 
 

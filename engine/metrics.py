@@ -42,22 +42,19 @@ class Metrics:
                         f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or "
                         "look at the data; the last good checkpoint is kept")
 
-    def over_processes(self):
-        """Return (sums, count) over all processes, each of which must ask."""
-        counted = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])])
-        total = sum_over_processes(counted)
-        return total[:-1].view_as(self.sums), int(total[-1])
-
     def averages(self):
         """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent. Waits."""
-        sums, count = self.over_processes()
-        table = (sums / count).tolist()  # synchronises
+        totals = self.state_dict()
+        table = (totals["sums"] / totals["count"]).tolist()
         return {bits: {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
                 for bits, (loss, top1, top5) in zip(self.bit_widths, table)}
 
     def state_dict(self):
-        sums, count = self.over_processes()
-        return {"sums": sums, "count": count, "steps": self.steps, "seconds": self.seconds}
+        """Return the sums and count over all processes, each of which must ask. Waits."""
+        counted = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])])
+        total = sum_over_processes(counted)
+        return {"sums": total[:-1].view_as(self.sums), "count": int(total[-1]),
+                "steps": self.steps, "seconds": self.seconds}
 
     def load_state_dict(self, state):
         """Restore saved sums, on rank 0; other processes have counted none of them."""

@@ -47,8 +47,7 @@ def find_checkpoint(source, *names):
 
 def cache_folder():
     """Return where downloads are kept: ~/.cache/any_precision, or under XDG_CACHE_HOME."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "any_precision"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision").expanduser()
 
 
 def download(url, name):

@@ -16,11 +16,13 @@ import torch
 from tensorboardX import SummaryWriter
 
 from engine.device import describe
-from engine.distributed import from_first, rank, world_size
+from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
 from utils import one_line, replacing, write_json
 
-log = logging.getLogger("any_precision")
+log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
+log.setLevel(logging.INFO)
+log.propagate = False
 ANOTHER = "choose another folder with --results-dir"
 
 
@@ -34,12 +36,15 @@ class RunFolder:
     def __init__(self, folder, name, in_place=False, save_every=None):
         self.save_every, self.last_save = save_every, time.monotonic()  # minutes, seconds
         self.history, self.writer, self.lock = [], None, None
-        self.path = Path(from_first(self.open(folder, name, in_place) if rank() == 0 else None))
+        self.path = Path(gather(self.open(folder, name, in_place) if rank() == 0 else None)[0])
         self.metrics_file = self.path / "metrics.jsonl"
 
     def open(self, results_dir, name, in_place):
-        folder, count = Path(results_dir or Path("results", name)), 1
-        if results_dir and not in_place and holds_run(folder):
+        folder, count = Path(results_dir or f"results/{name}"), 1
+        metrics = folder / "metrics.jsonl"
+        if results_dir and not in_place and (
+                any(folder.glob("ckpt/*.pth.tar")) or (folder / "evaluation.json").exists()
+                or metrics.exists() and metrics.stat().st_size > 0):
             raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
                             f"{ANOTHER}")
         try:
@@ -49,13 +54,15 @@ class RunFolder:
                     break
                 except FileExistsError:
                     count += 1
-                    folder = Path("results", f"{name}_{count}")
+                    folder = Path(f"results/{name}_{count}")
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(folder)
-            open_log(folder)
+            file = logging.FileHandler(folder / f"log_{socket.gethostname()}.txt")  # appends
         except OSError as error:
             raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
                             f"{ANOTHER}") from None
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.handlers = [logging.StreamHandler(sys.stdout), file]
         return folder
 
     def __enter__(self):
@@ -69,10 +76,17 @@ class RunFolder:
 
     def write_config(self, arguments, device, **more):
         """Write config.json: arguments, seed, command, versions, commit and device."""
-        if rank() == 0:
-            write_json(self.path / "config.json", {
-                "arguments": arguments, "seed": arguments["seed"], "command": sys.argv,
-                "processes": world_size(), **more, **environment(device)})
+        if rank() > 0:
+            return
+        packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
+        versions = {"python": platform.python_version()}
+        versions.update((name, version(name)) for name in packages)
+        if device.type == "cuda":
+            versions["cuda"] = torch.version.cuda
+        write_json(self.path / "config.json", {
+            "arguments": arguments, "seed": arguments["seed"], "command": sys.argv,
+            "processes": world_size(), **more, "versions": versions, "commit": commit(),
+            "device": describe(device)})
 
     def begin(self, epoch):
         """Keep the records of `epoch` epochs; a resumed run makes the later ones again."""
@@ -81,11 +95,18 @@ class RunFolder:
             self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch)
 
     def log_epoch(self, record):
-        """Add an epoch's record to metrics.jsonl and to TensorBoard."""
-        if rank() == 0:
-            self.history.append(record)
-            append_json_line(self.metrics_file, record)
-            write_summary(self.writer, record)
+        """Add an epoch's record to metrics.jsonl, and to TensorBoard under the published tags."""
+        if rank() > 0:
+            return
+        self.history.append(record)
+        append_json_line(self.metrics_file, record)
+        epoch = record["epoch"] - 1  # TensorBoard's are counted from 0, as published
+        self.writer.add_scalar("lr", record["lr"], epoch)
+        for part in ("train", "val"):
+            for bits, values in record[part].items():
+                for tag, name in (("loss", "loss"), ("prec_1", "top1"), ("prec_5", "top5")):
+                    self.writer.add_scalar(f"{part}_{tag}_{bits}", values[name], epoch)
+        self.writer.flush()
 
     def save(self, state, best=False):
         """Save a TrainingState here; all processes call it."""
@@ -96,15 +117,6 @@ class RunFolder:
         """Return whether save_every minutes have passed since the last save, by rank 0's clock."""
         minutes = (time.monotonic() - self.last_save) / 60
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
-
-
-def open_log(folder):
-    """Log to stdout, and to log_<hostname>.txt in the folder, after what is there."""
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    file = logging.FileHandler(folder / f"log_{socket.gethostname()}.txt")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    log.handlers = [logging.StreamHandler(sys.stdout), file]
 
 
 def lock(folder):
@@ -118,12 +130,6 @@ def lock(folder):
     except OSError:
         pass  # a file system without locks
     return file
-
-
-def holds_run(folder):
-    metrics = folder / "metrics.jsonl"
-    return (any(folder.glob("ckpt/*.pth.tar")) or (folder / "evaluation.json").exists()
-            or metrics.exists() and metrics.stat().st_size > 0)
 
 
 def append_json_line(path, record):
@@ -157,31 +163,9 @@ def keep_epochs(path, epoch):
     return records
 
 
-def write_summary(writer, record):
-    """Write an epoch's record as TensorBoard scalars, tagged and counted from 0 as published."""
-    names, epoch = {"loss": "loss", "prec_1": "top1", "prec_5": "top5"}, record["epoch"] - 1
-    writer.add_scalar("lr", record["lr"], epoch)
-    for part in ("train", "val"):
-        for bits, values in record[part].items():
-            for tag, name in names.items():
-                writer.add_scalar(f"{part}_{tag}_{bits}", values[name], epoch)
-    writer.flush()
-
-
-def environment(device):
-    """Return versions, commit and device."""
-    packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    if device.type == "cuda":
-        versions["cuda"] = torch.version.cuda
-    commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
-        commit += " with local changes"
-    return {"versions": versions, "commit": commit, "device": describe(device)}
-
-
-def git(*command):
-    """Return what git prints of this project; None without git, or outside a repository."""
-    command = ["git", "-C", Path(__file__).parent, *command]
+def commit():
+    """Return this project's commit; None without git, or outside a repository."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
+               "--abbrev=40", "--dirty= with local changes"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -5,7 +5,7 @@ import warnings
 import numpy
 import torch
 
-from engine import distributed
+from engine.distributed import gather, rank, share_buffers, wait
 from engine.errors import UserError, reading
 from engine.metrics import Metrics
 from utils import one_line, replacing
@@ -42,17 +42,20 @@ class TrainingState:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are "
                             "not finite: lower --lr; the last good checkpoint is kept")
-        distributed.share_buffers(self.model)
+        share_buffers(self.model)
+        on_gpu = self.device.type == "cuda"
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best,
             "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "arguments": self.arguments, "num_samples": self.num_samples,
             "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
-            "random_states": distributed.gather(random_state(self.device))}
-        if distributed.rank() == 0:
+            "random_states": gather({
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None})}
+        if rank() == 0:
             for name in ("model_best", "model_latest") if best else ("model_latest",):
                 save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", content)
-        distributed.wait()
+        wait()
 
     def restore(self, path, content, in_place):
         """Take over what load_checkpoint has read from `path`; UserError where it does not fit.
@@ -69,23 +72,14 @@ class TrainingState:
                 return
             self.metrics.load_state_dict(content["metrics"])
             states = content["random_states"]
-            if distributed.rank() < len(states):  # a process more than there were keeps its own
-                set_random_state(states[distributed.rank()], self.device)
+            if rank() < len(states):  # a process more than there were keeps its own
+                torch.set_rng_state(states[rank()]["torch"])
+                if self.device.type == "cuda" and states[rank()]["cuda"] is not None:
+                    torch.cuda.set_rng_state(states[rank()]["cuda"], self.device)
             saved = content["num_samples"]
         if self.metrics.steps and saved != self.num_samples:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
-
-
-def random_state(device):
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 # ---- files
@@ -156,9 +150,8 @@ IMPLEMENTATION = ("lr", "fused", "foreach", "capturable")
 def load_optimizer(optimizer, state, path):
     """Load an optimizer's state; UserError where it is another optimizer's or network's."""
     try:
-        own = [{name: group[name] for name in IMPLEMENTATION if name in group}
-               for group in optimizer.param_groups]
-        groups = [{**group, **mine} for group, mine in zip(state["param_groups"], own, strict=True)]
+        groups = [{**group, **{name: own[name] for name in IMPLEMENTATION if name in own}}
+                  for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)]
         optimizer.load_state_dict({**state, "param_groups": groups})
         for parameter, values in optimizer.state.items():
             for name, value in values.items():  # fused optimizers need one memory format
