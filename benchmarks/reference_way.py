@@ -4,7 +4,8 @@
 
 It takes train.py's flags. Bit-widths share nothing, in training and in evaluation; all is in
 float32, uncompiled and in the usual memory format; the optimizer is torch's default, not fused;
-images are transformed one by one; metrics are read at every step.
+images are transformed one by one; metrics are read at every step. On a GPU, convolutions round
+their operands to TF32, the published grid's too, as torch does where nothing is said.
 """
 import contextlib
 import sys
@@ -25,6 +26,7 @@ from engine.arguments import parse_flags  # noqa: E402
 from engine.errors import UsageError, run_program  # noqa: E402
 from engine.forward_pass import ForwardPass  # noqa: E402
 from engine.metrics import Metrics  # noqa: E402
+from models import quan_ops  # noqa: E402
 
 
 class ReferenceForwardPass(ForwardPass):
@@ -37,6 +39,7 @@ class ReferenceForwardPass(ForwardPass):
             raise UsageError("the reference way is float32, uncompiled: leave --precision and "
                              "--compile out")
         super().__init__(model, device)
+        torch.backends.cudnn.allow_tf32 = True  # torch's default
         self.memory_format = torch.contiguous_format
         model.to(memory_format=self.memory_format)
 
@@ -58,6 +61,7 @@ def make_optimizer(args, parameters):
 def patched():
     """Make the reference way of what train.py makes within this context."""
     with (patch.object(setup, "ForwardPass", ReferenceForwardPass),
+          patch.object(quan_ops, "low_precision", lambda x: False),
           patch.object(setup, "make_loader", partial(make_loader, in_memory=False)),
           patch.object(train, "make_optimizer", make_optimizer),
           patch.object(state, "Metrics", MetricsReadEveryStep)):

@@ -79,13 +79,15 @@ class Run:
     def seconds(self, loader):
         """Return how long an epoch with this loader takes."""
         tf32 = self.args.precision == "tf32"  # of the whole process: the other run sets it too
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32 or self.way == "reference"
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         self.state.metrics = type(self.state.metrics)(self.state.bit_widths, self.device)
         self.state.epoch += 1
         synchronize(self.device)
         start = time.perf_counter()
-        train.train_one_epoch(self.state, loader, self.forward_pass, self.args.loss, self.console,
-                              NEVER_SAVES, StopRequest())
+        with WAYS[self.way]():
+            train.train_one_epoch(self.state, loader, self.forward_pass, self.args.loss,
+                                  self.console, NEVER_SAVES, StopRequest())
         synchronize(self.device)
         return time.perf_counter() - start
 

@@ -1,6 +1,7 @@
 """How a network is computed: precision, memory format, compiled or not."""
 import contextlib
 import functools
+import warnings
 
 import torch
 
@@ -47,8 +48,13 @@ class ForwardPass:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             if hasattr(torch._functorch.config, "backward_pass_autocast"):
                 torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
-            self.compiled = torch.compile(forward_loss, dynamic=False, fullgraph=True,
-                                          backend=backend)
+            # BatchNorm's backward pass recomputes its input rather than keep it in float32.
+            options = {"realize_reads_threshold": 12, "realize_opcount_threshold": 100}
+            self.compiled = torch.compile(
+                forward_loss, dynamic=False, fullgraph=True, backend=backend,
+                options=options if backend == "inductor" and device.type == "cuda" else None)
+            # torch 2.11 advises TF32 at every compilation.
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         self.autocast = contextlib.nullcontext
         if precision == "bf16":
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)

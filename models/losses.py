@@ -55,26 +55,26 @@ def shared_computation(model, images, autocast=contextlib.nullcontext, shared=Tr
     if not shared:
         yield model, images
         return
-    gathered = []  # (tensor, the leaf that stands for it)
-
-    def share(tensor):
-        gathered.append((tensor, tensor.detach().requires_grad_(tensor.requires_grad)))
-        return gathered[-1][1]
-
-    network, x = model, images
+    network, x, stem, normalized = model, images, None, []
     layers = [layer for layer in model.modules() if isinstance(layer, quan_ops.Conv2dQ)]
     try:
         for layer in layers:
-            v, scale = quan_ops.normalize_weight(layer.weight)
-            layer.shared = share(v), scale
+            with torch.no_grad():  # normalized anew for the way back, so that less is kept
+                v, scale = quan_ops.normalize_weight(layer.weight)
+            layer.shared = v.requires_grad_(layer.weight.requires_grad), scale
+            normalized.append((layer.weight, v))
         if getattr(model, "shares_stem", False):
             with autocast():
-                network, x = model.body, model.stem(images)
-            x = share(x.to(torch.promote_types(x.dtype, torch.float32)))
+                network, stem = model.body, model.stem(images)
+            stem = stem.to(torch.promote_types(stem.dtype, torch.float32))
+            x = stem.detach().requires_grad_(stem.requires_grad)
         yield network, x
     finally:
         for layer in layers:
             layer.shared = None
-    reached = [(tensor, leaf.grad) for tensor, leaf in gathered if leaf.grad is not None]
-    if reached:
-        torch.autograd.backward(*zip(*reached))
+    if stem is not None and x.grad is not None:
+        stem.backward(x.grad)
+    while normalized:
+        weight, v = normalized.pop()
+        if v.grad is not None:
+            quan_ops.normalize_weight(weight)[0].backward(v.grad)

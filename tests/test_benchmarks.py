@@ -10,6 +10,7 @@ from engine import setup
 from engine.arguments import parse_flags
 from engine.errors import UsageError
 from engine.run_folder import read_metrics
+from models import quan_ops
 from runs import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -48,6 +49,17 @@ def test_the_two_ways(way, loader, shared, fused):
              for weight in run.state.model.parameters()]
     assert all(usual) is not shared
     assert setup.make_loader is reference_way.make_loader  # nothing stays patched
+
+
+def test_the_reference_way_on_a_gpu_is_the_published_grid_in_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = []
+    monkeypatch.setattr(train, "train_one_epoch", lambda *args: found.append(
+        (torch.backends.cudnn.allow_tf32, quan_ops.low_precision(torch.ones(1)))))
+    run = Run(OPTIONS, "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        run.steps(1)
+    assert found == [(True, False)]
 
 
 def test_the_reference_way_has_one_precision():
