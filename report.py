@@ -9,119 +9,108 @@ import os
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.arguments import OneLineParser
+from engine.arguments import DEFAULTS, OF_SCHEDULE, OneLineParser
 from engine.errors import UserError, run_program
-from engine.figures import (COLOURS, best_of_each, best_record, new_figure, plot_by_width,
-                            save_figure)
+from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
 from engine.run_folder import read_metrics
 from utils import flag_text, one_line, replacing
 
-# Arguments that do not make another configuration.
-NOT_CONFIGURATION = {"seed", "results_dir", "resume", "start_epoch", "device", "workers", "timeout",
-                     "print_freq", "save_every", "data_dir", "save_calibrated", "compile"}
-# What older runs had, and had no argument for.
-DEFAULTS_LATER = [("train_fraction", 1.0), ("precision", "fp32")]
-# Those that an evaluation depends on.
-OF_EVALUATION = {"dataset", "train_split", "model", "width", "all_conv", "bit_width_list", "loss",
-                 "evaluate", "calibrate", "checkpoint", "precision"}
-COLUMNS = ("dataset", "model", "configuration", "seed", "bits", "top1", "top5", "loss", "results")
+# Arguments that set no runs apart, or are told by a run's name; and those that set no evaluations.
+NOT_SETTINGS = {"dataset", "model", "evaluate", "loss", "bit_width_list", "calibrate", "seed",
+                "results_dir", "resume", "start_epoch", "device", "workers", "timeout",
+                "print_freq", "save_every", "data_dir", "save_calibrated", "compile"}
+NOT_OF_EVALUATION = {"pretrain", "train_fraction", "sync_bn", *OF_SCHEDULE}
+EPOCHS = {  # of --epoch: what is told of it, and its values per bit-width
+    "last": ("last epoch", lambda history: history[-1]["val"]),
+    "checkpoint": ("best checkpoint", lambda history: best_record(history)["val"]),
+    "best": ("best epoch of each bit-width", best_of_each),
+}
+
+
+class Run(NamedTuple):
+    folder: str
+    kind: tuple  # data set, model, whether it is an evaluation
+    name: str
+    bit_widths: str  # that it was trained at; of dedicated ones all are alike
+    settings: dict  # argument: text, of whatever else may set it apart
+    seed: int
+    history: list  # records of metrics.jsonl; of an evaluation a single one
 
 
 def load_run(folder):
-    """Return (arguments, records) of a results folder; an evaluation is a single record.
-
-    Two more arguments say what an accuracy is of: "checkpoint" of an evaluation, "done" of a run
-    that has not ended. Raises UserError where it is no results folder, or has no finished epoch.
-    """
-    folder = Path(folder)
+    """Return the Run of a results folder; UserError where it is none or has no finished epoch."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        arguments = config["arguments"]
-        if arguments.get("evaluate"):
-            results = json.loads((folder / "evaluation.json").read_text())
+        config = json.loads(Path(folder, "config.json").read_text())
+        arguments = {**DEFAULTS, **config["arguments"]}  # of an older run some are missing
+        bit_widths = config["arguments"]["bit_width_list"]
+        name = f"any, {arguments['loss']}" if len(bit_widths) > 1 else "dedicated"
+        if arguments["evaluate"]:
+            results = json.loads(Path(folder, "evaluation.json").read_text())
             history = [{"val": {int(bits): values for bits, values in results.items()}}]
-            arguments["checkpoint"] = Path(config["checkpoint"]).name.split(".")[0]
+            name += f", trained at {flag_text(bit_widths)}"
+            if arguments["calibrate"] is not None:
+                name += f", calibrate {arguments['calibrate']}"
+            name += f", {Path(config['checkpoint']).name.split('.')[0]} evaluated"
         else:
-            history = read_metrics(folder / "metrics.jsonl")
+            history = read_metrics(Path(folder, "metrics.jsonl"))
             if history and history[-1]["epoch"] < arguments["epochs"]:
-                arguments["done"] = f"{history[-1]['epoch']} of {arguments['epochs']} epochs"
-        configuration(arguments)  # fails here where the arguments are not those of a run
+                name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} is not a results folder of train.py ({one_line(error)})") from None
     if not history:
         raise UserError(f"{folder} has no finished epoch yet: leave it out, or let it go on")
-    return arguments, history
+    told = NOT_SETTINGS | (NOT_OF_EVALUATION if arguments["evaluate"] else set())
+    settings = {argument: flag_text(value) for argument, value in sorted(arguments.items())
+                if value is not None and value is not False and argument not in told}
+    kind = arguments["dataset"], arguments["model"], arguments["evaluate"]
+    return Run(str(folder), kind, name, flag_text(bit_widths) if len(bit_widths) > 1 else "all",
+               settings, arguments["seed"], history)
 
 
-def configuration(arguments):
-    """Return what repetitions have in common, as do dedicated models of any bit-width."""
-    evaluation = arguments.get("evaluate")
-    chosen = {name: value for name, value in arguments.items()
-              if value is not None and value is not False and (name, value) not in DEFAULTS_LATER
-              and (name in OF_EVALUATION if evaluation else name not in NOT_CONFIGURATION)}
-    if not {"dataset", "model", "loss", "bit_width_list"} <= chosen.keys():
-        raise KeyError("arguments of a run")
-    if len(chosen["bit_width_list"]) == 1:
-        chosen["loss"] = "dedicated"
-        if not evaluation:
-            chosen["bit_width_list"] = "all"
-    return tuple(sorted((name, flag_text(value)) for name, value in chosen.items()))
-
-
-def labels(configurations):
-    """Return {configuration: name}: as published, and whatever else sets it apart."""
-    names, kind = {}, ("dataset", "model", "evaluate")
-    told = ("loss", "bit_width_list", "done", "checkpoint", "calibrate")
-    for key in configurations:
-        ours = dict(key)
-        peers = [peer for peer in map(dict, configurations)
-                 if all(peer.get(name) == ours.get(name) for name in kind)]
-        varying = [f"{name} {value}" for name, value in ours.items()
-                   if name not in told and len({peer.get(name) for peer in peers}) > 1]
-        parts = ["dedicated" if ours["loss"] == "dedicated" else f"any, {ours['loss']}"]
-        if "evaluate" in ours:  # one network at several bit-widths, trained at those of its list
-            parts.append(f"trained at {ours['bit_width_list']}")
-            parts += [f"calibrate {ours['calibrate']}"] if "calibrate" in ours else []
-            parts.append(f"{ours['checkpoint']} evaluated")
-        names[key] = ", ".join([*parts, *varying, *([ours["done"]] if "done" in ours else [])])
-    return {key: f"{name} ({dict(key)['bit_width_list']})" if list(names.values()).count(name) > 1
-            else name for key, name in names.items()}  # alike but for their bit-widths
+def names_of(runs):
+    """Return the runs' names, with whatever else sets each apart from those of its kind."""
+    names = []
+    for run in runs:
+        peers = [peer for peer in runs if peer.kind == run.kind]
+        varying = [f"{argument} {value}" for argument, value in run.settings.items()
+                   if len({peer.settings.get(argument) for peer in peers}) > 1]
+        alike = {peer.bit_widths for peer in peers
+                 if (peer.name, peer.settings) == (run.name, run.settings)}
+        names.append(", ".join([run.name, *varying])
+                     + (f" ({run.bit_widths})" if len(alike) > 1 else ""))
+    return names
 
 
 def read_runs(folders):
-    """Return ([(folder, arguments, history)], [why another folder is left out])."""
-    runs, left_out, seen = [], [], {}
+    """Return ([Run], [why another folder is left out])."""
+    runs, left_out = [], []
     for folder in filter(os.path.isdir, folders):  # a shell's results/* names our own files too
         try:
-            arguments, history = load_run(folder)
+            run = load_run(folder)
         except UserError as error:
             left_out.append(str(error))
             continue
-        key = configuration(arguments), arguments["seed"], *sorted(history[-1]["val"])
-        if key in seen:
-            left_out.append(f"{folder} repeats seed {arguments['seed']} of {seen[key]}")
+        same = [other.folder for other in runs if other[1:-1] == run[1:-1]
+                and other.history[-1]["val"].keys() == run.history[-1]["val"].keys()]
+        if same:
+            left_out.append(f"{folder} repeats seed {run.seed} of {same[0]}")
         else:
-            seen[key] = folder
-            runs.append((folder, arguments, history))
+            runs.append(run)
     if not runs:
-        raise UserError(left_out[0] if left_out
-                        else f"{folders[0]} is not a results folder of train.py")
+        raise UserError([*left_out, f"{folders[0]} is not a results folder of train.py"][0])
     return runs, left_out
 
 
-def table_rows(runs, epoch):
-    """Return the rows of the CSV, by configuration, as dicts of COLUMNS."""
-    choose = {"last": lambda history: history[-1]["val"], "best": best_of_each,
-              "checkpoint": lambda history: best_record(history)["val"]}[epoch]
-    names = labels(dict.fromkeys(configuration(arguments) for _, arguments, _ in runs))
-    return [dict(zip(COLUMNS, (
-        arguments["dataset"], arguments["model"], name, arguments["seed"], bits, values["top1"],
-        values["top5"], values["loss"], str(folder))))
-        for key, name in names.items()
-        for folder, arguments, history in runs if configuration(arguments) == key
-        for bits, values in sorted(choose(history).items())]
+def table_rows(runs, values_of):
+    """Return the rows of the CSV as dicts; values_of: a run's history -> {bits: values}."""
+    return [{"dataset": run.kind[0], "model": run.kind[1], "configuration": name,
+             "seed": run.seed, "bits": bits, "top1": values["top1"], "top5": values["top5"],
+             "loss": values["loss"], "results": run.folder}
+            for run, name in zip(runs, names_of(runs))
+            for bits, values in sorted(values_of(run.history).items())]
 
 
 def panels(rows):
@@ -138,19 +127,20 @@ def markdown(rows, which):
     """Return the tables, one a data set and model."""
     text = []
     for title, widths, configurations in panels(rows):
-        counts = sorted({len(v) for cells in configurations.values() for v in cells.values()})
-        runs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        counts = {len(values) for cells in configurations.values() for values in cells.values()}
+        runs = " to ".join(map(str, sorted({min(counts), max(counts)})))
         text += [f"{title}: val top-1 (%) of the {which}, mean ± standard deviation, {runs} "
-                 f"run{'s' if counts[-1] > 1 else ''} a cell", "",
+                 f"run{'s' if max(counts) > 1 else ''} a cell", "",
                  f"| model | {' | '.join(map(str, widths))} |", "|---" * (len(widths) + 1) + "|"]
-        for name, cells in configurations.items():
-            texts = [cell_text(cells[bits]) if bits in cells else "" for bits in widths]
-            text.append(f"| {name} | {' | '.join(texts)} |")
+        text += [f"| {name} | {' | '.join(cell_text(cells.get(bits)) for bits in widths)} |"
+                 for name, cells in configurations.items()]
         text.append("")
     return "\n".join(text)
 
 
 def cell_text(values):
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
@@ -160,10 +150,10 @@ def save_comparison_figure(path, rows):
     drawn = panels(rows)
     figure, axes = new_figure(len(drawn))
     for axis, (title, widths, configurations) in zip(axes, drawn):
-        for index, (name, cells) in enumerate(configurations.items()):
+        for name, cells in configurations.items():
             spread = {bits: statistics.stdev(v) for bits, v in cells.items() if len(v) > 1}
             plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in cells.items()},
-                          spread, color=COLOURS[index % len(COLOURS)], label=name)
+                          spread, label=name)
         axis.set_title(title)
         axis.legend()
     save_figure(figure, path)
@@ -172,7 +162,7 @@ def save_comparison_figure(path, rows):
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
-    parser.add_argument("--epoch", choices=("last", "checkpoint", "best"), default="last",
+    parser.add_argument("--epoch", choices=EPOCHS, default="last",
                         help="report the last epoch, that of model_best (best top-1 of the highest "
                              "bit-width), or the best epoch of each bit-width by itself")
     parser.add_argument("--output", default="results/report", metavar="PATH",
@@ -183,19 +173,19 @@ def parse_args(argv=None):
 def main(args):
     """Print the table; write it, the picture and the numbers."""
     runs, left_out = read_runs(args.results)
-    rows = table_rows(runs, args.epoch)
-    which = {"last": "last epoch", "checkpoint": "best checkpoint",
-             "best": "best epoch of each bit-width"}[args.epoch]
-    evaluations = [bool(arguments.get("evaluate")) for _, arguments, _ in runs]
-    if any(evaluations):
-        which = ("evaluated checkpoint" if all(evaluations)
-                 else f"{which}, or the checkpoint that was evaluated")
+    which, values_of = EPOCHS[args.epoch]
+    rows = table_rows(runs, values_of)
+    evaluated = {run.kind[2] for run in runs}
+    if evaluated == {True}:
+        which = "evaluated checkpoint"
+    elif True in evaluated:
+        which += ", or the checkpoint that was evaluated"
     table = markdown(rows, which)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with replacing(f"{args.output}.md") as temporary:
         temporary.write_text(table)
     with replacing(f"{args.output}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     save_comparison_figure(f"{args.output}.png", rows)

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reference_way import PROGRAMS, ROOT  # first: the project's modules are found through it
 from trainings import WAYS, Run, flags, synchronize
 
-from engine.arguments import OneLineParser, device_name, number
+from engine.arguments import OneLineParser, number
 from engine.device import choose_device, describe
 from engine.errors import run_program
 from engine.forward_pass import PRECISIONS
@@ -196,7 +196,7 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 1), help="unset: the recipe's, of resnet50q 64")
     add("--precision", choices=PRECISIONS, default="fp32")
     add("--compile", action="store_true")
-    add("--device", type=device_name, default="auto")
+    add("--device", default="auto")
     add("--workers", type=number(int, 0), default=0)
     add("--images", type=number(int, 1), default=1280, help="of an epoch")
     add("--epochs", type=number(int, 1), default=30, help="of a job")

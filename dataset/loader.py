@@ -1,9 +1,7 @@
 """Seeded batches on the device: from memory, or from workers that read and transform images."""
 import functools
-import os
 import signal
 
-import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,14 +22,12 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
     shuffled and augmented, as the loader's batch_sampler says, a ShuffledBatches. in_memory=False
     reads and transforms images one by one, the reference.
     """
-    row = DATASETS[name]
     batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
-    place = choose_place(dataset, name, device, rank) if in_memory and row.in_memory else None
-    if place:
+    if in_memory and DATASETS[name].in_memory:  # random transforms are drawn on the device
         still = Transformed(dataset, get_transform(name, train=False, normalized=False))
-        images, labels = read_arrays(still, workers)  # random transforms are drawn on the device
-        return InMemoryLoader(images.to(place), labels.to(place), name, device, batches, batch_size,
-                              rank, world_size, memory_format)
+        images, labels = read_arrays(still, workers)
+        return InMemoryLoader(images.to(device), labels.to(device), name, batches, batch_size, rank,
+                              world_size, memory_format)
     dataset = Transformed(dataset, get_transform(name, train, normalized=False))
     kwargs = {"batch_size": batch_size, "sampler": range(rank, len(dataset), world_size)}
     if train:
@@ -41,25 +37,6 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
         name, device, memory_format, dataset=dataset, generator=torch.Generator(),
         num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals, **kwargs)
-
-
-def choose_place(dataset, name, device, rank=0):
-    """Return where a data set's images lie, in half of the free memory: device, CPU or None.
-
-    Rank 0 says so where it is not the device.
-    """
-    needed = len(dataset) * 3 * DATASETS[name].image_size ** 2
-    host = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
-    if needed <= min(free, host) / 2:  # on the way to the device they pass through the CPU's memory
-        return device
-    place = torch.device("cpu") if device.type == "cuda" and needed <= host / 2 else None
-    if rank == 0:
-        where, free = (device, free) if place else ("the host", host)
-        done = "kept in host memory" if place else "read anew every epoch"
-        print(f"{name}: {needed / 2**20:.0f} MiB are more than half of what is free on {where} "
-              f"({free / 2**20:.0f} MiB): {done}")
-    return place
 
 
 def count_classes(name, *parts):
@@ -129,15 +106,11 @@ class ShuffledBatches:
         """Return the number of images in batch `step`, over all processes."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
-    def draw(self):
-        """Return the epoch's order, and a number below 2^62 per sample, (num_samples,) int64."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_samples, generator=generator)
-        return order, torch.randint(2**62, (self.num_samples,), generator=generator)
-
     def batches(self, device="cpu"):
-        """Yield the indices and the numbers of this process's batches, (n,) int64 on the device."""
-        order, seeds = (drawn.to(device) for drawn in self.draw())
+        """Yield indices and seeds, below 2^62, of this process's batches, (n,) int64 on device."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator).to(device)
+        seeds = torch.randint(2**62, (self.num_samples,), generator=generator).to(device)
         for step in range(self.start, self.stop):
             first = step * self.batch_size
             part = slice(first + self.rank, first + self.size(step), self.world_size)
@@ -162,50 +135,43 @@ def read_arrays(dataset, workers=0):
 def flipped_crops(images, indices, seeds, padding):
     """Flip images[indices] and crop them from a black padding, as seeds (n,) say: (n, H, W, 3)."""
     height, width = images.shape[1:3]
-    shifts = 2 * padding + 1
+    shifts, device = 2 * padding + 1, images.device
     flip, top, left = seeds % 2 == 1, seeds // 2 % shifts, seeds // (2 * shifts) % shifts
-    device = images.device
-    rows = top[:, None] - padding + torch.arange(height, device=device)  # (n, H)
-    columns = left[:, None] - padding + torch.arange(width, device=device)  # of the flipped image
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    row, column = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    crops = images[indices[:, None, None], row[:, :, None], column[:, None, :]]
-    inside = (rows == row)[:, :, None] & (columns == column)[:, None, :]
-    return crops * inside[..., None]
+    padded = torch.nn.functional.pad(images[indices], (0, 0, *[padding] * 4))
+    rows = top[:, None] + torch.arange(height, device=device)  # (n, H)
+    columns = left[:, None] + torch.arange(width, device=device)  # of the flipped image
+    columns = torch.where(flip[:, None], width + 2 * padding - 1 - columns, columns)
+    each = torch.arange(len(indices), device=device)[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]]
 
 
 class InMemoryLoader:
-    """Batches of images (N, H, W, 3) uint8 and labels (N,) that lie in memory, here or on `device`.
+    """Batches of images (N, H, W, 3) uint8 and labels (N,) that lie in a device's memory.
 
     batch_sampler, a ShuffledBatches, tells order and augmentation; without one all samples come in
     order, and a process gets every world_size-th.
     """
 
-    def __init__(self, images, labels, name, device, batch_sampler=None, batch_size=1, rank=0,
-                 world_size=1, memory_format=torch.channels_last):
-        self.images, self.labels, self.name, self.device = images, labels, name, device
+    def __init__(self, images, labels, name, batch_sampler=None, batch_size=1, rank=0, world_size=1,
+                 memory_format=torch.channels_last):
+        self.images, self.labels, self.name = images, labels, name
         self.batch_sampler, self.memory_format = batch_sampler, memory_format
-        if batch_sampler is None:
-            own = torch.arange(len(images), device=images.device)[rank::world_size]
-            self.indices = own.split(batch_size) if len(own) else ()
+        own = torch.arange(len(images), device=images.device)[rank::world_size]
+        self.indices = own.split(batch_size) if len(own) else ()
 
     def __len__(self):
-        return len(self.indices if self.batch_sampler is None else self.batch_sampler)
+        return len(self.batch_sampler or self.indices)
 
     def __iter__(self):
-        if self.batch_sampler is None:
-            batches, padding = ((indices, None) for indices in self.indices), None
-        else:
+        batches, padding = ((indices, None) for indices in self.indices), None
+        if self.batch_sampler:
             batches = self.batch_sampler.batches(self.images.device)
             padding = DATASETS[self.name].padding
         for indices, seeds in batches:
-            images, labels = self.images, self.labels[indices]
-            images = flipped_crops(images, indices, seeds, padding) if padding else images[indices]
-            images = images.permute(0, 3, 1, 2)
-            if images.device != self.device:
-                images, labels = (batch.pin_memory().to(self.device, non_blocking=True)
-                                  for batch in (images, labels))
-            yield normalize(images, self.name, self.memory_format), labels
+            images = (flipped_crops(self.images, indices, seeds, padding) if padding
+                      else self.images[indices])
+            images = normalize(images.permute(0, 3, 1, 2), self.name, self.memory_format)
+            yield images, self.labels[indices]
 
 
 class WorkerLoader(DataLoader):

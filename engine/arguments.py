@@ -26,12 +26,12 @@ def number(kind, least, most=2**31 - 1, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least < value <= most or value == least and not above):
-            allowed = f"above {least}" if above else f"from {least} up"
-            name, end = ("whole number", most) if kind is int else ("number", f"{most:g}")
-            raise ArgumentTypeError(
-                f"{text!r} is not allowed: give a {name} {allowed}, at most {end}")
-        return value
+        if least < value <= most or value == least and not above:
+            return value
+        name = "whole number" if kind is int else "number"
+        allowed = f"above {least}" if above else f"from {least} up"
+        raise ArgumentTypeError(
+            f"{text!r} is not allowed: give a {name} {allowed}, at most {most:.10g}")
     return parse
 
 
@@ -51,21 +51,6 @@ def epoch_list(text):
         raise ArgumentTypeError(
             f"{text!r} is not a list of rising epochs from 1 up, such as 100,150,180")
     return epochs
-
-
-def device_name(text):
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise ArgumentTypeError(
-            f"{text!r} does not exist: choose auto, cpu, cuda, or one GPU such as cuda:0")
-    return text
-
-
-def one_of(names):
-    def parse(text):
-        if text not in names:
-            raise ArgumentTypeError(f"{text!r} does not exist: choose from {', '.join(names)}")
-        return text
-    return parse
 
 
 def source(text):
@@ -97,49 +82,48 @@ def make_parser(description=None):
     parser = OneLineParser(description, epilog=(
         "--recipe FLAG...: all that follows counts where neither a flag nor a checkpoint says "
         "otherwise"))
-    for add_group in (add_method, add_schedule, add_sources, add_machine):
+    for add_group in (add_training, add_sources, add_machine):
         add_group(parser.add_argument)
     return parser
 
 
-def add_method(add):
+def add_training(add):
+    def add_choice(flag, names, default, told=""):
+        add(flag, choices=names, default=default, metavar="NAME", help=", ".join(names) + told)
+
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
-    add("--dataset", type=one_of(DATASETS), default="digits", metavar="NAME",
-        help=", ".join(DATASETS))
+    add_choice("--dataset", DATASETS, "digits")
     add("--train_split", "--train-split", metavar="SPLIT",
         help="split to train on; unset: train, for svhn train_extra")
     add("--train-fraction", type=number(float, 0, 1, above=True), default=1.0, metavar="X",
         help="train on this part of the training split, drawn by the seed; for short honest trials")
-    add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
-    add("--model", type=one_of(MODELS), default="svhnq", metavar="NAME", help=", ".join(MODELS))
+    add_choice("--model", MODELS, "svhnq")
     add("--width", type=number(int, 1), metavar="N", help=f"width multiplier; unset: {widths}")
     add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
         metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
-    add("--loss", type=one_of(LOSSES), default="recursive", metavar="NAME",
-        help="who teaches the lower bit-widths: hard (labels), soft (the highest), recursive (the "
-             "next higher)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-        help="of weights, data order, augmentation and dropout")
-
-
-def add_schedule(add):
+    add_choice("--loss", LOSSES, "recursive", ": by the labels, or taught by the highest "
+               "bit-width, or by the next higher")
     add("--epochs", type=number(int, 1), default=30, metavar="N", help="passes over the split")
     add("--start-epoch", type=number(int, 0), default=0, metavar="N",
         help="epochs taken as done, for the learning rate too; --resume sets it")
     add("--batch-size", type=number(int, 1), default=128, metavar="N",
         help="images a step, over all processes")
-    add("--optimizer", type=one_of(("adam", "sgd")), default="adam", metavar="NAME",
-        help="adam, or sgd (momentum 0.9)")
+    add_choice("--optimizer", ("adam", "sgd"), "adam", " (momentum 0.9)")
     add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, metavar="X",
         help="learning rate")
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
         help='epochs after which the learning rate is divided by 10; "" for never')
     add("--weight-decay", type=number(float, 0, 1e30), default=0.0, metavar="X",
         help="L2 penalty; 0 is off")
+    add_choice("--precision", PRECISIONS, "fp32",
+               ": of the convolutions' operands; all else stays in float32")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="of weights, data order, augmentation and dropout")
 
 
 def add_sources(add):
+    add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
     add("--pretrain", type=source, metavar="SOURCE",
         help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or "
              "a published name")
@@ -159,11 +143,9 @@ def add_sources(add):
 
 
 def add_machine(add):
-    add("--device", type=device_name, default="auto", metavar="NAME",
+    add("--device", default="auto", metavar="NAME",
         help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
-    add("--precision", type=one_of(PRECISIONS), default="fp32", metavar="NAME",
-        help=f"of the convolutions' operands: {', '.join(PRECISIONS)}; all else stays in float32")
-    add("--compile", action="store_true",
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; minutes to begin with")
     add("--workers", type=number(int, 0), default=0, metavar="N",
         help="processes that load data; 0 loads in this one")
@@ -225,9 +207,15 @@ def settle(flags, saved=None, guessed=None):
     given = dict(vars(flags))
     recipe = given.pop("recipe", {})
     args = Namespace(**{**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given})
-    data = DATASETS[args.dataset]
-    args.train_split = args.train_split or next(iter(data.val_split))
+    args.train_split = args.train_split or next(iter(DATASETS[args.dataset].val_split))
     args.width = args.width or DEFAULT_WIDTH[args.model]
+    check_settings(args)
+    return args
+
+
+def check_settings(args):
+    """Raise UsageError where the settings of a run do not go together."""
+    data, count = DATASETS[args.dataset], world_size()
     if args.train_split not in data.val_split:
         raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
                          f"choose from {', '.join(data.val_split)}")
@@ -241,18 +229,14 @@ def settle(flags, saved=None, guessed=None):
     if args.compile and args.sync_bn:
         raise UsageError("--sync-bn exchanges statistics within the network, which --compile "
                          "cannot: give one of them")
-    if not args.evaluate:
-        check_training(args)
-    return args
-
-
-def check_training(args):
-    if args.batch_size % world_size():
-        raise UsageError(f"--batch-size {args.batch_size} is that of all {world_size()} processes: "
-                         f"give a multiple of {world_size()}")
-    if world_size() > 1 and args.device.startswith("cuda:"):
-        raise UsageError(f"--device {args.device} is one GPU for {world_size()} processes: give "
-                         "cuda, each takes its own")
+    if args.evaluate:
+        return
+    if args.batch_size % count:
+        raise UsageError(f"--batch-size {args.batch_size} is that of all {count} processes: give "
+                         f"a multiple of {count}")
+    if count > 1 and args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device} is one GPU for {count} processes: give cuda, "
+                         "each takes its own")
     if max_restarts() and not args.results_dir and not args.resume:
         raise UsageError(f"--max-restarts {max_restarts()} goes on from the results folder after a "
                          "process died: name it with --results-dir")

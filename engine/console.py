@@ -14,43 +14,39 @@ class Console:
 
     def __init__(self, bit_widths, epochs, steps, print_freq, bar):
         self.bit_widths, self.epochs, self.steps = bit_widths, epochs, steps
-        self.print_freq, self.wants_bar = print_freq, bar
+        self.print_freq, self.shows_bar = print_freq, bar
         self.rows, self.started, self.bar = 0, time.monotonic(), None
 
     def step(self, epoch, metrics):
         """Tell of a step of `epoch`, counted from 0; at log points waits for the device."""
-        averages = metrics.averages() if metrics.steps % self.print_freq == 0 else None
-        if self.wants_bar:
-            if self.bar is None:
-                self.bar = tqdm(desc=f"epoch {epoch + 1}/{self.epochs}", total=self.steps,
-                                unit="step", initial=metrics.steps - 1, leave=False,
-                                file=sys.stdout)
-            self.bar.update()
-            if averages:
-                self.bar.set_postfix(loss=f"{mean_loss(averages):.4f}")
-        elif averages:
+        name = f"epoch {epoch + 1}/{self.epochs}"
+        if self.bar is None:
+            self.bar = tqdm(desc=name, total=self.steps, unit="step", initial=metrics.steps - 1,
+                            leave=False, file=sys.stdout, disable=not self.shows_bar)
+        self.bar.update()
+        if metrics.steps % self.print_freq:
+            return
+        averages = metrics.averages()
+        loss = f"loss {mean_loss(averages):.4f}"
+        self.bar.set_postfix_str(loss)
+        if not self.shows_bar:
             top1 = "  ".join(f"{bits}b {values['top1']:.2f}" for bits, values in averages.items())
-            log.info("epoch %d/%d  step %d/%d  loss %.4f  top-1 %s", epoch + 1, self.epochs,
-                     metrics.steps, self.steps, mean_loss(averages), top1)
+            log.info(f"{name}  step {metrics.steps}/{self.steps}  {loss}  top-1 {top1}")
 
     def row(self, record):
         """Tell of an epoch by its record of metrics.jsonl."""
-        if self.bar is not None:
+        if self.bar:
             self.bar.close()
             self.bar = None
         if self.rows == 0:
-            names = [f"{bits}b" for bits in self.bit_widths]
-            log.info(aligned("epoch", "lr", "loss", names, names, "images/s", "left"))
+            names = " ".join(f"{bits:>5}b" for bits in self.bit_widths)
+            log.info(f"{'epoch':>7} {'lr':>7} {'loss':>7} | train {names} | val {names} | "
+                     f"{'images/s':>8} {'left':>8}")
         self.rows += 1
         left = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
-        train, val = ([f"{record[part][bits]['top1']:.2f}" for bits in self.bit_widths]
+        train, val = (" ".join(f"{record[part][bits]['top1']:6.2f}" for bits in self.bit_widths)
                       for part in ("train", "val"))
-        log.info(aligned(f"{record['epoch']}/{self.epochs}", f"{record['lr']:.2g}",
-                         f"{mean_loss(record['train']):.4f}", train, val,
-                         f"{record['images_per_second']:.0f}",
-                         str(datetime.timedelta(seconds=round(left)))))
-
-
-def aligned(epoch, lr, loss, train, val, speed, left):
-    train, val = (" ".join(f"{cell:>6}" for cell in cells) for cells in (train, val))
-    return f"{epoch:>7} {lr:>7} {loss:>7} | train {train} | val {val} | {speed:>8} {left:>8}"
+        epoch = f"{record['epoch']}/{self.epochs}"
+        log.info(f"{epoch:>7} {record['lr']:7.2g} {mean_loss(record['train']):7.4f} | train {train}"
+                 f" | val {val} | {record['images_per_second']:8.0f} "
+                 f"{datetime.timedelta(seconds=round(left))!s:>8}")

@@ -3,30 +3,28 @@ import os
 import platform
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
-from utils import one_line
+from engine.errors import UsageError, UserError
 
 
 def choose_device(name):
     """Return the device called `name`: auto, cpu, cuda or cuda:i.
 
     auto and cuda take the GPU with the most free memory; of several processes, each takes the GPU
-    of its number. Raises UserError where there is no such GPU.
+    of its number. Raises UsageError for another name, UserError where there is no such GPU.
     """
-    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(f"device {name} is not here: torch sees no CUDA GPU; choose cpu or auto")
-    if name in ("auto", "cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name!r} does not exist: choose auto, cpu, cuda, or one GPU "
+                         "such as cuda:0")
+    present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name in ("auto", "cuda") and len(present) > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK') or freest_gpu()}"
-    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    name = "cpu" if name == "auto" else name
     if name not in present:
-        raise UserError(f"device {name} is not here: choose from {', '.join(present)}, cpu, auto")
+        raise UserError(f"device {name} is not here: choose auto or one of {', '.join(present)}")
     return torch.device(name)
 
 
@@ -56,19 +54,3 @@ def describe(device):
     found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     name = found[1] if found else platform.processor() or platform.machine()
     return f"cpu: {name}, {torch.get_num_threads()} threads"
-
-
-def missing_compiler(device):
-    """Return why torch.compile does not work here, or None where it does. Takes seconds."""
-    import torch._inductor.config  # only here, as it takes its time
-
-    try:
-        # Without caches: what was compiled before tells nothing. torch warns that they are off.
-        with warnings.catch_warnings(), torch._inductor.config.patch(force_disable_caches=True):
-            warnings.simplefilter("ignore")
-            torch.compile(lambda x: (x + 1).sin())(torch.zeros(64, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, no permission for the cache
-        return one_line(error)
-    finally:
-        torch._dynamo.reset()
-    return None

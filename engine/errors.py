@@ -87,7 +87,11 @@ def run_program(main, parse):
 def explained(error):
     """Return what to do about a RuntimeError of torch, or raise it again."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return f"out of memory: lower --batch-size or --width ({one_line(error)})"
+        return (f"out of memory ({one_line(error)}): lower --batch-size or --width, or for a large "
+                "data set --train-fraction")
     if "DataLoader worker" in str(error):
         return f"{one_line(error)}: it may have run out of memory, lower --workers"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return (f"--compile needs a compiler that works here ({one_line(error)}): leave it out, or "
+                "where a run goes on, pass --no-compile")
     raise error

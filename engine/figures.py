@@ -3,10 +3,6 @@ from matplotlib.figure import Figure  # without pyplot: no display is asked for
 
 from utils import replacing
 
-# Told apart by colour-blind readers too (Okabe and Ito), then by whoever can.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999",
-           "#6a3d9a"]
-
 
 def best_record(history):
     """Return the epoch of model_best: the first with the best top-1 of the highest bit-width."""
@@ -23,14 +19,14 @@ def best_of_each(history):
 def best_and_last(history):
     """Return the closing table of a run: val top-1 per bit-width."""
     best, last = best_record(history), history[-1]
-    rows = [("val top-1 (%), by bits", sorted(last["val"]))]
-    for label, values in (("best epoch of each", best_of_each(history)),
-                          (f"best checkpoint (epoch {best['epoch']})", best["val"]),
-                          (f"last (epoch {last['epoch']})", last["val"])):
-        rows.append((label, [f"{values[bits]['top1']:.2f}" for bits in sorted(values)]))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:{width}} {' '.join(f'{cell:>6}' for cell in cells)}"
-                     for label, cells in rows)
+    rows = [("best epoch of each", best_of_each(history)),
+            (f"best checkpoint (epoch {best['epoch']})", best["val"]),
+            (f"last (epoch {last['epoch']})", last["val"])]
+    lines = [f"{'val top-1 (%), by bits':30} {' '.join(f'{bits:>6}' for bits in rows[0][1])}"]
+    for label, values in rows:
+        cells = " ".join(f"{values[bits]['top1']:6.2f}" for bits in rows[0][1])
+        lines.append(f"{label:30} {cells}")
+    return "\n".join(lines)
 
 
 def evaluation_table(results, trained):
@@ -44,37 +40,31 @@ def evaluation_table(results, trained):
 
 def save_training_figure(path, history, title):
     """Draw a run's val top-1 against bit-width, and against epoch per bit-width, as PNG."""
-    figure, (by_width, by_epoch) = new_figure(2)
+    figure, (by_width, by_epoch) = new_figure(2, title)
     widths = sorted(history[0]["val"])
     for name, record in (("best checkpoint,", best_record(history)), ("last", history[-1])):
         plot_by_width(by_width, widths, {bits: record["val"][bits]["top1"] for bits in widths},
                       label=f"{name} epoch {record['epoch']}")
-    by_width.legend()
-    for bits, colour in zip(widths, COLOURS):
+    for bits in widths:
         by_epoch.plot([record["epoch"] for record in history],
-                      [record["val"][bits]["top1"] for record in history], color=colour,
-                      marker="." if len(history) < 3 else None,
-                      label=f"{bits} bit{'s' * (bits > 1)}")
+                      [record["val"][bits]["top1"] for record in history], marker=".",
+                      label=f"{bits}-bit")
     by_epoch.set(xlabel="epoch", ylabel="val top-1 (%)")
-    # The first third would press all that follows into one line.
-    settled = [values["top1"] for record in history[len(history) // 3:]
-               for values in record["val"].values()]
-    by_epoch.set_ylim(max(0, min(settled) - 2), min(100.5, max(settled) + 1))
+    by_width.legend()
     by_epoch.legend()
-    figure.suptitle(title)
     save_figure(figure, path)
 
 
 def save_evaluation_figure(path, results, title):
     """Draw an evaluation's top-1 against bit-width, as PNG."""
-    figure, (axis,) = new_figure(1)
+    figure, (axis,) = new_figure(1, title)
     plot_by_width(axis, sorted(results), {bits: value["top1"] for bits, value in results.items()})
-    axis.set_title(title)
     save_figure(figure, path)
 
 
-def new_figure(columns):
+def new_figure(columns, title=None):
     figure = Figure(figsize=(6 * columns, 4.5), layout="constrained")
+    figure.suptitle(title)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.3)

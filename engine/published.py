@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -27,10 +26,9 @@ def find_checkpoint(source, *names):
     """
     path = Path(source)
     if path.is_dir():
-        for name in names:
-            for candidate in (path / "ckpt" / name, path / name):
-                if candidate.is_file():
-                    return candidate
+        for candidate in (path / place / name for name in names for place in ("ckpt", "")):
+            if candidate.is_file():
+                return candidate
         raise UserError(
             f"{path} holds no checkpoint: looked there and in its ckpt/ for {', '.join(names)}")
     if path.exists():
@@ -60,12 +58,9 @@ def download(url, name):
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:
-            file = Path(place, path.name)  # torch.hub may leave parts behind
-            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
-            load_checkpoint(file)
-            with replacing(path) as temporary:
-                file.rename(temporary)
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
+            load_checkpoint(temporary)
     except UserError:  # a page that says why not, or a file cut short
         raise UserError(f"what {url} sends is not a whole checkpoint: try again, or fetch it with "
                         "a browser and give its path") from None

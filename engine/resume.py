@@ -9,11 +9,7 @@ from engine.state import load_checkpoint
 from models import MODELS, check_bit_widths, saved_bit_widths
 from utils import flag_text
 
-# What --resume cannot change, or it would be another run.
-FIXED_ON_RESUME = ("model", "width", "all_conv", "bit_width_list", "dataset", "train_split", "loss",
-                   "optimizer", "lr", "lr_decay", "weight_decay", "batch_size", "seed", "sync_bn",
-                   "train_fraction", "precision")
-# What the same command may change: where and how fast it runs, and what it tells.
+# What the same command may change: where and how fast a run computes, and what it tells.
 OF_THE_MACHINE = ("results_dir", "device", "compile", "workers", "timeout", "save_every",
                   "print_freq", "data_dir")
 # What an evaluation takes from its checkpoint where no flag sets it; the network's must agree.
@@ -40,9 +36,9 @@ def resolve(flags):
     if given.evaluate:
         return resolve_evaluation(flags, given)
     latest = Path(given.results_dir or "", "ckpt", NAMES[0])
-    own = (latest, latest.parent, latest.parent.parent)  # what --resume may call it
-    if given.results_dir and latest.exists() and not (
-            given.resume and Path(given.resume).resolve() in [path.resolve() for path in own]):
+    own = latest.resolve()
+    resumed = given.resume and Path(given.resume).resolve() in (own, own.parent, own.parent.parent)
+    if given.results_dir and latest.exists() and not resumed:
         return resolve_same_command(flags, Checkpoint(latest, in_place=True))
     if not given.resume:
         return settle(flags), None
@@ -58,8 +54,8 @@ def resolve_resumed(flags, source, checkpoint):
     """--resume: what no flag sets is the saved run's; UsageError for a flag that must stay."""
     content, given = checkpoint.content, dict(vars(flags))
     with reading(checkpoint.path):
-        for name, kind in (("epoch", int), ("best_prec1", object), ("optimizer", dict)):
-            if name not in content or not isinstance(content[name], kind):
+        for name, kind in (("epoch", int), ("optimizer", dict)):
+            if not isinstance(content.get(name), kind):
                 raise UserError(f"{source} holds no {name} to go on with: start a new run from it "
                                 "with --pretrain")
         saved, guessed = saved_arguments(flags, checkpoint)
@@ -68,7 +64,7 @@ def resolve_resumed(flags, source, checkpoint):
         if untold:
             raise UsageError(f"--resume {source} does not tell how it was trained: give "
                              f"{', '.join(untold)}, or start a new run from it with --pretrain")
-        changed = differences(saved, given, FIXED_ON_RESUME)
+        changed = differences(saved, given, ("resume", "epochs", "start_epoch"))
         if changed:
             raise UsageError(f"--resume {source} goes on with the run as it was started, but "
                              f"{'; '.join(changed)}: leave these flags out, or start a new run "
@@ -90,16 +86,17 @@ def resolve_same_command(flags, checkpoint):
         ours = vars(flags)  # with --resume, what they leave open came from the run it names
         if not ours.get("resume"):
             ours = {**vars(settle(flags)), "resume": saved["resume"]}
-        changed = differences(saved, ours, [name for name in ours if name not in OF_THE_MACHINE])
+        changed = differences(saved, ours)
     if changed:
         raise UserError(f"{folder} holds a run already, and {'; '.join(changed)}: go on with it by "
                         f"--resume {folder}, or choose another folder with --results-dir")
     return resolve_resumed(flags, folder, checkpoint)
 
 
-def differences(saved, ours, names):
-    return [f"{flag_name(name)} was {flag_text(saved[name])} and is now {flag_text(ours[name])}"
-            for name in names if name in saved and name in ours and saved[name] != ours[name]]
+def differences(saved, ours, free=()):
+    return [f"{flag_name(name)} was {flag_text(saved[name])} and is now {flag_text(value)}"
+            for name, value in ours.items() if name not in (*OF_THE_MACHINE, *free)
+            and name in saved and saved[name] != value]
 
 
 def saved_arguments(flags, checkpoint):
@@ -137,7 +134,6 @@ def resolve_evaluation(flags, given):
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     unknown = [bits for bits in args.bit_width_list if bits not in trained]
     if unknown and args.calibrate is None:
-        were = "was" if len(unknown) == 1 else "were"
-        raise UsageError(f"{flag_text(unknown)} bits {were} not trained; choose from "
+        raise UsageError(f"{flag_text(unknown)} bits were not trained; choose from "
                          f"{flag_text(trained)}, or pass --calibrate N")
     return args, checkpoint

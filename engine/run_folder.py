@@ -41,21 +41,16 @@ class RunFolder:
 
     def open(self, results_dir, name, in_place):
         folder, count = Path(results_dir or f"results/{name}"), 1
-        metrics = folder / "metrics.jsonl"
-        if results_dir and not in_place and (
-                any(folder.glob("ckpt/*.pth.tar")) or (folder / "evaluation.json").exists()
-                or metrics.exists() and metrics.stat().st_size > 0):
+        kept = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl")
+        if results_dir and not in_place and any(
+                path.stat().st_size for pattern in kept for path in folder.glob(pattern)):
             raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
                             f"{ANOTHER}")
+        while not results_dir and folder.exists():
+            count += 1
+            folder = Path(f"results/{name}_{count}")
         try:
-            while not results_dir:
-                try:
-                    folder.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    count += 1
-                    folder = Path(f"results/{name}_{count}")
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=bool(results_dir))
             self.lock = lock(folder)
             file = logging.FileHandler(folder / f"log_{socket.gethostname()}.txt")  # appends
         except OSError as error:

@@ -4,7 +4,6 @@ from torch.utils.data import Subset
 
 from dataset.data import DATASETS, get_dataset
 from dataset.loader import make_loader
-from engine.device import missing_compiler
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UserError
 from engine.forward_pass import ForwardPass
@@ -52,12 +51,9 @@ def synchronize_batch_norm(model, device):
 
 
 def make_forward_pass(args, model, device):
-    """Return the ForwardPass that args ask for; says so where --compile does not work here."""
-    reason = missing_compiler(device) if args.compile else None
-    if reason and rank() == 0:
-        print(f"--compile needs a compiler that works here, and is left out: {reason}")
-    batch_size = images_per_process(args) if args.compile and not reason else None
-    return ForwardPass(model, device, args.precision, batch_size)
+    """Return the ForwardPass that args ask for."""
+    return ForwardPass(model, device, args.precision,
+                       images_per_process(args) if args.compile else None)
 
 
 def make_optimizer(args, parameters):

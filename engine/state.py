@@ -127,19 +127,16 @@ def load_checkpoint(path):
 def load_weights(model, state_dict, path):
     """Load every entry; UserError naming those that are missing, unexpected or of another shape."""
     own = model.state_dict()
-    odd_shapes = sorted(key for key in own.keys() & state_dict.keys()
-                        if own[key].shape != getattr(state_dict[key], "shape", None))
     problems = {"missing": sorted(own.keys() - state_dict.keys()),
                 "unexpected": sorted(state_dict.keys() - own.keys()),
-                "of another shape": odd_shapes}
+                "of another shape": sorted(
+                    key for key in own.keys() & state_dict.keys()
+                    if own[key].shape != getattr(state_dict[key], "shape", None))}
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
                          for what, keys in problems.items() if keys)
-        if odd_shapes == ["fc.bias", "fc.weight"]:
-            count = len(state_dict["fc.bias"])
-            told += f"; it has {count} classes: choose data with the same ones"
-        raise UserError(f"{path} does not fit the model: {told}; check --model, --width and "
-                        "--bit_width_list")
+        raise UserError(f"{path} does not fit the model: {told}; check --model, --width, "
+                        "--bit_width_list and, by its classes, --dataset")
     model.load_state_dict(state_dict)
 
 

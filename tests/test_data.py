@@ -1,6 +1,5 @@
 """Every data set from small files in its real format; seeded batches, in memory or not."""
 import random
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,10 +10,10 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 import tiny_data
-from dataset import data as data_room, loader as loader_room
+from dataset import data as data_room
 from dataset.data import DATASETS, DataError, data_paths, get_dataset, get_transform
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
-                            choose_place, flipped_crops, make_loader, read_arrays)
+                            flipped_crops, make_loader, read_arrays)
 from engine.arguments import parse_flags, settle
 from engine.setup import make_val_loader
 
@@ -340,7 +339,7 @@ def test_flips_and_crops_in_memory_are_drawn_as_those_per_sample():
     assert len(views) == 162
     count = 162 * 100
     batches = ShuffledBatches(count, count, 0)
-    _, seeds = batches.draw()
+    (_, seeds), = batches.batches()
     indices = torch.zeros(count, dtype=torch.int64)
     crops = flipped_crops(torch.from_numpy(pixels), indices, seeds, padding=4)
     seen = numpy.array([views[crop.numpy().tobytes()] for crop in crops])
@@ -364,39 +363,15 @@ def test_batches_from_memory_are_a_function_of_seed_and_epoch(tiny_cifar10):
     for rank in range(2):  # of two processes
         batches = ShuffledBatches(20, 5, 0, rank, 2)
         batches.epoch = 2
-        parts.append(list(InMemoryLoader(images, labels, "cifar10", CPU, batches)))
+        parts.append(list(InMemoryLoader(images, labels, "cifar10", batches)))
     for one, (whole, _) in enumerate(first):
         torch.testing.assert_close(parts[0][one][0], whole[0::2], rtol=0, atol=0)
         torch.testing.assert_close(parts[1][one][0], whole[1::2], rtol=0, atol=0)
 
 
-def test_data_larger_than_the_memory(tiny_cifar10, monkeypatch, capsys):
-    needed = 20 * 3 * 32 * 32
-    memory = {"free": 2 * needed, "available": 2 * needed}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 10**12))
-    monkeypatch.setattr(loader_room.psutil, "virtual_memory",
-                        lambda: SimpleNamespace(available=memory["available"]))
-    dataset, cuda = range(20), torch.device("cuda")
-    assert choose_place(dataset, "cifar10", cuda) == cuda and not capsys.readouterr().out
-    memory["free"] -= 1
-    assert choose_place(dataset, "cifar10", cuda) == CPU
-    told = capsys.readouterr().out
-    assert "are more than half of what is free on cuda" in told and told.count("\n") == 1
-    assert "kept in host memory" in told
-    memory["available"] -= 1
-    assert choose_place(dataset, "cifar10", cuda) is None
-    capsys.readouterr()
-    loader = loader_of("cifar10", tiny_cifar10)
-    assert "read anew every epoch" in capsys.readouterr().out
-    assert choose_place(dataset, "cifar10", cuda, rank=1) is None and not capsys.readouterr().out
-    assert isinstance(loader, WorkerLoader)
-    expected = epoch_of(loader_of("cifar10", tiny_cifar10, in_memory=False))
-    torch.testing.assert_close(epoch_of(loader), expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("rank", range(4))
 def test_fewer_images_than_processes(rank):
     images, labels = torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.tensor([3, 4])
-    loader = InMemoryLoader(images, labels, "mnist", CPU, rank=rank, world_size=4)
+    loader = InMemoryLoader(images, labels, "mnist", rank=rank, world_size=4)
     assert [labels.tolist() for _, labels in loader] == ([[3 + rank]] if rank < 2 else [])
     assert len(loader) == (rank < 2)

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from engine.device import choose_device
-from engine.errors import UserError
+from engine.errors import UsageError, UserError
 
 
 def fake_gpus(monkeypatch, free):
     """Let torch and gpustat tell of two GPUs, in opposite orders. free: MiB by UUID."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda index: SimpleNamespace(uuid="ab"[index]))
@@ -31,7 +30,7 @@ def test_named_devices(monkeypatch):
     fake_gpus(monkeypatch, {"a": 1, "b": 2})
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert choose_device("cpu") == torch.device("cpu")
-    told = "device cuda:2 is not here: choose from cuda:0, cuda:1, cpu, auto"
+    told = "device cuda:2 is not here: choose auto or one of cpu, cuda:0, cuda:1"
     with pytest.raises(UserError, match=told):
         choose_device("cuda:2")
 
@@ -48,8 +47,13 @@ def test_gpustat_that_cannot_tell(monkeypatch, capsys):
 
 
 def test_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_device("auto") == torch.device("cpu")
-    told = "device cuda is not here: torch sees no CUDA GPU; choose cpu or auto"
+    told = "device cuda is not here: choose auto or one of cpu"
     with pytest.raises(UserError, match=told):
         choose_device("cuda")
+
+
+def test_a_device_that_does_not_exist():
+    with pytest.raises(UsageError, match="--device 'gpu' does not exist: choose auto, cpu, cuda"):
+        choose_device("gpu")

@@ -1,5 +1,4 @@
 """Several processes as one run, on gloo: the same maths, samples, checkpoints; a death of one."""
-import contextlib
 import os
 import random
 import signal
@@ -7,8 +6,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from process_checks import DIGITS
@@ -77,7 +76,7 @@ def test_synchronised_batch_norm_is_torchs_on_gpus_and_refused_elsewhere():
 
 def test_evaluation_counts_every_image_once(found):
     assert found["seen"] == list(range(1001)) and found["batches"] == [6, 5]
-    loader = InMemoryLoader(*process_checks.images(), "cifar10", CPU, batch_size=100)
+    loader = InMemoryLoader(*process_checks.images(), "cifar10", batch_size=100)
     net = process_checks.model().float()
     alone = evaluate(net, ForwardPass(net, CPU), loader, process_checks.WIDTHS, CPU)
     for bits, values in alone.items():
@@ -180,20 +179,17 @@ def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_
 
 
 def workers(launcher):
-    """Return the trainings that a launcher has started and that are alive."""
-    found = []
-    for child in psutil.Process(launcher.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if "train.py" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+    """Return the ids of the trainings that a launcher has started and that are alive."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return {int(child) for child in children
+            if "train.py" in Path(f"/proc/{child}/cmdline").read_text()}
 
 
 def until_replaced(launcher, former):
     """Wait until the launcher has started as many other processes in the place of the former."""
     while launcher.poll() is None:
-        running = {worker.pid for worker in workers(launcher)}
-        if len(running) == len(former) and running.isdisjoint(worker.pid for worker in former):
+        running = workers(launcher)
+        if len(running) == len(former) and running.isdisjoint(former):
             return
         time.sleep(0.02)
 
@@ -213,7 +209,7 @@ def test_a_killed_worker_is_replaced_and_the_end_is_the_same(kills, undisturbed,
         until_saved(folder, process, 20 * kill // kills)
         time.sleep(moments.uniform(0, 0.1))
         running = workers(process)
-        moments.choice(running).kill()
+        os.kill(moments.choice(sorted(running)), signal.SIGKILL)
         until_replaced(process, running)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err

@@ -239,12 +239,14 @@ def test_digits_recipe_on_a_terminal_shows_a_bar(tmp_path, environment):
     assert load(tmp_path / "r")["epoch"] == 1
 
 
-def test_compile_without_a_compiler_goes_on_and_says_so(tmp_path, environment):
+def test_compile_without_a_compiler_is_one_line_and_the_run_goes_on_without(tmp_path, environment):
+    command = [sys.executable, ROOT / "train.py", *DIGITS, "--results-dir", tmp_path / "r"]
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *DIGITS, "--compile", "--results-dir", tmp_path / "r"],
+        [*command, "--compile"], capture_output=True, text=True,
         env={**environment, "PATH": str(tmp_path), "CC": "cc", "CXX": str(tmp_path / "none"),
-             "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    told, = [line for line in done.stdout.splitlines() if "--compile" in line]
-    assert told.startswith("--compile needs a compiler that works here, and is left out: ")
-    assert load(tmp_path / "r")["arguments"]["compile"] is True  # a resumed run asks again
+             "XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("train.py: error: --compile needs a compiler that works here (")
+    assert "leave it out, or where a run goes on, pass --no-compile" in done.stderr
+    assert run([*command[2:], "--no-compile"]) == 0
+    assert load(tmp_path / "r")["arguments"]["compile"] is False
