@@ -8,9 +8,6 @@ Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
     torchrun --standalone --nproc-per-node 4 train.py ...        # on four GPUs
     python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20
-
-The recipes (train_digits.sh, train_cifar10.sh, train_svhn.sh, train_imagenet.sh) call it with the
-paper's settings.
 """
 import bisect
 import shlex
@@ -170,21 +167,19 @@ def start(state, args, checkpoint):
 
 def tell_beginning(args, device, state, run, told, unset):
     loss = args.loss if len(args.bit_width_list) > 1 else "hard"
-    no_gpu = " (no GPU found)" if args.device == "auto" and device.type == "cpu" else ""
     several = f", {world_size()} processes" if world_size() > 1 else ""
-    log.info("%s on %s (%s), %s bits, %s loss, on %s%s%s", args.model, args.dataset,
-             args.train_split, flag_text(args.bit_width_list), loss, describe(device), no_gpu,
-             several)
+    log.info(f"{args.model} on {args.dataset} ({args.train_split}), "
+             f"{flag_text(args.bit_width_list)} bits, {loss} loss, on {describe(device)}{several}")
     if unset:
         defaults = [f"{flag_name(name)} {flag_text(getattr(args, name))}" for name in unset]
-        log.info("not set, so by default: %s", "  ".join(defaults))
+        log.info("not set, so by default: " + "  ".join(defaults))
     if told:
         log.info(told)
     if state.epoch > args.start_epoch or state.metrics.steps or args.resume:
-        log.info("resuming in %s: %d of %d epochs done%s", run.path, state.epoch, args.epochs,
-                 "" if state.epoch < args.epochs else ", nothing is left to train (--epochs)")
+        left = "" if state.epoch < args.epochs else ", nothing is left to train (--epochs)"
+        log.info(f"resuming in {run.path}: {state.epoch} of {args.epochs} epochs done{left}")
     else:
-        log.info("writing to %s", run.path)
+        log.info(f"writing to {run.path}")
 
 
 def learning_rate(lr, decay_epochs, epoch):

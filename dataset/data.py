@@ -82,19 +82,11 @@ def load_image(path):
 def open_downloadable(kind, root, **split):
     """Open a torchvision data set, verified; downloaded where it is missing or altered."""
     try:
-        return kind(root, **split)
-    except Exception as error:
-        # torchvision's word for missing or altered files; it does not fetch the metadata alone
-        if "not found" not in str(error) or "metadata" in str(error):
-            raise DataError(f"{kind.__name__} in {root} cannot be read ({one_line(error)}): remove "
-                            "that folder and start again to download it anew") from None
-    print(f"{kind.__name__} is missing from {root}, or altered there: downloading it")
-    try:
         return kind(root, download=True, **split)
     except Exception as error:
         raise DataError(f"{kind.__name__} is not in {root}, or altered there, and could not be "
-                        f"downloaded ({one_line(error)}): go online, copy it there, or name "
-                        "another root with --data-dir") from None
+                        f"downloaded ({one_line(error)}): go online, copy it there, remove what is "
+                        "damaged, or name another root with --data-dir") from None
 
 
 class DataSet(NamedTuple):

@@ -3,7 +3,7 @@ import functools
 import signal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dataset.data import DATASETS, DataError, Transformed, get_transform
 
@@ -28,14 +28,15 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
         images, labels = read_arrays(still, workers)
         return InMemoryLoader(images.to(device), labels.to(device), name, batches, batch_size, rank,
                               world_size, memory_format)
-    dataset = Transformed(dataset, get_transform(name, train, normalized=False))
-    kwargs = {"batch_size": batch_size, "sampler": range(rank, len(dataset), world_size)}
-    if train:
-        dataset, kwargs = SeededSamples(dataset), {"batch_sampler": batches}
+    kind, kwargs = SeededSamples, {"batch_sampler": batches}
+    if not train:
+        order = range(rank, len(dataset), world_size)
+        kind, kwargs = Transformed, {"batch_size": batch_size, "sampler": order}
     # A generator of its own: making an iterator must not draw from the training's random numbers.
     return WorkerLoader(
-        name, device, memory_format, dataset=dataset, generator=torch.Generator(),
-        num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        name, device, memory_format, generator=torch.Generator(), num_workers=workers,
+        dataset=kind(dataset, get_transform(name, train, normalized=False)),
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals, **kwargs)
 
 
@@ -63,20 +64,14 @@ def constant(values, device):
     return torch.tensor(values, device=device)
 
 
-class SeededSamples(Dataset):
+class SeededSamples(Transformed):
     """A data set whose random transforms draw from the seed that comes with each index."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, key):
         index, seed = key
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            return self.dataset[index]
+            return super().__getitem__(index)
 
 
 class ShuffledBatches:
@@ -95,9 +90,8 @@ class ShuffledBatches:
         self.stop = len(self)
         last = self.size(len(self) - 1)
         if last < world_size:
-            raise DataError(
-                f"the last batch of an epoch has {last} of the {num_samples} images, fewer than "
-                f"the {world_size} processes: choose another --batch-size, or fewer processes")
+            raise DataError(f"the last batch of an epoch has {last} of the {num_samples} images, "
+                            f"fewer than the {world_size} processes: choose another --batch-size")
 
     def __len__(self):
         return -(-self.num_samples // self.batch_size)

@@ -93,70 +93,59 @@ def add_training(add):
 
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
     add_choice("--dataset", DATASETS, "digits")
-    add("--train_split", "--train-split", metavar="SPLIT",
-        help="split to train on; unset: train, for svhn train_extra")
-    add("--train-fraction", type=number(float, 0, 1, above=True), default=1.0, metavar="X",
+    add("--train_split", "--train-split", help="unset: train, for svhn train_extra")
+    add("--train-fraction", type=number(float, 0, 1, above=True), default=1.0,
         help="train on this part of the training split, drawn by the seed; for short honest trials")
     add_choice("--model", MODELS, "svhnq")
-    add("--width", type=number(int, 1), metavar="N", help=f"width multiplier; unset: {widths}")
+    add("--width", type=number(int, 1), help=f"width multiplier; unset: {widths}")
     add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
         metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
     add_choice("--loss", LOSSES, "recursive", ": by the labels, or taught by the highest "
                "bit-width, or by the next higher")
-    add("--epochs", type=number(int, 1), default=30, metavar="N", help="passes over the split")
-    add("--start-epoch", type=number(int, 0), default=0, metavar="N",
+    add("--epochs", type=number(int, 1), default=30, help="passes over the split")
+    add("--start-epoch", type=number(int, 0), default=0,
         help="epochs taken as done, for the learning rate too; --resume sets it")
-    add("--batch-size", type=number(int, 1), default=128, metavar="N",
-        help="images a step, over all processes")
+    add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
     add_choice("--optimizer", ("adam", "sgd"), "adam", " (momentum 0.9)")
-    add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, metavar="X",
-        help="learning rate")
+    add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, help="learning rate")
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
         help='epochs after which the learning rate is divided by 10; "" for never')
-    add("--weight-decay", type=number(float, 0, 1e30), default=0.0, metavar="X",
-        help="L2 penalty; 0 is off")
-    add_choice("--precision", PRECISIONS, "fp32",
-               ": of the convolutions' operands; all else stays in float32")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+    add("--weight-decay", type=number(float, 0, 1e30), default=0.0, help="L2 penalty; 0 is off")
+    add_choice("--precision", PRECISIONS, "fp32", ": of the convolutions' operands")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
         help="of weights, data order, augmentation and dropout")
 
 
 def add_sources(add):
-    add("--data-dir", metavar="DIR", help="folder that holds the data sets' folders; unset: data")
-    add("--pretrain", type=source, metavar="SOURCE",
-        help="start from these weights: a checkpoint, a folder with model_best.pth.tar, a URL, or "
-             "a published name")
-    add("--resume", type=source, metavar="PATH",
-        help="go on with a run: its results folder, or a checkpoint")
-    add("--evaluate", action="store_true",
-        help="no training: the accuracy of --pretrain (or --resume) at every bit-width of the "
-             "list; unset list: all it has")
-    add("--calibrate", type=number(int, 0), metavar="N",
-        help="with --evaluate: for a bit-width that was not trained, start from the nearest that "
-             "was and re-estimate BatchNorm's statistics over N training batches (0: as it is)")
-    add("--save-calibrated", metavar="FILE",
-        help="with --calibrate: keep the result as a checkpoint")
-    add("--results-dir", metavar="DIR",
-        help="where the run is written; the same command goes on with what is there; unset: a new "
-             "folder under results/, named after the run")
+    add("--data-dir", help="folder that holds the data sets' folders; unset: data")
+    add("--pretrain", type=source, help="start from these weights: a checkpoint, a folder with "
+        "model_best.pth.tar, a URL, or a published name")
+    add("--resume", type=source, help="go on with a run: its results folder, or a checkpoint")
+    add("--evaluate", action="store_true", help="no training: the accuracy of --pretrain (or "
+        "--resume) at every bit-width of the list; unset list: all it has")
+    add("--calibrate", type=number(int, 0), help="with --evaluate: for a bit-width that was not "
+        "trained, start from the nearest that was and re-estimate BatchNorm's statistics over this "
+        "many training batches (0: as it is)")
+    add("--save-calibrated", metavar="FILE", help="with --calibrate: keep it as a checkpoint")
+    add("--results-dir", help="where the run is written; the same command goes on with what is "
+        "there; unset: a new folder under results/, named after the run")
 
 
 def add_machine(add):
-    add("--device", default="auto", metavar="NAME",
+    add("--device", default="auto",
         help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; minutes to begin with")
-    add("--workers", type=number(int, 0), default=0, metavar="N",
+    add("--workers", type=number(int, 0), default=0,
         help="processes that load data; 0 loads in this one")
-    add("--sync-bn", action="store_true",
-        help="several processes: BatchNorm by the statistics of the whole batch; unset: of each "
-             "process's part, as published")
-    add("--timeout", type=number(int, 1), default=600, metavar="SECONDS",
-        help="several processes: how long one waits for the others before the run ends")
+    add("--sync-bn", action="store_true", help="several processes: BatchNorm by the statistics of "
+        "the whole batch; unset: of each process's part, as published")
+    add("--timeout", type=number(int, 1), default=600,
+        help="several processes: seconds that one waits for the others before the run ends")
     add("--save-every", type=number(float, 0, above=True), metavar="MINUTES",
         help="also save inside an epoch, this often; unset: after every epoch")
-    add("--print-freq", "-p", type=number(int, 1), default=50, metavar="N",
+    add("--print-freq", "-p", type=number(int, 1), default=50,
         help="steps between progress lines where output is not a terminal")
 
 

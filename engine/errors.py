@@ -65,10 +65,9 @@ def run_program(main, parse):
     try:
         main(parse())
         return
-    except Stopped as error:
-        message, code = str(error), error.exit_code
     except (UserError, DataError, ProcessError, OSError) as error:  # OSError: such as a full disk
-        message, code = f"error: {one_line(error)}", getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 1)
+        message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
     except RuntimeError as error:
         message, code = f"error: {explained(error)}", 1
     except KeyboardInterrupt:

@@ -53,14 +53,16 @@ def evaluate_checkpoint(args, checkpoint, device):
     trained = [bits for bits in present if bits not in content.get("calibrated", ())]
     bit_widths = sorted({*present, *args.bit_width_list})
     arguments = {**vars(args), "bit_width_list": trained}
-    target = new_file(args.save_calibrated) if args.save_calibrated else None
+    if args.save_calibrated and Path(args.save_calibrated).exists():
+        raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
+                        "another name")
     train_set, val_set = open_data(args)
     with reading(path):
         model = make_model(args, bit_widths, count_classes(args.dataset, val_set)).to(device)
     state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
     load_weights(model, state_dict, path)
     forward_pass = make_forward_pass(args, model, device)
-    batches = calibration_batches(args, train_set, forward_pass, device) if added else None
+    batches = calibration_batches(args, train_set, forward_pass, device) if added else ()
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
     name = f"{run_name(Namespace(**arguments))}_evaluation"
@@ -81,8 +83,8 @@ def evaluate_checkpoint(args, checkpoint, device):
             write_json(run.path / "evaluation.json", results)
             save_evaluation_figure(run.path / "accuracy.png", results, name)
             log.info("\n%s\n", evaluation_table(results, trained))
-            if target:
-                save_calibrated(target, args, checkpoint, model, added)
+            if args.save_calibrated:
+                save_calibrated(args, checkpoint, model, added)
             log.info("evaluation.json and accuracy.png are in %s", run.path)
     return run.path
 
@@ -90,7 +92,7 @@ def evaluate_checkpoint(args, checkpoint, device):
 def calibration_batches(args, train_set, forward_pass, device):
     """Return a loader of the first --calibrate training batches, whole ones on every process."""
     if not args.calibrate:
-        return None
+        return ()
     loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     if args.calibrate > len(loader):
         raise UsageError(f"--calibrate {args.calibrate} is more than the {len(loader)} batches of "
@@ -100,23 +102,14 @@ def calibration_batches(args, train_set, forward_pass, device):
     return loader
 
 
-def new_file(name):
-    """Return a path that can be written; UserError where it is there already."""
-    target = Path(name)
-    if target.exists():
-        raise UserError(f"--save-calibrated {target} exists: remove it, or give another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
-
-
-def save_calibrated(target, args, checkpoint, model, added):
+def save_calibrated(args, checkpoint, model, added):
     """Write an ordinary checkpoint that knows which of its bit-widths were calibrated."""
     content = checkpoint.content
-    save_checkpoint(target, {
+    save_checkpoint(Path(args.save_calibrated), {
         "epoch": content.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
         "best_prec1": content.get("best_prec1"), "optimizer": None,
         "calibrated": sorted({*content.get("calibrated", ()), *added}),
         "arguments": {**saved_arguments(args, checkpoint)[0],
                       **{name: getattr(args, name) for name in OF_EVALUATION},
                       "bit_width_list": saved_bit_widths(model.state_dict())}})
-    log.info("calibrated checkpoint: %s", target)
+    log.info("calibrated checkpoint: %s", args.save_calibrated)

@@ -61,12 +61,10 @@ def download(url, name):
         with replacing(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
             load_checkpoint(temporary)
-    except UserError:  # a page that says why not, or a file cut short
-        raise UserError(f"what {url} sends is not a whole checkpoint: try again, or fetch it with "
-                        "a browser and give its path") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{url} could not be downloaded ({one_line(error)}): check the address and "
-                        "the network, or fetch it with a browser and give its path") from None
+    except (UserError, OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{url} could not be downloaded as a whole checkpoint ({one_line(error)}): "
+                        "check the address and the network, or fetch it with a browser and give "
+                        "its path") from None
     finally:
         socket.setdefaulttimeout(timeout)
     return path

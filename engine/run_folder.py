@@ -51,7 +51,14 @@ class RunFolder:
             folder = Path(f"results/{name}_{count}")
         try:
             folder.mkdir(parents=True, exist_ok=bool(results_dir))
-            self.lock = lock(folder)
+            self.lock = open(folder / ".lock", "w")  # keeps others out until it is closed
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder} is being written by another run: let it end or stop it, "
+                                f"or {ANOTHER}") from None
+            except OSError:
+                pass  # a file system without locks
             file = logging.FileHandler(folder / f"log_{socket.gethostname()}.txt")  # appends
         except OSError as error:
             raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
@@ -112,19 +119,6 @@ class RunFolder:
         """Return whether save_every minutes have passed since the last save, by rank 0's clock."""
         minutes = (time.monotonic() - self.last_save) / 60
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
-
-
-def lock(folder):
-    """Return an open file that keeps other processes out of the folder until it is closed."""
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder} is being written by another run: let it end or stop it, or "
-                        f"{ANOTHER}") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
 
 
 def append_json_line(path, record):

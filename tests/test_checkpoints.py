@@ -224,7 +224,7 @@ def bad_sources(trained, folder, url):
         "empty folder": (folder / "empty", "holds no checkpoint"),
         "dead URL": ("http://127.0.0.1:9/x.pth.tar", "could not be downloaded"),
         "URL of nothing": (f"{url}/none.pth.tar", "could not be downloaded"),
-        "URL of a page": (f"{url}/", "not a whole checkpoint"),
+        "URL of a page": (f"{url}/", "could not be downloaded as a whole checkpoint"),
         "malformed URL": ("http://", "could not be downloaded"),
         "half an IPv6 address": ("http://[x", "could not be downloaded"),
         "URL with a space": ("http://127.0.0.1:9/a b", "could not be downloaded"),

@@ -226,7 +226,7 @@ def test_damaged_data_offline_is_one_clear_error(tmp_path, monkeypatch, damage):
 def test_truncated_mnist_is_one_clear_error(tmp_path, monkeypatch):
     path = tiny_data.mnist(tmp_path, monkeypatch) / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="MNIST in .* cannot be read"):
+    with pytest.raises(DataError, match="MNIST is not in .*, or altered there"):
         get_dataset("mnist", "train", data_dir=tmp_path)
 
 
@@ -262,8 +262,8 @@ def test_shuffled_batches_cover_every_sample_once_in_an_order_of_seed_and_epoch(
 
 
 def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
-    transform = get_transform("cifar10", True)
-    dataset = SeededSamples(get_dataset("cifar10", "train", transform, tiny_cifar10))
+    dataset = SeededSamples(get_dataset("cifar10", "train", data_dir=tiny_cifar10),
+                            get_transform("cifar10", True))
     state = torch.get_rng_state()
     here, there = (
         list(DataLoader(dataset, batch_sampler=ShuffledBatches(20, 8, 0), num_workers=workers,

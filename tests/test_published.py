@@ -86,7 +86,7 @@ def test_checkpoint_by_url(dropbox, http_folder):
 
 
 @pytest.mark.parametrize("content, told", [
-    ("cut short", "not a whole checkpoint"), ("page", "not a whole checkpoint"),
+    ("cut short", "could not be downloaded as a whole checkpoint"), ("page", "could not be downloaded as a whole checkpoint"),
     ("missing", "could not be downloaded")])
 def test_a_download_is_whole_or_not_at_all(content, told, dropbox):
     path, _ = publish(dropbox, "svhnq_2", legacy=True, bits=(2,))
