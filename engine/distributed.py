@@ -20,11 +20,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def local_rank():
-    """Return this process's number on its machine, and so its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def max_restarts():
     """Return how often torchrun starts the run again after a process died (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
@@ -51,27 +46,24 @@ def processes(device, timeout):
             world_size=world_size(), timeout=limit, device_id=device if on_gpu else None)
         yield
         dist.destroy_process_group()  # not after an error: it could wait for stuck processes
-    except (KeyError, ValueError) as error:
-        if dist.is_initialized():
-            raise
-        raise ProcessError(f"WORLD_SIZE is {world_size()}, but the processes cannot be joined "
-                           f"({error}): start them with torchrun") from None
-    except (dist.DistError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # torch's own errors among them
         text = str(error).lower()
-        words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")
+        words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "rendezvous")
         if not any(word in text for word in words):
             raise
         raise ProcessError(f"process {rank()} of {world_size()} lost the others "
-                           f"({text.splitlines()[0][:200]}): see the first error above") from None
+                           f"({text.splitlines()[0][:200]}): see the first error above, and start "
+                           "them with torchrun") from None
 
 
 @contextlib.contextmanager
 def one_at_a_time_per_machine():
     """Let the first process of each machine go first, such as to download, then the others."""
-    if local_rank() > 0:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
         wait()
     yield
-    if local_rank() == 0:
+    if first:
         wait()
 
 

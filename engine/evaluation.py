@@ -62,21 +62,22 @@ def evaluate_checkpoint(args, checkpoint, device):
     state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
     load_weights(model, state_dict, path)
     forward_pass = make_forward_pass(args, model, device)
-    batches = calibration_batches(args, train_set, forward_pass, device) if added else ()
+    if added and args.calibrate:
+        batches = calibration_batches(args, train_set, forward_pass, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
     name = f"{run_name(Namespace(**arguments))}_evaluation"
     with RunFolder(args.results_dir, name) as run:
-        log.info("evaluating %s, a %s trained at %s bits, on %s (%s) on %s", path, args.model,
-                 flag_text(trained), args.dataset,
-                 DATASETS[args.dataset].val_split[args.train_split], describe(device))
+        split = DATASETS[args.dataset].val_split[args.train_split]
+        log.info(f"evaluating {path}, a {args.model} trained at {flag_text(trained)} bits, on "
+                 f"{args.dataset} ({split}) on {describe(device)}")
         for bits, origin in added.items():
+            told = f"{bits} bits was not trained: BatchNorm of {origin} bits"
             if args.calibrate:
                 with forward_pass.autocast():
                     calibrate(model, bits, (images for images, _ in batches))
-            log.info("%d bits was not trained: BatchNorm of %d bits%s", bits, origin,
-                     f", statistics re-estimated over {args.calibrate} training batches"
-                     if args.calibrate else "")
+                told += f", statistics re-estimated over {args.calibrate} training batches"
+            log.info(told)
         results = evaluate(model, forward_pass, val_loader, args.bit_width_list, device)
         if rank() == 0:
             run.write_config(arguments, device, checkpoint=str(path), epoch=content.get("epoch"))
@@ -91,8 +92,6 @@ def evaluate_checkpoint(args, checkpoint, device):
 
 def calibration_batches(args, train_set, forward_pass, device):
     """Return a loader of the first --calibrate training batches, whole ones on every process."""
-    if not args.calibrate:
-        return ()
     loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     if args.calibrate > len(loader):
         raise UsageError(f"--calibrate {args.calibrate} is more than the {len(loader)} batches of "

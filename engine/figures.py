@@ -31,11 +31,10 @@ def best_and_last(history):
 
 def evaluation_table(results, trained):
     """Return a table of {bits: {"loss", "top1", "top5"}}, the untrained bit-widths marked."""
-    rows = [f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"]
-    for bits, value in results.items():
-        rows.append(f"{bits:>5} {value['loss']:8.4f} {value['top1']:8.2f} {value['top5']:8.2f}"
-                    f"{'' if bits in trained else '   not trained'}")
-    return "\n".join(rows)
+    header = f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"
+    return "\n".join([header, *(
+        f"{bits:>5} {value['loss']:8.4f} {value['top1']:8.2f} {value['top5']:8.2f}"
+        f"{'' if bits in trained else '   not trained'}" for bits, value in results.items())])
 
 
 def save_training_figure(path, history, title):

@@ -20,11 +20,10 @@ NAMES = ("model_latest.pth.tar", "model_best.pth.tar")
 
 
 class Checkpoint:
-    """A checkpoint that was read: its path and content, and whether a run goes on in its folder."""
+    """A checkpoint that is read: its path and content, and whether a run goes on in its folder."""
 
     def __init__(self, path, in_place=False):
-        self.path, self.in_place = path, in_place
-        self.content = load_checkpoint(path)
+        self.path, self.in_place, self.content = path, in_place, load_checkpoint(path)
 
 
 def resolve(flags):
@@ -67,8 +66,8 @@ def resolve_resumed(flags, source, checkpoint):
         changed = differences(saved, given, ("resume", "epochs", "start_epoch"))
         if changed:
             raise UsageError(f"--resume {source} goes on with the run as it was started, but "
-                             f"{'; '.join(changed)}: leave these flags out, or start a new run "
-                             "from it with --pretrain")
+                             f"{changed}: leave these flags out, or start a new run from it with "
+                             "--pretrain")
         check_bit_widths(saved["bit_width_list"])
         saved = {name: value for name, value in saved.items()
                  if name in DEFAULTS and name not in ("results_dir", "device")}
@@ -88,15 +87,17 @@ def resolve_same_command(flags, checkpoint):
             ours = {**vars(settle(flags)), "resume": saved["resume"]}
         changed = differences(saved, ours)
     if changed:
-        raise UserError(f"{folder} holds a run already, and {'; '.join(changed)}: go on with it by "
-                        f"--resume {folder}, or choose another folder with --results-dir")
+        raise UserError(f"{folder} holds a run already, and {changed}: go on with it by --resume "
+                        f"{folder}, or choose another folder with --results-dir")
     return resolve_resumed(flags, folder, checkpoint)
 
 
 def differences(saved, ours, free=()):
-    return [f"{flag_name(name)} was {flag_text(saved[name])} and is now {flag_text(value)}"
-            for name, value in ours.items() if name not in (*OF_THE_MACHINE, *free)
-            and name in saved and saved[name] != value]
+    """Return what makes another run of ours than of saved arguments; `free` ones may differ."""
+    return "; ".join(
+        f"{flag_name(name)} was {flag_text(saved[name])} and is now {flag_text(value)}"
+        for name, value in ours.items()
+        if name in saved and name not in (*OF_THE_MACHINE, *free) and saved[name] != value)
 
 
 def saved_arguments(flags, checkpoint):
@@ -123,11 +124,10 @@ def resolve_evaluation(flags, given):
     with reading(path):
         saved, guessed = saved_arguments(flags, checkpoint)
         saved = {name: saved[name] for name in OF_EVALUATION if name in saved}
-        changed = [name for name in OF_NETWORK if name in saved
-                   and getattr(flags, name, saved[name]) != saved[name]]
-        if changed:
-            raise UsageError(f"{flag_name(changed[0])} {getattr(flags, changed[0])} is not what "
-                             f"{path} holds ({changed[0]} {saved[changed[0]]}): leave the flag out")
+        for name in OF_NETWORK:
+            if name in saved and getattr(flags, name, saved[name]) != saved[name]:
+                raise UsageError(f"{flag_name(name)} {getattr(flags, name)} is not what {path} "
+                                 f"holds ({name} {saved[name]}): leave the flag out")
         trained = saved_bit_widths(checkpoint.content["state_dict"])
         args = settle(flags, {**saved, "bit_width_list": trained}, guessed)
     if not trained:
