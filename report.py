@@ -114,7 +114,7 @@ def table_rows(runs, values_of):
 
 
 def panels(rows):
-    """Return [(title, bit-widths, {configuration: {bits: [top-1 per seed]}})] of the figure."""
+    """Return [(title, bit-widths, {configuration: {bits: [top-1 per seed]}})], one a table."""
     found = {}
     for row in rows:
         panel = found.setdefault(f"{row['model']} on {row['dataset']}", {})
@@ -125,6 +125,10 @@ def panels(rows):
 
 def markdown(rows, which):
     """Return the tables, one a data set and model."""
+    def cell(values):
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}" if values else ""
+
     text = []
     for title, widths, configurations in panels(rows):
         counts = {len(values) for cells in configurations.values() for values in cells.values()}
@@ -132,17 +136,10 @@ def markdown(rows, which):
         text += [f"{title}: val top-1 (%) of the {which}, mean ± standard deviation, {runs} "
                  f"run{'s' if max(counts) > 1 else ''} a cell", "",
                  f"| model | {' | '.join(map(str, widths))} |", "|---" * (len(widths) + 1) + "|"]
-        text += [f"| {name} | {' | '.join(cell_text(cells.get(bits)) for bits in widths)} |"
+        text += [f"| {name} | {' | '.join(cell(cells.get(bits, ())) for bits in widths)} |"
                  for name, cells in configurations.items()]
         text.append("")
     return "\n".join(text)
-
-
-def cell_text(values):
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def save_comparison_figure(path, rows):

@@ -96,8 +96,7 @@ def train(args, checkpoint, device, unset=()):
 def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     """Train over what is left of the epoch; return its metrics per bit-width, and images/s.
 
-    Raises Stopped between two steps, at log points where there are several processes, and UserError
-    for a loss that is not finite.
+    Raises Stopped between two steps, at log points where there are several processes.
     """
     model, optimizer, metrics = state.model, state.optimizer, state.metrics
     batches, parameters = loader.batch_sampler, list(state.model.parameters())
@@ -119,7 +118,7 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
         metrics.seconds += time.perf_counter() - began
         console.step(state.epoch, metrics)
         if log_point or world_size() == 1:
-            asked, due = any_process([stop.signal is not None, run.save_is_due()], state.device)
+            asked, due = any_process([stop.signal is not None, run.save_is_due()])
             if asked:
                 raise Stopped(stop.signal)
             if due:
@@ -129,14 +128,12 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     return metrics.averages(), totals["count"] / totals["seconds"]
 
 
-# ---- beginning and end
-
 def prepare(args, checkpoint, device):
     """Return a new TrainingState, its ForwardPass, and the loaders to train and to validate."""
     train_set, val_set = open_data(args)
-    num_classes = count_classes(args.dataset, train_set, val_set)
+    classes = count_classes(args.dataset, train_set, val_set)
     with reading(checkpoint.path if checkpoint else args.model):
-        model = make_model(args, args.bit_width_list, num_classes).to(device)
+        model = make_model(args, args.bit_width_list, classes).to(device)
     if args.sync_bn and world_size() > 1:
         model = synchronize_batch_norm(model, device)
     if rank() > 0:
@@ -189,9 +186,7 @@ def learning_rate(lr, decay_epochs, epoch):
 
 def finish(run, name):
     """Draw the run's picture and tell its best and last accuracy."""
-    if rank() > 0:
-        return
-    if run.history:  # a finished run, resumed into another folder, has none
+    if rank() == 0 and run.history:  # a finished run, resumed into another folder, has none
         save_training_figure(run.path / "accuracy.png", run.history, name)
         log.info("\n%s\n", best_and_last(run.history))
     log.info("checkpoints, metrics.jsonl and accuracy.png are in %s", run.path)

@@ -7,10 +7,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`, and rename it to `path` once it is written to disk.
-
-    Whatever happens meanwhile, `path` holds its old content or its new one, whole.
-    """
+    """Yield a temporary path, renamed to `path` once written: that holds old content or new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # a killed save's is overwritten by the next
     try:
@@ -18,11 +15,6 @@ def replacing(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too, lest a power cut undo it
-        finally:
-            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -58,15 +58,12 @@ def open_fashion_mnist(root, split):
 def open_image_folder(root, split):
     """Open ImageNet's split: a folder of images per class."""
     folder = Path(root, split)
-    if not folder.is_dir():
-        raise DataError(f"imagenet was looked for in {folder} and is not there: put one folder of "
-                        f"images per class under {Path(root, 'train')} and {Path(root, 'val')}, or "
-                        "name another root with --data-dir")
     try:
         return datasets.ImageFolder(folder, loader=load_image)
     except FileNotFoundError as error:
-        raise DataError(f"{folder} must hold one folder of images per class: {one_line(error)}; "
-                        "fill it, or remove it from train and val") from None
+        raise DataError(f"{folder} does not hold imagenet ({one_line(error)}): put one folder of "
+                        f"images per class under {Path(root, 'train')} and {Path(root, 'val')}, or "
+                        "name another root with --data-dir") from None
 
 
 def load_image(path):
@@ -141,9 +138,8 @@ DATASETS = {
 def get_transform(name, train, normalized=True):
     """Return a data set's transform: PIL image -> (3, size, size) float32, or uint8 as it is."""
     row = DATASETS[name]
-    end = [transforms.PILToTensor()]
-    if normalized:
-        end = [transforms.ToTensor(), transforms.Normalize(row.mean, row.std)]
+    end = ([transforms.ToTensor(), transforms.Normalize(row.mean, row.std)] if normalized
+           else [transforms.PILToTensor()])
     return transforms.Compose([*(row.train if train else row.eval), *end])
 
 

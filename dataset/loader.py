@@ -54,14 +54,13 @@ def count_classes(name, *parts):
 
 def normalize(images, name, memory_format):
     """Turn uint8 (N, 3, H, W) into what the data set's transform ends with, on the same device."""
-    mean, std = (constant(values, images.device)[:, None, None]
-                 for values in (DATASETS[name].mean, DATASETS[name].std))
+    mean, std = statistics(name, images.device)
     return images.to(torch.float32, memory_format=memory_format).div_(255).sub_(mean).div_(std)
 
 
 @functools.cache  # copied to the device once: a copy would wait for it
-def constant(values, device):
-    return torch.tensor(values, device=device)
+def statistics(name, device):
+    return torch.tensor([DATASETS[name].mean, DATASETS[name].std], device=device)[..., None, None]
 
 
 class SeededSamples(Transformed):

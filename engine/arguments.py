@@ -1,12 +1,13 @@
 """The command line of train.py."""
 import argparse
 import math
+import os
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
 
 from dataset.data import DATASETS
-from engine.distributed import max_restarts, rank, world_size
+from engine.distributed import rank, world_size
 from engine.errors import UsageError
 from engine.forward_pass import PRECISIONS
 from models import DEFAULT_WIDTH, MODELS, check_bit_widths
@@ -16,8 +17,6 @@ from utils import flag_text, one_line
 # What decides how a run trains; told at the start where it is left to the defaults.
 OF_SCHEDULE = ("epochs", "batch_size", "optimizer", "lr", "lr_decay", "weight_decay")
 
-
-# ---- types of arguments
 
 def number(kind, least, most=2**31 - 1, above=False):
     """Return a type: a number of `kind`, int or float, from `least` up (or above it) to `most`."""
@@ -57,8 +56,6 @@ def source(text):
     return None if text in ("", "None") else text  # as published scripts write it
 
 
-# ---- the command line
-
 class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if action.default in (None, False, argparse.SUPPRESS):
@@ -79,11 +76,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser(description=None):
-    parser = OneLineParser(description, epilog=(
-        "--recipe FLAG...: all that follows counts where neither a flag nor a checkpoint says "
-        "otherwise"))
-    for add_group in (add_training, add_sources, add_machine):
-        add_group(parser.add_argument)
+    parser = OneLineParser(description, epilog="--recipe FLAG...: all that follows counts where "
+                           "neither a flag nor a checkpoint says otherwise")
+    add_training(parser.add_argument)
+    add_running(parser.add_argument)
     return parser
 
 
@@ -101,11 +97,9 @@ def add_training(add):
     add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
         metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
-    add_choice("--loss", LOSSES, "recursive", ": by the labels, or taught by the highest "
-               "bit-width, or by the next higher")
+    add_choice("--loss", LOSSES, "recursive", ": labels, the highest bits or the next higher teach")
     add("--epochs", type=number(int, 1), default=30, help="passes over the split")
-    add("--start-epoch", type=number(int, 0), default=0,
-        help="epochs taken as done, for the learning rate too; --resume sets it")
+    add("--start-epoch", type=number(int, 0), default=0, help="epochs taken as done by --lr_decay")
     add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
     add_choice("--optimizer", ("adam", "sgd"), "adam", " (momentum 0.9)")
     add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, help="learning rate")
@@ -113,11 +107,10 @@ def add_training(add):
         help='epochs after which the learning rate is divided by 10; "" for never')
     add("--weight-decay", type=number(float, 0, 1e30), default=0.0, help="L2 penalty; 0 is off")
     add_choice("--precision", PRECISIONS, "fp32", ": of the convolutions' operands")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="of weights, data order, augmentation and dropout")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, data and dropout")
 
 
-def add_sources(add):
+def add_running(add):
     add("--data-dir", help="folder that holds the data sets' folders; unset: data")
     add("--pretrain", type=source, help="start from these weights: a checkpoint, a folder with "
         "model_best.pth.tar, a URL, or a published name")
@@ -130,23 +123,16 @@ def add_sources(add):
     add("--save-calibrated", metavar="FILE", help="with --calibrate: keep it as a checkpoint")
     add("--results-dir", help="where the run is written; the same command goes on with what is "
         "there; unset: a new folder under results/, named after the run")
-
-
-def add_machine(add):
     add("--device", default="auto",
         help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; minutes to begin with")
-    add("--workers", type=number(int, 0), default=0,
-        help="processes that load data; 0 loads in this one")
+    add("--workers", type=number(int, 0), default=0, help="processes that load data; 0: this one")
     add("--sync-bn", action="store_true", help="several processes: BatchNorm by the statistics of "
         "the whole batch; unset: of each process's part, as published")
-    add("--timeout", type=number(int, 1), default=600,
-        help="several processes: seconds that one waits for the others before the run ends")
-    add("--save-every", type=number(float, 0, above=True), metavar="MINUTES",
-        help="also save inside an epoch, this often; unset: after every epoch")
-    add("--print-freq", "-p", type=number(int, 1), default=50,
-        help="steps between progress lines where output is not a terminal")
+    add("--timeout", type=number(int, 1), default=600, help="seconds to wait for other processes")
+    add("--save-every", type=number(float, 0, above=True), help="minutes between saves in an epoch")
+    add("--print-freq", "-p", type=number(int, 1), default=50, help="steps between progress lines")
 
 
 DEFAULTS = vars(make_parser().parse_args([]))
@@ -155,15 +141,15 @@ DEFAULTS = vars(make_parser().parse_args([]))
 def parse_flags(argv=None, description=None):
     """Return the arguments that argv sets, as a namespace; those after --recipe in its `recipe`.
 
-    Where one is wrong, or they do not go together, ends with one line on stderr and exit code 2.
+    Where one is wrong, ends with one line on stderr and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--recipe") if "--recipe" in argv else len(argv)
     parser = make_parser(description)
-    parts = (vars(parser.parse_args(part, Namespace(**dict.fromkeys(DEFAULTS))))
-             for part in (argv[:end], argv[end + 1:]))
-    given, recipe = ({name: value for name, value in part.items() if value is not None}
-                     for part in parts)
+    unset = dict.fromkeys(DEFAULTS)
+    parsed = (parser.parse_args(part, Namespace(**unset)) for part in (argv[:end], argv[end + 1:]))
+    given, recipe = ({name: value for name, value in vars(part).items() if value is not None}
+                     for part in parsed)
     flags = Namespace(**given, recipe=recipe)
     try:
         check_purpose(Namespace(**{**DEFAULTS, **given}))
@@ -179,13 +165,12 @@ def check_purpose(args):
     if args.evaluate and not (args.pretrain or args.resume):
         raise UsageError("--evaluate needs something to evaluate: give --pretrain SOURCE")
     if args.pretrain and args.resume:
-        raise UsageError(f"--pretrain {args.pretrain} starts a new run and --resume {args.resume} "
-                         "goes on with one: give one of them")
+        raise UsageError(f"--pretrain {args.pretrain} and --resume {args.resume}: give one of them")
     if args.calibrate is not None and not args.evaluate:
         raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
     if args.save_calibrated and args.calibrate is None:
-        raise UsageError(f"--save-calibrated {args.save_calibrated} goes with --calibrate N: give "
-                         "both or neither")
+        raise UsageError(
+            f"--save-calibrated {args.save_calibrated} goes with --calibrate: give both")
 
 
 def settle(flags, saved=None, guessed=None):
@@ -208,10 +193,10 @@ def check_settings(args):
     if args.train_split not in data.val_split:
         raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
                          f"choose from {', '.join(data.val_split)}")
-    if args.model == "svhnq" and data.image_size != 40:
-        raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has "
-                         f"{data.image_size} x {data.image_size}: choose --model resnet20q or "
-                         "resnet50q")
+    size = data.image_size
+    if args.model == "svhnq" and size != 40:
+        raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {size} x "
+                         f"{size}: choose --model resnet20q or resnet50q")
     if args.precision not in PRECISIONS:  # an older run's
         raise UsageError(f"--precision {args.precision} does not exist: choose from "
                          f"{', '.join(PRECISIONS)}, to train on with --pretrain")
@@ -226,8 +211,9 @@ def check_settings(args):
     if count > 1 and args.device.startswith("cuda:"):
         raise UsageError(f"--device {args.device} is one GPU for {count} processes: give cuda, "
                          "each takes its own")
-    if max_restarts() and not args.results_dir and not args.resume:
-        raise UsageError(f"--max-restarts {max_restarts()} goes on from the results folder after a "
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and not args.results_dir and not args.resume:
+        raise UsageError(f"--max-restarts {restarts} goes on from the results folder after a "
                          "process died: name it with --results-dir")
     if args.start_epoch >= args.epochs and not args.resume:
         raise UsageError(f"--start-epoch {args.start_epoch} leaves nothing to train: give less "

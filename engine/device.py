@@ -40,17 +40,14 @@ def freest_gpu():
     except Exception as error:  # the driver's library may be missing or refuse
         print(f"gpustat could not tell which GPU is free ({error}): taking cuda:0", file=sys.stderr)
         return 0
-    uuids = [str(torch.cuda.get_device_properties(index).uuid)
-             for index in range(torch.cuda.device_count())]
-    return max(range(len(uuids)), key=lambda index: free.get(uuids[index], -1))
+    return max(range(torch.cuda.device_count()), key=lambda index: free.get(
+        str(torch.cuda.get_device_properties(index).uuid), -1))
 
 
 def describe(device):
     """Return the device's name for people."""
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    name = found[1] if found else platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = found[1] if found else platform.machine()
     return f"cpu: {name}, {torch.get_num_threads()} threads"

@@ -20,11 +20,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def max_restarts():
-    """Return how often torchrun starts the run again after a process died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-
-
 @contextlib.contextmanager
 def processes(device, timeout):
     """Join the processes of the run, by NCCL on GPUs and gloo on CPUs.
@@ -83,12 +78,9 @@ def sum_over_processes(tensor):
     return total
 
 
-def any_process(flags, device):
+def any_process(flags):
     """Return, for each of the booleans, whether it is true on any process. Waits for all."""
-    if world_size() == 1:
-        return flags
-    counts = sum_over_processes(torch.tensor(flags, dtype=torch.float32, device=device))
-    return [count > 0 for count in counts.tolist()]
+    return [any(flag) for flag in zip(*gather(flags))]
 
 
 def wait():
@@ -103,22 +95,14 @@ def exchange_gradients(parameters):
     Each process weights its loss by its share of the batch: the sum is the gradient of the mean.
     """
     if world_size() > 1:
-        exchange([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def share_buffers(model):
     """Give every process rank 0's BatchNorm statistics, as in the published multi-GPU training."""
-    buffers = list(model.buffers())
-    # A dict keeps their order, in which all processes must agree; a set does not.
-    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers) if world_size() > 1 else ():
-        exchange([buffer for buffer in buffers if buffer.dtype == dtype],
-                 lambda flat: dist.broadcast(flat, 0))
-
-
-@torch.no_grad()
-def exchange(tensors, collective):
-    """Run an in-place collective once on tensors of one type, joined."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    collective(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+    for buffer in model.buffers() if world_size() > 1 else ():
+        dist.broadcast(buffer, 0)

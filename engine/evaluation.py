@@ -105,8 +105,8 @@ def save_calibrated(args, checkpoint, model, added):
     """Write an ordinary checkpoint that knows which of its bit-widths were calibrated."""
     content = checkpoint.content
     save_checkpoint(Path(args.save_calibrated), {
-        "epoch": content.get("epoch"), "model": args.model, "state_dict": model.state_dict(),
-        "best_prec1": content.get("best_prec1"), "optimizer": None,
+        "epoch": None, "best_prec1": None, **content, "model": args.model, "optimizer": None,
+        "state_dict": model.state_dict(),
         "calibrated": sorted({*content.get("calibrated", ()), *added}),
         "arguments": {**saved_arguments(args, checkpoint)[0],
                       **{name: getattr(args, name) for name in OF_EVALUATION},

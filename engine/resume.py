@@ -6,14 +6,14 @@ from engine import published
 from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, settle
 from engine.errors import UsageError, UserError, reading
 from engine.state import load_checkpoint
-from models import MODELS, check_bit_widths, saved_bit_widths
+from models import MODELS, saved_bit_widths
 from utils import flag_text
 
 # What the same command may change: where and how fast a run computes, and what it tells.
 OF_THE_MACHINE = ("results_dir", "device", "compile", "workers", "timeout", "save_every",
                   "print_freq", "data_dir")
 # What an evaluation takes from its checkpoint where no flag sets it; the network's must agree.
-OF_NETWORK = ("model", "width", "all_conv")
+OF_NETWORK = {"model", "width", "all_conv"}
 OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size",
                  "precision")
 NAMES = ("model_latest.pth.tar", "model_best.pth.tar")
@@ -27,10 +27,7 @@ class Checkpoint:
 
 
 def resolve(flags):
-    """Return (all arguments, the Checkpoint to go on from or to evaluate, or None).
-
-    Raises UserError where a checkpoint is missing, damaged, or of something else.
-    """
+    """Return all arguments, and the Checkpoint to go on from or to evaluate, if any."""
     given = Namespace(**{**DEFAULTS, **flags.recipe, **vars(flags)})
     if given.evaluate:
         return resolve_evaluation(flags, given)
@@ -68,7 +65,6 @@ def resolve_resumed(flags, source, checkpoint):
             raise UsageError(f"--resume {source} goes on with the run as it was started, but "
                              f"{changed}: leave these flags out, or start a new run from it with "
                              "--pretrain")
-        check_bit_widths(saved["bit_width_list"])
         saved = {name: value for name, value in saved.items()
                  if name in DEFAULTS and name not in ("results_dir", "device")}
         if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
@@ -124,10 +120,10 @@ def resolve_evaluation(flags, given):
     with reading(path):
         saved, guessed = saved_arguments(flags, checkpoint)
         saved = {name: saved[name] for name in OF_EVALUATION if name in saved}
-        for name in OF_NETWORK:
-            if name in saved and getattr(flags, name, saved[name]) != saved[name]:
-                raise UsageError(f"{flag_name(name)} {getattr(flags, name)} is not what {path} "
-                                 f"holds ({name} {saved[name]}): leave the flag out")
+        network = {name: saved[name] for name in OF_NETWORK & saved.keys()}
+        changed = differences(network, vars(flags))
+        if changed:
+            raise UsageError(f"{path} holds another network: {changed}; leave these flags out")
         trained = saved_bit_widths(checkpoint.content["state_dict"])
         args = settle(flags, {**saved, "bit_width_list": trained}, guessed)
     if not trained:

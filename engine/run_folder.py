@@ -3,7 +3,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import platform
 import socket
 import subprocess
@@ -81,10 +80,8 @@ class RunFolder:
         if rank() > 0:
             return
         packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
-        versions = {"python": platform.python_version()}
+        versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
         versions.update((name, version(name)) for name in packages)
-        if device.type == "cuda":
-            versions["cuda"] = torch.version.cuda
         write_json(self.path / "config.json", {
             "arguments": arguments, "seed": arguments["seed"], "command": sys.argv,
             "processes": world_size(), **more, "versions": versions, "commit": commit(),
@@ -93,7 +90,9 @@ class RunFolder:
     def begin(self, epoch):
         """Keep the records of `epoch` epochs; a resumed run makes the later ones again."""
         if rank() == 0:
-            self.history = keep_epochs(self.metrics_file, epoch)
+            records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
+            self.history = [record for record in records if record["epoch"] <= epoch]
+            write_metrics(self.metrics_file, self.history)
             self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch)
 
     def log_epoch(self, record):
@@ -101,7 +100,7 @@ class RunFolder:
         if rank() > 0:
             return
         self.history.append(record)
-        append_json_line(self.metrics_file, record)
+        write_metrics(self.metrics_file, self.history)
         epoch = record["epoch"] - 1  # TensorBoard's are counted from 0, as published
         self.writer.add_scalar("lr", record["lr"], epoch)
         for part in ("train", "val"):
@@ -121,18 +120,17 @@ class RunFolder:
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
 
 
-def append_json_line(path, record):
+def write_metrics(path, records):
+    """Write a metrics.jsonl, a line a record; UserError where that fails, as on a full disk."""
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}): make room there") from None
 
 
 def read_metrics(path):
-    """Return the records of a metrics.jsonl; a line cut short by a kill is passed over."""
+    """Return the records of a metrics.jsonl; a line that a kill cut short is passed over."""
     records = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -140,15 +138,6 @@ def read_metrics(path):
             for part in ("train", "val"):
                 record[part] = {int(bits): values for bits, values in record[part].items()}
             records.append(record)
-    return records
-
-
-def keep_epochs(path, epoch):
-    """Cut a metrics.jsonl back to `epoch` epochs; return their records."""
-    records = read_metrics(path) if path.exists() else []
-    records = [record for record in records if record["epoch"] <= epoch]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
 
 

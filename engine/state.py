@@ -68,7 +68,7 @@ class TrainingState:
             self.epoch = content["epoch"]
             if in_place:
                 self.best = float(content["best_prec1"])
-            if "metrics" not in content:
+            if "metrics" not in content:  # a published checkpoint
                 return
             self.metrics.load_state_dict(content["metrics"])
             states = content["random_states"]
@@ -81,8 +81,6 @@ class TrainingState:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
 
-
-# ---- files
 
 def save_checkpoint(path, content):
     """Write a checkpoint whole or not at all; UserError where that fails, as on a full disk."""
@@ -108,10 +106,9 @@ def load_checkpoint(path):
     Returns its dict, without DataParallel's prefix of the keys. Raises UserError where it is none.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
             warnings.simplefilter("ignore")  # a file may also be odd without being dangerous
-            with torch.serialization.safe_globals(NUMPY_NUMBERS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text would advise to run the file's code
         raise UserError(f"{path} is not a checkpoint that can be read safely "
                         f"({type(error).__name__}): it is cut short, not a checkpoint, or holds "
@@ -140,14 +137,11 @@ def load_weights(model, state_dict, path):
     model.load_state_dict(state_dict)
 
 
-# What a parameter group holds of how an optimizer computes, not of what it has learnt.
-IMPLEMENTATION = ("lr", "fused", "foreach", "capturable")
-
-
 def load_optimizer(optimizer, state, path):
     """Load an optimizer's state; UserError where it is another optimizer's or network's."""
+    computing = ("lr", "fused", "foreach", "capturable")  # of this run, not of what was learnt
     try:
-        groups = [{**group, **{name: own[name] for name in IMPLEMENTATION if name in own}}
+        groups = [{**group, **{name: own[name] for name in computing if name in own}}
                   for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)]
         optimizer.load_state_dict({**state, "param_groups": groups})
         for parameter, values in optimizer.state.items():

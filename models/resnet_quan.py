@@ -36,8 +36,7 @@ class ResNet20(nn.Module):
     """The any-precision ResNet-20 for CIFAR-10: (N, 3, 32, 32) -> (N, num_classes).
 
     Three stages of three basic blocks, 16, 32 and 64 times `width` channels; all_conv quantizes
-    every convolution. Raises ValueError where a bit-width is not one of 1 to 8 and 32, is repeated,
-    or none is given.
+    every convolution. Raises ValueError for bit-widths that check_bit_widths refuses.
     """
 
     def __init__(self, bit_widths, num_classes=10, width=5, all_conv=False):

@@ -11,8 +11,7 @@ from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_
 class SVHNNet(nn.Module):
     """The any-precision SVHN network: (N, 3, 40, 40) -> (N, num_classes).
 
-    `width` is the paper's expansion e; all_conv quantizes the stem's weights too. Raises ValueError
-    where a bit-width is not one of 1 to 8 and 32, is repeated, or none is given.
+    `width` is the paper's expansion e; all_conv quantizes the stem's weights too.
     """
 
     def __init__(self, bit_widths, num_classes=10, width=2, all_conv=False):

@@ -8,7 +8,7 @@ import pytest
 import report
 from engine.arguments import parse_flags, settle
 from engine.errors import run_program
-from engine.run_folder import append_json_line
+from engine.run_folder import write_metrics
 
 
 def write_run(folder, top1, *flags):
@@ -18,10 +18,12 @@ def write_run(folder, top1, *flags):
     arguments = vars(settle(parse_flags(["--epochs", str(max(1, epochs)), *flags,
                                          "--bit_width_list", ",".join(map(str, top1))])))
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
+    records = []
     for epoch in range(epochs):
         val = {bits: {"loss": 1.0, "top1": values[epoch], "top5": 99.0}
                for bits, values in top1.items()}
-        append_json_line(folder / "metrics.jsonl", {"epoch": epoch + 1, "train": val, "val": val})
+        records.append({"epoch": epoch + 1, "train": val, "val": val})
+    write_metrics(folder / "metrics.jsonl", records)
     return str(folder)
 
 

@@ -5,17 +5,19 @@ from pathlib import Path
 
 from runs import assert_one_line, assert_same, load, run, tiny
 
-from engine.run_folder import append_json_line, keep_epochs, read_metrics
+from engine.run_folder import RunFolder, read_metrics, write_metrics
 
 
 def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
     path = tmp_path / "metrics.jsonl"
     values = {"loss": 1.0, "top1": 50.0, "top5": 90.0}
-    for epoch in (1, 2, 3):
-        append_json_line(path, {"epoch": epoch, "train": {4: values}, "val": {4: values}})
+    write_metrics(path, [{"epoch": epoch, "train": {4: values}, "val": {4: values}}
+                         for epoch in (1, 2, 3)])
     with open(path, "a") as file:
         file.write('{"epoch": 4, "tra')  # killed while writing
-    kept = keep_epochs(path, 2)
+    with RunFolder(tmp_path, "run", in_place=True) as run_folder:
+        run_folder.begin(2)
+        kept = run_folder.history
     assert [record["epoch"] for record in kept] == [1, 2] and kept[0]["val"] == {4: values}
     assert read_metrics(path) == kept
 
