@@ -123,8 +123,7 @@ def add_running(add):
     add("--save-calibrated", metavar="FILE", help="with --calibrate: keep it as a checkpoint")
     add("--results-dir", help="where the run is written; the same command goes on with what is "
         "there; unset: a new folder under results/, named after the run")
-    add("--device", default="auto",
-        help="auto (the GPU with the most free memory, else the CPU), cpu, cuda, cuda:i")
+    add("--device", default="auto", help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; minutes to begin with")
     add("--workers", type=number(int, 0), default=0, help="processes that load data; 0: this one")

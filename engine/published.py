@@ -5,13 +5,14 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError
 from engine.state import load_checkpoint
-from utils import one_line, replacing
+from utils import one_line
 
 PREFIX = "https://www.dropbox.com/s/"
 FILES = json.loads(Path(__file__).with_suffix(".json").read_text())  # name: its part of the link
@@ -54,17 +55,18 @@ def download(url, name):
     if path.is_file():
         return path
     print(f"downloading {url} to {path}")
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
-            load_checkpoint(temporary)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:
+            file = Path(place, name)  # torch.hub may leave parts behind
+            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+            load_checkpoint(file)
+            file.rename(path)
     except (UserError, OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{url} could not be downloaded as a whole checkpoint ({one_line(error)}): "
                         "check the address and the network, or fetch it with a browser and give "
                         "its path") from None
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)
     return path
