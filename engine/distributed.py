@@ -94,15 +94,21 @@ def exchange_gradients(parameters):
 
     Each process weights its loss by its share of the batch: the sum is the gradient of the mean.
     """
-    if world_size() > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
+    exchange([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
 
 
 def share_buffers(model):
     """Give every process rank 0's BatchNorm statistics, as in the published multi-GPU training."""
-    for buffer in model.buffers() if world_size() > 1 else ():
-        dist.broadcast(buffer, 0)
+    for integers in (False, True):  # the counts of batches, which cannot be joined with the rest
+        exchange([buffer for buffer in model.buffers() if buffer.is_floating_point() != integers],
+                 lambda flat: dist.broadcast(flat, 0))
+
+
+@torch.no_grad()
+def exchange(tensors, collective):
+    """Run an in-place collective once on tensors of one type, joined."""
+    if tensors and world_size() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        collective(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])

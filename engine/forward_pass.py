@@ -46,15 +46,13 @@ class ForwardPass:
         if batch_size:
             # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            if hasattr(torch._functorch.config, "backward_pass_autocast"):
-                torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
-            # BatchNorm's backward pass recomputes its input rather than keep it in float32.
+            torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
+            # On a GPU BatchNorm's outputs are computed again rather than written in float32.
             options = {"realize_reads_threshold": 12, "realize_opcount_threshold": 100}
             self.compiled = torch.compile(
                 forward_loss, dynamic=False, fullgraph=True, backend=backend,
-                options=options if backend == "inductor" and device.type == "cuda" else None)
-            # torch 2.11 advises TF32 at every compilation.
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+                options=options if device.type == "cuda" else None)
+            warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it every time
         self.autocast = contextlib.nullcontext
         if precision == "bf16":
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)

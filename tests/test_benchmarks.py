@@ -14,6 +14,8 @@ from models import quan_ops
 from runs import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+import gpu_checks  # noqa: E402
 import reference_way  # noqa: E402
 import speed  # noqa: E402
 from trainings import Run  # noqa: E402
@@ -74,3 +76,34 @@ def test_speed_benchmark(measure, capsys):
     assert [row[0] for row in rows if len(row) > len(columns)] == ["reference", "default, fp32"]
     assert all(value > 0 for name, values in columns.items() if name != "MiB" for value in values)
     assert columns.get("ratio", [1])[0] == 1 or measure is speed.measure_loader
+
+
+def test_a_bit_width_computed_as_another_is_seen():
+    expected = {bits: torch.randn(100, generator=torch.Generator().manual_seed(bits))
+                for bits in (2, 8)}
+    gpu_checks.agree({bits: value + 1e-3 for bits, value in expected.items()}, expected)
+    with pytest.raises(AssertionError):
+        gpu_checks.agree({**expected, 8: expected[2]}, expected)
+    near = {2: expected[8] + 1e-3, 8: expected[8]}  # no distance by which to tell them apart
+    with pytest.raises(AssertionError):
+        gpu_checks.agree({**near, 8: near[2]}, near)
+
+
+def test_accuracy_fails_by_chance_as_rarely_as_said():
+    draws = 0.5 * torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) - 0.3
+    alarms = sum(gpu_checks.shown_below(row, -0.3, 0.05) for row in draws.tolist())
+    assert 0.03 < alarms / 4000 < 0.07
+    assert gpu_checks.shown_below([-1.0, -1.1, -0.9], -0.3, 0.01)
+
+
+@pytest.mark.parametrize("name", ["levels", "integer_operands", "shared_is_not_shared"])
+def test_gpu_checks_on_a_cpu(name):
+    assert gpu.passes(name, torch.device("cpu"))
+
+
+def test_a_gpu_check_that_fails(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "quantize_activation",
+                        lambda x, bits: quan_ops.quantize_activation(x, bits - 1 or 1))
+    assert not gpu.passes("levels", torch.device("cpu"))
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main(gpu.parse_args(["levels", "--device", "cpu"]))

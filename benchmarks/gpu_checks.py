@@ -1,0 +1,273 @@
+"""The checks of gpu.py: that what a device computes is right. On a CPU most of them run too."""
+import contextlib
+import math
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from scipy.stats import t as student
+from torch.nn.functional import conv2d
+
+import reference_way  # first: the project's modules are found through it
+import accuracy
+import train
+from dataset.loader import InMemoryLoader, ShuffledBatches
+from engine import setup
+from engine.arguments import parse_flags
+from engine.evaluation import evaluate
+from engine.forward_pass import ForwardPass
+from engine.metrics import Metrics
+from engine.run_folder import read_metrics
+from models import BIT_WIDTHS, MODELS
+from models.losses import any_precision_backward
+from models.quan_ops import (Conv2dQ, normalize_weight, quantize_activation, quantize_weight,
+                             set_bit_width)
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
+BITS = (1, 2, 4, 8, 32)
+COUNT = 16  # images of a batch
+
+
+def precisions(device):
+    return ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def deterministic():
+    """Have torch choose deterministic algorithms, the same ones every time."""
+    class Deterministic(ForwardPass):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            torch.backends.cudnn.benchmark = False
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with patch.object(setup, "ForwardPass", Deterministic):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Steps:
+    """Training steps of a narrow network; `seed` is of its weights, and of dropout."""
+
+    def __init__(self, device, name="resnet20q", precision="fp32", compiles=False, bit_widths=BITS,
+                 optimizer=torch.optim.Adam, seed=0):
+        torch.manual_seed(seed)
+        self.device, self.bit_widths = device, bit_widths
+        self.model = MODELS[name](bit_widths, num_classes=10, width=1).to(device).train()
+        self.forward_pass = setup.ForwardPass(
+            self.model, device, precision, COUNT if compiles else None)
+        self.optimizer = optimizer(self.model.parameters(), lr=0.01, fused=True)
+        self.metrics = Metrics(bit_widths, device)
+        size = 40 if name == "svhnq" else 32
+        self.images = random(COUNT, 3, size, size).to(device).contiguous(
+            memory_format=self.forward_pass.memory_format)
+        self.labels = torch.arange(COUNT, device=device) % 10
+
+    def backward(self, bit_widths=None, count=COUNT):
+        """Add the gradients of a batch of `count` images; return its results."""
+        return any_precision_backward(
+            self.model, self.images[:count], self.labels[:count], bit_widths or self.bit_widths,
+            forward=self.forward_pass, autocast=self.forward_pass.autocast)
+
+    def step(self, count=COUNT):
+        self.optimizer.zero_grad()
+        results = self.backward(count=count)
+        self.optimizer.step()
+        self.metrics.add(results, self.labels[:count])
+
+    def evaluate(self):
+        batches = [(self.images, self.labels)]
+        evaluate(self.model, self.forward_pass, batches, self.bit_widths, self.device)
+        self.model.train()
+
+
+# ---- one layer
+
+def levels(device):
+    """Activations take float64's levels, but within rounding of a threshold."""
+    x = 1.5 * random(1 << 20)
+    for bits in range(1, 9):
+        n = 2**bits - 1
+        u = n * x.double().clamp(0, 1)
+        found = (n * quantize_activation(x.to(device), bits).cpu().double()).round()
+        odd = found != u.round()
+        assert ((u - u.floor() - 0.5).abs()[odd] < 1e-4).all(), bits
+
+
+def integer_operands(device):
+    """Low-precision convolutions are float64's of the same levels: bf16 but for its output."""
+    def error(y, exact):
+        return float((y.double().cpu() - exact).abs().max() / exact.abs().max())
+
+    conv = Conv2dQ(64, 64, 3, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(random(*conv.weight.shape, seed=1))
+    conv.to(device)
+    for precision in precisions(device)[1:]:
+        forward_pass = ForwardPass(conv, device, precision)
+        for bits in range(1, 9):
+            conv.bits, n = bits, 2**bits - 1
+            a = quantize_activation(random(8, 64, 16, 16).to(device), bits)
+            v, scale = normalize_weight(conv.weight)
+            w = quantize_weight(v, 1.0, bits)
+            k, odd = ((n * part.double().cpu()).round() for part in (a, w))
+            exact = conv2d(k, odd) * float(scale) / n**2
+            with torch.no_grad(), forward_pass.autocast():
+                found = error(conv(a), exact)
+                published = error(conv2d(a, scale * w), exact)
+            print(f"  {precision}, {bits} bits: error {found:.1e}, of the published grid "
+                  f"{published:.1e}")
+            assert found < (2**-8 if precision == "bf16" else 2e-6), (precision, bits, found)
+
+
+# ---- a step
+
+def agree(found, expected):
+    """Check that {bits: a tensor} is what is expected, and no other bit-width's."""
+    for bits, value in found.items():
+        def distance(other):
+            return float((value - expected[other]).norm() / expected[other].norm())
+        nearest = min(distance(other) for other in expected if other != bits)
+        assert distance(bits) < min(0.1, nearest / 4), (bits, distance(bits), nearest)
+
+
+def compiled_is_eager(device):
+    """From the same weights, each bit-width by itself: logits and gradients of all parameters."""
+    for precision in precisions(device):
+        found = {}
+        for compiles in (False, True):
+            logits, gradients = {}, {}
+            steps = Steps(device, precision=precision, compiles=compiles)
+            for bits in BITS:
+                steps.optimizer.zero_grad()
+                logits[bits] = steps.backward((bits,))[bits][1].double()
+                gradients[bits] = torch.cat([
+                    parameter.grad.flatten().double() for name, parameter
+                    in steps.model.named_parameters() if "bn_dict" not in name])
+            found[compiles] = logits, gradients
+        for part in (0, 1):
+            agree(found[True][part], found[False][part])
+
+
+def steps_repeat(device):
+    """Bit for bit, by deterministic algorithms: with another lr, a partial batch, evaluations."""
+    def weights(optimizer, precision, compiles, evaluates):
+        steps = Steps(device, "svhnq", precision, compiles, optimizer=optimizer)
+        for step in range(4):
+            steps.optimizer.param_groups[0]["lr"] = 0.001 if step > 1 else 0.01
+            steps.step(COUNT if step != 2 else 5)
+            if evaluates:
+                steps.evaluate()
+        return torch.cat([parameter.flatten() for parameter in steps.model.parameters()])
+
+    with deterministic():
+        for optimizer in (torch.optim.Adam, torch.optim.SGD):
+            for precision in precisions(device):
+                for compiles in (False, True):
+                    once, again, evaluated = (
+                        weights(optimizer, precision, compiles, evaluates)
+                        for evaluates in (False, False, True))
+                    told = optimizer.__name__, precision, compiles
+                    assert once.isfinite().all() and once.abs().max() < 1000, told
+                    assert torch.equal(once, again) and torch.equal(once, evaluated), told
+
+
+def dropout_differs(device):
+    """Two compiled steps from the same weights drop other activations."""
+    with deterministic():
+        steps = Steps(device, "svhnq", compiles=True)
+        first, second = (steps.backward((32,))[32][1] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def shared_is_not_shared(device):
+    """In float64 the gradients of the default are those of everything computed anew."""
+    gradients = []
+    for shared in (False, True):
+        steps = Steps(device)
+        model = steps.model.double()
+        with torch.no_grad():
+            for index, parameter in enumerate(model.parameters()):  # none on the clamp's ends
+                parameter += 0.1 * random(*parameter.shape, seed=index).to(parameter)
+        any_precision_backward(
+            model, steps.images.double(), steps.labels, BITS, shared=shared)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def nothing_waits(device):
+    """No step, metric or batch in memory makes the CPU wait for the GPU."""
+    images = torch.zeros(4 * COUNT, 40, 40, 3, dtype=torch.uint8, device=device)
+    loader = InMemoryLoader(images, torch.zeros(4 * COUNT, dtype=torch.int64, device=device),
+                            "digits", ShuffledBatches(4 * COUNT, COUNT, seed=0))
+    for name in ("resnet20q", "svhnq"):
+        for precision in precisions(device):
+            for compiles in (False, True):
+                steps, batches = Steps(device, name, precision, compiles), iter(loader)
+                steps.step()  # the first may wait, and so may an epoch's first batch
+                next(batches)
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    steps.step()
+                    for _ in batches:
+                        pass
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+def compiles_once(device):
+    """Nine bit-widths, training and evaluation: nothing is compiled after the first time."""
+    steps = Steps(device, "svhnq", "bf16", compiles=True, bit_widths=BIT_WIDTHS)
+    steps.step()
+    steps.evaluate()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            steps.step()
+            steps.evaluate()
+
+
+# ---- runs
+
+def resumed_is_whole(device):
+    """A compiled bf16 run ended after an epoch and resumed ends as the whole one, bit for bit."""
+    with tempfile.TemporaryDirectory() as folder, deterministic():
+        def run(name, *flags):
+            path = Path(folder, name)
+            train.main(parse_flags(["--device", str(device), "--precision", "bf16", "--compile",
+                                    "--lr_decay", "2", *flags, "--results-dir", str(path)]))
+            return [record["train"] for record in read_metrics(path / "metrics.jsonl")]
+        whole = run("whole", "--epochs", "3")
+        run("parts", "--epochs", "1")
+        parts = run("parts", "--resume", f"{folder}/parts", "--epochs", "3")
+    assert whole == parts, (whole[-1], parts[-1])
+
+
+def accuracy_is_kept(device, seeds=8, false_alarms=0.01):
+    """Compiled bf16 on digits, per bit-width, the mean of the last five epochs, is not shown to be
+    more than 0.3 points below the reference: fails by chance in at most 1 % of the cases."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = accuracy.main(accuracy.parse_args(
+            ["--seeds", str(seeds), "--flags=--precision bf16 --compile", "--folder", folder]))
+    for bits, differences in pairs.items():
+        assert not shown_below(differences, -0.3, false_alarms / len(pairs)), (bits, differences)
+
+
+def shown_below(differences, limit, false_alarms):
+    """Return whether a one-sided t-test shows, at that level, a mean below the limit."""
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    bound = student.ppf(1 - false_alarms, len(differences) - 1) * error
+    return statistics.mean(differences) + bound < limit
+
+
+CHECKS = {check.__name__: check for check in (
+    levels, integer_operands, compiled_is_eager, steps_repeat, dropout_differs,
+    shared_is_not_shared, nothing_waits, compiles_once, resumed_is_whole, accuracy_is_kept)}
