@@ -3,4 +3,4 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 cd "$here"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n 2 "$@"

@@ -206,8 +206,8 @@ def bf16(model):
 
 
 PATHS = {"shared": trained(lambda model: {}),
-         "not shared": trained(lambda model: {"shared": False}), "bf16": trained(bf16), "compiled": trained(compiled), "evaluate": evaluated,
-         "calibrate": calibrated}
+         "not shared": trained(lambda model: {"shared": False}), "bf16": trained(bf16),
+         "compiled": trained(compiled), "evaluate": evaluated, "calibrate": calibrated}
 
 
 @pytest.mark.parametrize("quantizer", ["quantize_weight", "quantize_activation"])
