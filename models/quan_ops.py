@@ -18,7 +18,7 @@ BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 def normalize_weight(w):
     """Return v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, which gets no gradient."""
     t = torch.tanh(w)
-    return t / t.abs().max(), w.abs().mean().detach()  # the maximum is not detached
+    return t / t.abs().amax(), w.abs().mean().detach()  # the maximum is not detached
 
 
 def quantize(u, bits):
