@@ -29,10 +29,11 @@ from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
 from engine.resume import resolve
 from engine.run_folder import RunFolder, log
-from engine.setup import (make_forward_pass, make_model, make_optimizer, make_train_loader,
-                          make_val_loader, open_data, synchronize_batch_norm)
-from engine.state import TrainingState, load_checkpoint, load_weights
-from models import fit_bit_widths
+from engine.setup import (initialise, make_forward_pass, make_model, make_optimizer,
+                          make_train_loader, make_val_loader, open_data, synchronize_batch_norm)
+from engine.state import TrainingState, load_checkpoint
+from models import layer_table
+from models.converted import AnyPrecisionNetwork
 from models.losses import any_precision_backward
 from utils import flag_text
 
@@ -154,12 +155,7 @@ def start(state, args, checkpoint):
         with one_at_a_time_per_machine():
             path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
         state_dict = load_checkpoint(path)["state_dict"]
-        with reading(path):
-            state_dict, added = fit_bit_widths(state_dict, state.bit_widths)
-        load_weights(state.model, state_dict, path)
-        copies = [f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()]
-        also = f": BatchNorms of {', '.join(copies)}" if added else ""
-        return f"initialised from {path}{also}"
+        return initialise(state.model, path, state_dict, state.bit_widths)
 
 
 def tell_beginning(args, device, state, run, told, unset):
@@ -172,6 +168,10 @@ def tell_beginning(args, device, state, run, told, unset):
         log.info("not set, so by default: " + "  ".join(defaults))
     if told:
         log.info(told)
+    if rank() == 0 and isinstance(state.model, AnyPrecisionNetwork):
+        table = layer_table(state.model)
+        (run.path / "layers.md").write_text(f"{table}\n")
+        log.info("layers, also in layers.md:\n\n%s\n", table)
     if state.epoch > args.start_epoch or state.metrics.steps or args.resume:
         left = "" if state.epoch < args.epochs else ", nothing is left to train (--epochs)"
         log.info(f"resuming in {run.path}: {state.epoch} of {args.epochs} epochs done{left}")

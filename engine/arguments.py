@@ -10,7 +10,7 @@ from dataset.data import DATASETS
 from engine.distributed import rank, world_size
 from engine.errors import UsageError
 from engine.forward_pass import PRECISIONS
-from models import DEFAULT_WIDTH, MODELS, check_bit_widths
+from models import DEFAULT_WIDTH, MODELS, check_bit_widths, zoo
 from models.losses import LOSSES
 from utils import flag_text, one_line
 
@@ -39,6 +39,16 @@ def bit_width_list(text):
     try:
         return sorted(check_bit_widths(int(part) if re.fullmatch(r"-?\d+", part) else part
                                        for part in parts))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def model_name(text):
+    if text not in MODELS and not zoo.is_torchvision(text):
+        raise ArgumentTypeError(f"{text!r} (choose from {', '.join(MODELS)}, or "
+                                f"{zoo.PREFIX}NAME, such as {zoo.PREFIX}resnet18)")
+    try:
+        return text if text in MODELS else zoo.check_name(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 
@@ -92,7 +102,8 @@ def add_training(add):
     add("--train_split", "--train-split", help="unset: train, for svhn train_extra")
     add("--train-fraction", type=number(float, 0, 1, above=True), default=1.0,
         help="train on this part of the training split, drawn by the seed; for short honest trials")
-    add_choice("--model", MODELS, "svhnq")
+    add("--model", type=model_name, default="svhnq", metavar="NAME",
+        help=f"{', '.join(MODELS)}, or {zoo.PREFIX}NAME, such as {zoo.PREFIX}resnet18")
     add("--width", type=number(int, 1), help=f"width multiplier; unset: {widths}")
     add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
@@ -181,7 +192,7 @@ def settle(flags, saved=None, guessed=None):
     recipe = given.pop("recipe", {})
     args = Namespace(**{**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given})
     args.train_split = args.train_split or next(iter(DATASETS[args.dataset].val_split))
-    args.width = args.width or DEFAULT_WIDTH[args.model]
+    args.width = args.width or DEFAULT_WIDTH.get(args.model, 1)
     check_settings(args)
     return args
 
@@ -196,6 +207,10 @@ def check_settings(args):
     if args.model == "svhnq" and size != 40:
         raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {size} x "
                          f"{size}: choose --model resnet20q or resnet50q")
+    if zoo.is_torchvision(args.model) and (args.width != 1 or args.all_conv):
+        flag = "--all-conv" if args.all_conv else f"--width {args.width}"
+        raise UsageError(f"{flag} is of {', '.join(MODELS)}: leave it out with --model "
+                         f"{args.model}")
     if args.precision not in PRECISIONS:  # an older run's
         raise UsageError(f"--precision {args.precision} does not exist: choose from "
                          f"{', '.join(PRECISIONS)}, to train on with --pretrain")
@@ -225,6 +240,6 @@ def flag_name(name):
 
 def run_name(args):
     """Name a run by what sets it apart: data, model, bit-widths, loss, seed."""
-    parts = [args.dataset, args.model, "-".join(map(str, args.bit_width_list))]
+    parts = [args.dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
     parts += [args.loss] * (len(args.bit_width_list) > 1) + ["allconv"] * args.all_conv
     return "_".join([*parts, f"seed{args.seed}"])

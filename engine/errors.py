@@ -68,7 +68,7 @@ def run_program(main, parse):
     except (UserError, DataError, ProcessError, OSError) as error:  # OSError: such as a full disk
         code = getattr(error, "exit_code", 1)
         message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         message, code = f"error: {explained(error)}", 1
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT
@@ -84,7 +84,12 @@ def run_program(main, parse):
 
 
 def explained(error):
-    """Return what to do about a RuntimeError of torch, or raise it again."""
+    """Return what to do about an error of torch, or raise it again."""
+    if "more than 1 value per channel" in str(error):
+        return ("a BatchNorm got one image of one pixel, which has no variance: choose a "
+                "--batch-size that leaves no single image at the end of an epoch")
+    if "Output size is too small" in str(error) or "Kernel size can't be greater" in str(error):
+        return f"the images are too small for this network ({one_line(error)}): choose another"
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return (f"out of memory ({one_line(error)}): lower --batch-size or --width, or for a large "
                 "data set --train-fraction")

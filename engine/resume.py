@@ -6,7 +6,7 @@ from engine import published
 from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, settle
 from engine.errors import UsageError, UserError, reading
 from engine.state import load_checkpoint
-from models import MODELS, saved_bit_widths
+from models import MODELS, saved_bit_widths, zoo
 from utils import flag_text
 
 # What the same command may change: where and how fast a run computes, and what it tells.
@@ -103,7 +103,7 @@ def saved_arguments(flags, checkpoint):
     """
     content = checkpoint.content
     model = content.get("model", getattr(flags, "model", None))
-    if model not in list(MODELS):
+    if model not in list(MODELS) and not zoo.is_torchvision(model):
         raise UserError(f"{checkpoint.path} is of model {model!r}: choose a checkpoint of "
                         f"{', '.join(MODELS)}")
     if content.get("arguments"):

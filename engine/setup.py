@@ -5,9 +5,11 @@ from torch.utils.data import Subset
 from dataset.data import DATASETS, get_dataset
 from dataset.loader import make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
-from engine.errors import UserError
+from engine.errors import UsageError, UserError, reading
 from engine.forward_pass import ForwardPass
-from models import MODELS
+from engine.state import load_weights
+from models import MODELS, convert, fit_bit_widths, saved_bit_widths, zoo
+from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
 def open_data(args):
@@ -39,7 +41,32 @@ def images_per_process(args):
 
 
 def make_model(args, bit_widths, num_classes):
-    return MODELS[args.model](bit_widths, num_classes, args.width, args.all_conv)
+    if args.model in MODELS:
+        return MODELS[args.model](bit_widths, num_classes, args.width, args.all_conv)
+    try:
+        return convert(zoo.torchvision_network(args.model, num_classes), bit_widths)
+    except ValueError as error:
+        raise UsageError(f"--model {args.model}: {error}") from None
+
+
+def initialise(model, path, state_dict, bit_widths):
+    """Load --pretrain, of this model or of the float network it was made from; return what to tell.
+
+    Raises UserError where the state dict does not fit.
+    """
+    told = f"initialised from {path}"
+    if isinstance(model, AnyPrecisionNetwork) and not saved_bit_widths(state_dict):
+        state_dict, left = fit_float_weights(model, state_dict)
+        told += f", a float network: {len(state_dict) - len(left)} entries, every bit-width's "
+        told += "BatchNorm from its one"
+        told += f"; of another size, so left new: {', '.join(left)}" if left else ""
+    else:
+        with reading(path):
+            state_dict, added = fit_bit_widths(state_dict, bit_widths)
+        copies = [f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()]
+        told += f": BatchNorms of {', '.join(copies)}" if added else ""
+    load_weights(model, state_dict, path)
+    return told
 
 
 def synchronize_batch_norm(model, device):

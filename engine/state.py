@@ -113,6 +113,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint that can be read safely "
                         f"({type(error).__name__}): it is cut short, not a checkpoint, or holds "
                         "code") from None
+    if isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
+        content = {"state_dict": content}  # as torchvision saves it
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(

@@ -1,5 +1,7 @@
 """Any-precision networks by name, and the switch that sets their bit-width."""
 from models.bit_widths import calibrate, fit_bit_widths, saved_bit_widths
+from models.convert import convert
+from models.converted import layer_table
 from models.quan_ops import BIT_WIDTHS, check_bit_widths, set_bit_width, trained_bit_widths
 from models.resnet_quan import ResNet20 as resnet20q, ResNet50 as resnet50q
 from models.svhn_quan import SVHNNet as svhnq

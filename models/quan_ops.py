@@ -104,16 +104,17 @@ def low_precision(x):
 
 
 class ActivationQ(nn.Module):
-    """The activation function: quantize_activation to self.bits."""
+    """The activation function: quantize_activation to self.bits; limit: at 32, as 6 of ReLU6."""
 
     bits = FULL_PRECISION
 
-    def __init__(self, rounding=True):
+    def __init__(self, rounding=True, limit=None):
         super().__init__()
-        self.rounding = rounding
+        self.rounding, self.limit = rounding, limit
 
     def forward(self, x):
-        return quantize_activation(x, self.bits, self.rounding)
+        y = quantize_activation(x, self.bits, self.rounding)
+        return y.clamp(max=self.limit) if self.limit and self.bits == FULL_PRECISION else y
 
 
 class SwitchableBatchNorm2d(nn.Module):

@@ -1,0 +1,117 @@
+"""A network of float layers, made into one that runs at any precision."""
+import copy
+import warnings
+
+from torch import fx, nn
+
+from models import graph as graphs
+from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
+from models.float_layers import BatchNorm2d, Classifier
+from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
+                             set_bit_width)
+
+
+def convert(network, bit_widths, keep=()):
+    """Return a copy of a float network, with its weights, that runs at any of the bit-widths.
+
+    Conv2d becomes Conv2dQ, BatchNorm2d one for each bit-width, ReLU and ReLU6 ActivationQ. In full
+    precision stay the convolutions that see the image, the last linear layer, and what `keep`
+    names, with all within it; BatchNorms in keep are shared. layer_table tells of each layer.
+    Raises ValueError for a network that lacks layers to convert, or has some that cannot be.
+    """
+    bit_widths = check_bit_widths(bit_widths)
+    training, network = network.training, copy.deepcopy(network)
+    check_layers(network, keep)
+    try:
+        graph, note = graphs.trace(network), ""
+    except Exception as error:  # of torch.fx, or of the network
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        graph, note = None, (
+            f"torch.fx cannot trace the network ({told}): converted by its modules alone, so ReLUs "
+            "that are functions stay, and which inputs are quantized is not known")
+        warnings.warn(note, stacklevel=2)
+    why = full_precision(network, graph, keep)
+    replace_modules(network, bit_widths, why, activations=graph is None)
+    stem, body = None, call
+    if graph:
+        graphs.replace_activations(graph, network, why)
+        stem, body = (part and type(fx.GraphModule(network, part)).forward
+                      for part in graphs.split(graph, dict(network.named_modules())))
+    model = AnyPrecisionNetwork(network, stem, body, describe(network, graph, why), note)
+    set_bit_width(model, max(bit_widths))
+    return model.train(training)
+
+
+def call(network, x):
+    return network(x)
+
+
+def check_layers(network, keep):
+    """Raise ValueError for a network without what a conversion needs, or with what it cannot."""
+    modules = dict(network.named_modules())
+    for name in keep:
+        if name not in modules:
+            raise ValueError(f"keep names {name!r}, which the network does not have: choose from "
+                             f"{', '.join([*filter(None, modules)][:5])}, ...")
+    for kind in (nn.Conv2d, nn.BatchNorm2d):
+        if not any(type(layer) is kind for layer in modules.values()):
+            raise ValueError(f"the network has no {kind.__name__}, and a conversion needs some: "
+                             "choose one with convolutions and BatchNorm")
+    for name, layer in modules.items():
+        holds = any(True for _ in layer.parameters(recurse=False)) and not any(layer.children())
+        if is_within(name, keep) or not (holds or isinstance(layer, nn.BatchNorm2d)):
+            continue
+        if type(layer) not in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+            raise ValueError(f"layer {name} is a {type(layer).__name__}, which has no form for "
+                             "every bit-width: name it in keep, to leave it as it is")
+        if type(layer) is nn.BatchNorm2d and not (layer.affine and layer.track_running_stats):
+            raise ValueError(f"layer {name} is a BatchNorm2d without weights or statistics: build "
+                             "it with affine=True and track_running_stats=True, or name it in keep")
+
+
+def is_within(name, keep):
+    return any(name == kept or name.startswith(f"{kept}.") for kept in keep)
+
+
+def full_precision(network, graph, keep):
+    """Return {name: why} of the modules that stay; ValueError where no convolution is left."""
+    modules = dict(network.named_modules())
+    order = [node.target for node in graph.nodes if node.op == "call_module"] if graph else modules
+    convolutions, linear = ([name for name in order if isinstance(modules[name], kind)]
+                            for kind in (nn.Conv2d, nn.Linear))
+    seeing = graphs.image_layers(graph, modules) if graph else convolutions[:1]
+    why = {name: "in keep" for name in modules if is_within(name, keep)}
+    why.update(dict.fromkeys(seeing, "sees the image"))
+    why.update(dict.fromkeys((linear or convolutions)[-1:], CLASSIFIER))
+    if all(name in why for name in convolutions):
+        raise ValueError("no convolution is left to quantize: all see the image or are in keep")
+    return why
+
+
+def replace_modules(network, bit_widths, why, activations):
+    """Replace the modules that are not in `why`; ReLUs where `activations` says so."""
+    done = {}  # a module may stand under several names
+    for name, layer in list(network.named_modules(remove_duplicate=False)):
+        if id(layer) not in done:
+            done[id(layer)] = replacement(layer, bit_widths, why.get(name), activations)
+        if done[id(layer)] is not layer:
+            network.set_submodule(name, done[id(layer)])
+
+
+def replacement(layer, bit_widths, why, activations):
+    kind = type(layer)
+    if kind is nn.Linear and why == CLASSIFIER:
+        layer.__class__ = Classifier  # the same state, another forward
+    elif kind is nn.BatchNorm2d and why and layer.affine:
+        layer.__class__ = BatchNorm2d
+    elif kind is nn.Conv2d and not why:
+        layer.__class__ = Conv2dQ
+    elif kind is nn.BatchNorm2d and not why:
+        switchable = SwitchableBatchNorm2d(layer.num_features, bit_widths).to(layer.weight)
+        for own in switchable.bn_dict.values():
+            own.eps, own.momentum = layer.eps, layer.momentum
+            own.load_state_dict(layer.state_dict())
+        return switchable
+    elif activations and not why and kind in (nn.ReLU, nn.ReLU6):
+        return ActivationQ(limit=6.0 if kind is nn.ReLU6 else None)
+    return layer

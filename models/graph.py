@@ -1,0 +1,193 @@
+"""What torch.fx sees of a network: its activations, what each convolution takes in, its stem.
+
+A graph's nodes are the calls of a forward pass, in order: of modules, functions and methods.
+"""
+from torch import fx, nn
+from torch.nn import functional
+
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+
+RELU = {nn.ReLU: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
+        nn.ReLU6: nn.ReLU6, functional.relu6: nn.ReLU6}  # and torch.relu and torch.relu_, by name
+# Modules, functions and methods whose output holds values of their (first) input, and no others.
+KEEPING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identity", "Flatten",
+           "ChannelShuffle", "max_pool2d", "dropout", "cat", "concat", "chunk", "split", "getitem",
+           "flatten", "view", "reshape", "transpose", "permute", "contiguous", "squeeze"}
+OF_SHAPE = {"size", "getattr", "dim"}
+MAKERS = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
+          "AdaptiveAvgPool2d": "an average pool", "avg_pool2d": "an average pool",
+          "adaptive_avg_pool2d": "an average pool", "mean": "an average pool",
+          "mul": "a product", "imul": "a product", "Conv2dQ": "a convolution",
+          "SwitchableBatchNorm2d": "a BatchNorm without activation"}
+# What changes from one bit-width, or one call, to the next.
+CHANGING = (Conv2dQ, SwitchableBatchNorm2d, ActivationQ, nn.BatchNorm2d,
+            nn.modules.dropout._DropoutNd)
+
+
+class IsTraining(nn.Module):
+    """Returns whether it is in training mode, which a traced graph would hold as a constant."""
+
+    def forward(self):
+        return self.training
+
+
+def trace(network):
+    """Return the network's graph in either mode; adds to the network an IsTraining it may call.
+
+    Raises whatever torch.fx does where it cannot trace, and ValueError for several inputs, or
+    where training takes another way than evaluation.
+    """
+    graph, other = (fx.Tracer().trace(network.train(mode)) for mode in (True, False))
+    pairs = list(zip(graph.nodes, other.nodes))
+    same_length = len(graph.nodes) == len(other.nodes)
+    network.is_training = IsTraining()
+    with graph.inserting_before(next(iter(graph.nodes))):
+        flag = graph.call_module("is_training")
+    for node, twin in pairs:
+        for place, (value, other_value) in enumerate(zip(node.args, twin.args)):
+            if value is True and other_value is False:
+                node.update_arg(place, flag)
+                twin.update_arg(place, flag)
+        for name, value in node.kwargs.items():
+            if value is True and twin.kwargs.get(name) is False:
+                node.update_kwarg(name, flag)
+                twin.update_kwarg(name, flag)
+    if not flag.users:
+        graph.erase_node(flag)
+        del network.is_training
+    if not same_length or any(
+            str((node.target, node.args, node.kwargs)) != str((twin.target, twin.args, twin.kwargs))
+            for node, twin in pairs):
+        raise ValueError("training takes another way than evaluation")
+    if sum(node.op == "placeholder" for node in graph.nodes) > 1:
+        raise ValueError("it takes more than images")
+    return graph
+
+
+def name_of(node, modules):
+    """Return the name of a node's function or method, or of its module's class."""
+    if node.op == "call_module":
+        return type(modules[node.target]).__name__
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def relu_of(node, modules):
+    """Return the kind of ReLU that a node is, nn.ReLU or nn.ReLU6; None for another."""
+    if node.op == "call_module":
+        return RELU.get(type(modules[node.target]))
+    return RELU.get(node.target) or RELU.get(name_of(node, modules))
+
+
+def replace_activations(graph, network, kept):
+    """Give each ReLU and ReLU6 of the graph, module or function, an ActivationQ of its own.
+
+    Those in `kept` stay. Where one works in place, what reads its input later reads its output.
+    """
+    for node in list(graph.nodes):
+        modules = dict(network.named_modules())
+        kind, is_module = relu_of(node, modules), node.op == "call_module"
+        if kind is None or is_module and node.target in kept:
+            continue
+        owner = [*node.meta.get("nn_module_stack", ())][-1:]
+        base = node.target if is_module else ".".join([*owner, "relu"])
+        name, count = base, 0
+        while name in modules and type(modules[name]) not in (nn.ReLU, nn.ReLU6):
+            count += 1
+            name = f"{base}_{count}"
+        network.set_submodule(name, ActivationQ(limit=6.0 if kind is nn.ReLU6 else None))
+        source = node.all_input_nodes[0]
+        with graph.inserting_after(node):
+            activation = graph.call_module(name, (source,))
+        node.replace_all_uses_with(activation)
+        if node.kwargs.get("inplace") or name_of(node, modules).endswith("_") or (
+                is_module and modules[node.target].inplace):
+            order = list(graph.nodes)
+            later = set(order[order.index(activation) + 1:])
+            source.replace_all_uses_with(activation, delete_user_cb=later.__contains__)
+        graph.erase_node(node)
+    modules = dict(network.named_modules())
+    for node in graph.nodes:
+        if isinstance(modules.get(node.target), ActivationQ):
+            modules[node.target].rounding = needs_rounding(node, modules)
+
+
+def needs_rounding(node, modules):
+    """Return whether anything but full-precision layers takes in what a node gives."""
+    for user in node.users:
+        layer = modules.get(user.target) if user.op == "call_module" else None
+        name = name_of(user, modules)
+        if name in OF_SHAPE or type(layer) is nn.Conv2d or isinstance(layer, nn.Linear):
+            continue
+        if name not in KEEPING or needs_rounding(user, modules):
+            return True
+    return False
+
+
+def input_makers(graph, modules):
+    """Return {name of a layer: what makes its input other than quantized activations, or ""}.
+
+    Layers that are functions stand under their nodes' names.
+    """
+    told, makers = {}, {}
+    for node in graph.nodes:
+        name, module = name_of(node, modules), modules.get(node.target)
+        if isinstance(module, ActivationQ):
+            told[node] = "" if module.rounding else "an activation without rounding"
+        elif name in KEEPING and node.args:
+            first = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
+            told[node] = next((told[source] for source in first if told[source]), "")
+        else:
+            told[node] = MAKERS.get(name, name)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) or name in ("conv2d", "linear"):
+            source = told[node.all_input_nodes[0]]
+            key = node.target if module else node.name
+            makers[key] = makers.get(key) or source  # of several calls, one that is not quantized
+    return makers
+
+
+def image_layers(graph, modules):
+    """Return the names of the convolutions that see the image: no other layer lies before them."""
+    behind, found = set(), []
+    for node in graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        is_behind = any(source in behind for source in node.all_input_nodes)
+        if isinstance(layer, nn.Conv2d) and not is_behind:
+            found.append(node.target)
+        if is_behind or isinstance(layer, (nn.Conv2d, nn.Linear)):
+            behind.add(node)
+    return found
+
+
+def split(graph, modules):
+    """Return the graphs of what comes before the first quantizer, and after; None, graph if none.
+
+    Where more than one tensor goes from one to the other there is no such split.
+    """
+    changing, crossing = set(), set()
+    for node in graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(layer, (*CHANGING, IsTraining)) or any(
+                source in changing for source in node.all_input_nodes):
+            changing.add(node)
+            crossing |= {source for source in node.all_input_nodes
+                         if source not in changing and source.op != "get_attr"}
+    cut = crossing.pop() if len(crossing) == 1 else None
+    if cut is None or cut.op == "placeholder" or any(
+            name_of(user, modules).startswith("i") or name_of(user, modules).endswith("_")
+            for user in cut.users if user.op != "call_module"):  # in place, on what is shared
+        return None, graph
+    before = [node for node in graph.nodes if node not in changing]
+    after = [node for node in graph.nodes
+             if node in changing or node is cut or node.op == "get_attr"]
+    return part(before, None, cut), part(after, cut, None)
+
+
+def part(nodes, start, end):
+    """Return a graph of some nodes, whose input is `start`, if any, and output `end`, if any."""
+    graph, copies = fx.Graph(), {}
+    for node in nodes:
+        copies[node] = (graph.placeholder("x") if node is start
+                        else graph.node_copy(node, copies.__getitem__))
+    if end is not None:
+        graph.output(copies[end])
+    return graph

@@ -1,0 +1,29 @@
+"""Torchvision's classification networks, by name."""
+import difflib
+
+from torchvision import models
+
+PREFIX = "torchvision:"
+
+
+def is_torchvision(name):
+    return isinstance(name, str) and name.startswith(PREFIX)
+
+
+def check_name(name):
+    """Return the name; ValueError where torchvision has no classification network of it."""
+    known, given = models.list_models(module=models), name.removeprefix(PREFIX)
+    if given not in known:
+        near = difflib.get_close_matches(given, known, 3) or ["resnet18", "mobilenet_v2"]
+        raise ValueError(f"{given!r} is no classification network of torchvision: choose one of "
+                         f"its names, such as {', '.join(near)}")
+    return name
+
+
+def torchvision_network(name, num_classes):
+    """Return a new float network; ValueError for an unknown one, or one with auxiliary outputs."""
+    check_name(name)
+    given = name.removeprefix(PREFIX)
+    if given in ("googlenet", "inception_v3"):
+        raise ValueError(f"{given} gives several outputs in training: choose another network")
+    return models.get_model(given, weights=None, num_classes=num_classes)
