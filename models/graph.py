@@ -83,17 +83,19 @@ def replace_activations(graph, network, kept):
 
     Those in `kept` stay. Where one works in place, what reads its input later reads its output.
     """
+    modules = dict(network.named_modules())
+    taken = {name for name, layer in modules.items() if name in kept or type(layer) not in RELU}
     for node in list(graph.nodes):
-        modules = dict(network.named_modules())
         kind, is_module = relu_of(node, modules), node.op == "call_module"
         if kind is None or is_module and node.target in kept:
             continue
         owner = [*node.meta.get("nn_module_stack", ())][-1:]
         base = node.target if is_module else ".".join([*owner, "relu"])
         name, count = base, 0
-        while name in modules and type(modules[name]) not in (nn.ReLU, nn.ReLU6):
+        while name in taken:
             count += 1
             name = f"{base}_{count}"
+        taken.add(name)
         network.set_submodule(name, ActivationQ(limit=6.0 if kind is nn.ReLU6 else None))
         source = node.all_input_nodes[0]
         with graph.inserting_after(node):
