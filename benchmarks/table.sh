@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
 # The tables of docs/results.md: every loss, and a dedicated model for each bit-width, at seeds 0, 1
 # and 2 (24 runs); then what quantizing after training gives, and the recursive networks at every
-# bit-width. Digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a half. The same
-# command again goes on where it stopped; flags go to every training.
-#   JOBS=2 benchmarks/table.sh digits|fashion [flags]    JOBS trainings at a time, a thread each
+# bit-width. Digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a half. Or torchvision's
+# resnet18 or mobilenet_v2, converted, on digits, recursive and dedicated alone (18 runs, hours). The
+# same command again goes on where it stopped; flags go to every training.
+#   JOBS=2 benchmarks/table.sh digits|fashion|resnet18|mobilenet_v2 [flags]
+#                                                        JOBS trainings at a time, a thread each
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
 cd "$here"
-case "${1:-}" in
-    digits | fashion) export recipe=$1 ;;
-    *) echo "table.sh: error: '${1:-}' has no table: choose digits or fashion" >&2; exit 2 ;;
+shopt -s nullglob
+losses="recursive hard soft" table=${1:-}
+case "$table" in
+    digits | fashion) export recipe=$table; shift ;;
+    resnet18 | mobilenet_v2)
+        export recipe=digits
+        losses=recursive schedule="--epochs 8 --lr_decay 6,7"
+        if [ "$table" = mobilenet_v2 ]; then schedule="--epochs 12 --lr_decay 9,11"; fi
+        set -- --model "torchvision:$table" $schedule "${@:2}" ;;
+    *) echo "table.sh: error: '$table' has no table: choose digits, fashion, resnet18 or" \
+        "mobilenet_v2" >&2; exit 2 ;;
 esac
-shift
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-results=results/${recipe}_table
+results=results/${table}_table
 
 one_run() {  # FOLDER [flags]
     if [ -e "$1/accuracy.png" ]; then return; fi
@@ -30,7 +39,7 @@ evaluate() {  # NAME RUN SEED BATCHES BIT_WIDTHS
     echo "$folder"
 }
 
-for loss in recursive hard soft; do
+for loss in $losses; do
     for seed in 0 1 2; do
         echo "one_run $results/${loss}_seed$seed --seed $seed --loss $loss $*"
     done

@@ -65,12 +65,16 @@ def describe(network, graph, why):
 
 
 def layer_table(model):
-    """Return a Markdown table of a converted model's layers, and what could not be seen."""
+    """Return a Markdown table of a converted model's layers, a summary, what was not seen."""
     rows = [("layer", "kind", "weights", "input", "why not"), *model.layers]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([*lines, *(["", model.note] if model.note else [])])
+    weights, inputs = (sum(layer[place] == "quantized" for layer in model.layers)
+                       for place in (2, 3))
+    lines += ["", f"{len(model.layers)} layers: the weights of {weights} are quantized, the inputs "
+              f"of {inputs}"]
+    return "\n".join([*lines, *([model.note] if model.note else [])])
 
 
 def fit_float_weights(model, state_dict):
