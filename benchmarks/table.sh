@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The tables of docs/results.md: every loss, and a dedicated model for each bit-width, at seeds 0, 1
 # and 2 (24 runs); then what quantizing after training gives, and the recursive networks at every
-# bit-width. Digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a half. Or torchvision's
-# resnet18 or mobilenet_v2, converted, on digits, recursive and dedicated alone (18 runs, hours). The
-# same command again goes on where it stopped; flags go to every training.
+# bit-width. Digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a half. Or of
+# torchvision's resnet18 or mobilenet_v2, converted, on digits: recursive and dedicated alone (18
+# runs, hours). The same command again goes on where it stopped; flags go to every training.
 #   JOBS=2 benchmarks/table.sh digits|fashion|resnet18|mobilenet_v2 [flags]
 #                                                        JOBS trainings at a time, a thread each
 set -euo pipefail

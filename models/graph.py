@@ -13,6 +13,7 @@ RELU = {nn.ReLU: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn
 KEEPING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identity", "Flatten",
            "ChannelShuffle", "max_pool2d", "dropout", "cat", "concat", "chunk", "split", "getitem",
            "flatten", "view", "reshape", "transpose", "permute", "contiguous", "squeeze"}
+FUNCTIONS = {"conv2d", "linear"}  # layers that are not modules
 OF_SHAPE = {"size", "getattr", "dim"}
 MAKERS = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
           "AdaptiveAvgPool2d": "an average pool", "avg_pool2d": "an average pool",
@@ -40,9 +41,9 @@ def trace(network):
     graph, other = (fx.Tracer().trace(network.train(mode)) for mode in (True, False))
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
-    network.is_training = IsTraining()
+    network.training_flag = IsTraining()
     with graph.inserting_before(next(iter(graph.nodes))):
-        flag = graph.call_module("is_training")
+        flag = graph.call_module("training_flag")
     for node, twin in pairs:
         for place, (value, other_value) in enumerate(zip(node.args, twin.args)):
             if value is True and other_value is False:
@@ -54,7 +55,7 @@ def trace(network):
                 twin.update_kwarg(name, flag)
     if not flag.users:
         graph.erase_node(flag)
-        del network.is_training
+        del network.training_flag
     if not same_length or any(
             str((node.target, node.args, node.kwargs)) != str((twin.target, twin.args, twin.kwargs))
             for node, twin in pairs):
@@ -64,17 +65,21 @@ def trace(network):
     return graph
 
 
+def module_of(node, modules):
+    """Return the module that a node calls; None for a function, a method or an input."""
+    return modules[node.target] if node.op == "call_module" else None
+
+
 def name_of(node, modules):
     """Return the name of a node's function or method, or of its module's class."""
-    if node.op == "call_module":
-        return type(modules[node.target]).__name__
-    return getattr(node.target, "__name__", str(node.target))
+    module = module_of(node, modules)
+    return type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
 
 
 def relu_of(node, modules):
     """Return the kind of ReLU that a node is, nn.ReLU or nn.ReLU6; None for another."""
     if node.op == "call_module":
-        return RELU.get(type(modules[node.target]))
+        return RELU.get(type(module_of(node, modules)))
     return RELU.get(node.target) or RELU.get(name_of(node, modules))
 
 
@@ -101,23 +106,24 @@ def replace_activations(graph, network, kept):
         with graph.inserting_after(node):
             activation = graph.call_module(name, (source,))
         node.replace_all_uses_with(activation)
+        layer = module_of(node, modules)
         if node.kwargs.get("inplace") or name_of(node, modules).endswith("_") or (
-                is_module and modules[node.target].inplace):
+                layer and layer.inplace):
             order = list(graph.nodes)
             later = set(order[order.index(activation) + 1:])
             source.replace_all_uses_with(activation, delete_user_cb=later.__contains__)
         graph.erase_node(node)
     modules = dict(network.named_modules())
     for node in graph.nodes:
-        if isinstance(modules.get(node.target), ActivationQ):
-            modules[node.target].rounding = needs_rounding(node, modules)
+        layer = module_of(node, modules)
+        if isinstance(layer, ActivationQ):
+            layer.rounding = needs_rounding(node, modules)
 
 
 def needs_rounding(node, modules):
     """Return whether anything but full-precision layers takes in what a node gives."""
     for user in node.users:
-        layer = modules.get(user.target) if user.op == "call_module" else None
-        name = name_of(user, modules)
+        layer, name = module_of(user, modules), name_of(user, modules)
         if name in OF_SHAPE or type(layer) is nn.Conv2d or isinstance(layer, nn.Linear):
             continue
         if name not in KEEPING or needs_rounding(user, modules):
@@ -132,7 +138,7 @@ def input_makers(graph, modules):
     """
     told, makers = {}, {}
     for node in graph.nodes:
-        name, module = name_of(node, modules), modules.get(node.target)
+        name, module = name_of(node, modules), module_of(node, modules)
         if isinstance(module, ActivationQ):
             told[node] = "" if module.rounding else "an activation without rounding"
         elif name in KEEPING and node.args:
@@ -140,7 +146,7 @@ def input_makers(graph, modules):
             told[node] = next((told[source] for source in first if told[source]), "")
         else:
             told[node] = MAKERS.get(name, name)
-        if isinstance(module, (nn.Conv2d, nn.Linear)) or name in ("conv2d", "linear"):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) or (not module and name in FUNCTIONS):
             source = told[node.all_input_nodes[0]]
             key = node.target if module else node.name
             makers[key] = makers.get(key) or source  # of several calls, one that is not quantized
@@ -151,7 +157,7 @@ def image_layers(graph, modules):
     """Return the names of the convolutions that see the image: no other layer lies before them."""
     behind, found = set(), []
     for node in graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
+        layer = module_of(node, modules)
         is_behind = any(source in behind for source in node.all_input_nodes)
         if isinstance(layer, nn.Conv2d) and not is_behind:
             found.append(node.target)
@@ -167,7 +173,7 @@ def split(graph, modules):
     """
     changing, crossing = set(), set()
     for node in graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
+        layer = module_of(node, modules)
         if isinstance(layer, (*CHANGING, IsTraining)) or any(
                 source in changing for source in node.all_input_nodes):
             changing.add(node)
