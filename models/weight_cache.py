@@ -3,8 +3,10 @@ import weakref
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-KEPT = weakref.WeakKeyDictionary()  # layer: [what its values are of, {key: value}]; not copied
+KEPT = weakref.WeakKeyDictionary()  # layer: (what its values are of, ..., {key: value}); not copied
+register_optimizer_step_post_hook(lambda *step: KEPT.clear())  # a fused one raises no version
 
 
 class CachingConv2d(nn.Conv2d):
@@ -13,8 +15,8 @@ class CachingConv2d(nn.Conv2d):
     def kept(self, compute, *key):
         """Return compute(*key[:2]), or what it gave in evaluation for the same key and weight.
 
-        The weight is known by its parameter, memory, layout and version, which every operation on
-        it raises; writing to `weight.data` does not, and is seen after train() or load_state_dict.
+        The weight is known by its parameter, memory, layout and version, which operations on it
+        raise; writing to `weight.data` does not, and is seen after train(), or load_state_dict().
         """
         weight = self.weight
         if not can_keep(self, weight):
