@@ -31,7 +31,7 @@ from engine.resume import resolve
 from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_model, make_optimizer, make_train_loader,
                           make_val_loader, open_data, synchronize_batch_norm)
-from engine.state import TrainingState, load_checkpoint, load_weights
+from engine.state import TrainingState, load_checkpoint, load_weights, refuse_packed
 from models import fit_bit_widths
 from models.losses import any_precision_backward
 from utils import flag_text
@@ -153,9 +153,10 @@ def start(state, args, checkpoint):
     elif args.pretrain:
         with one_at_a_time_per_machine():
             path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
-        state_dict = load_checkpoint(path)["state_dict"]
+        content = load_checkpoint(path)
+        refuse_packed(content, path, "train")
         with reading(path):
-            state_dict, added = fit_bit_widths(state_dict, state.bit_widths)
+            state_dict, added = fit_bit_widths(content["state_dict"], state.bit_widths)
         load_weights(state.model, state_dict, path)
         copies = [f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()]
         also = f": BatchNorms of {', '.join(copies)}" if added else ""

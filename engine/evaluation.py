@@ -6,6 +6,7 @@ import torch
 
 from dataset.data import DATASETS
 from dataset.loader import count_classes
+from deploy import packed
 from engine.arguments import run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
@@ -59,7 +60,10 @@ def evaluate_checkpoint(args, checkpoint, device):
                         "another name")
     train_set, val_set = open_data(args)
     with reading(path):
-        model = make_model(args, bit_widths, count_classes(args.dataset, val_set)).to(device)
+        model = make_model(args, bit_widths, count_classes(args.dataset, val_set))
+        if "packed" in content:
+            packed.install(model, content["state_dict"], **content["packed"])
+        model.to(device)
     state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
     load_weights(model, state_dict, path)
     forward_pass = make_forward_pass(args, model, device)
