@@ -1,40 +1,43 @@
 """The packed file: a network of every bit-width, with a byte (or nine bits) a quantized weight.
 
-A weight has a level at each stored bit-width, k of 0 to 2^bits - 1. Few combinations of levels
-occur: at 1, 2, 4 and 8 bits those of the 256 levels at 8 bits, but for weights within rounding of
-a threshold; at all of 1 to 8 bits those of the 472 intervals between their thresholds. So a file
-has a table of the combinations, and for each weight its number there, in a byte or in a byte and
-a bit of a plane. What occurs too seldom for the table is mended by a list of (index, levels).
+It is a safetensors file: for each quantized layer numbers into a table of levels (deploy/levels.py)
+and E; the BatchNorms of its bit-widths; all else in float32; and one JSON text, with a SHA-256.
 """
 import hashlib
 import json
+from pathlib import Path
 
-import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from models import MODELS, check_bit_widths
+from deploy.levels import combinations, encode
+from models import MODELS, check_bit_widths, set_bit_width
 from models.bit_widths import BATCH_NORM_ENTRY
 from models.quan_ops import FULL_PRECISION, Conv2dQ
 
 KEY = "any_precision"  # the one metadata entry: several are written in another order each time
 FORMAT = 1
 ANY = (1, 2, 3, 4, 5, 6, 7, 8)
-SELDOM = 1e-3  # of the weights; where more than these are not in 256 combinations, a bit is added
 COUNTED = ".num_batches_tracked"  # not stored: evaluation does not need it
 
 
 class PackedConv2dQ(Conv2dQ):
     """A Conv2dQ of stored levels. Its weight, uint8, is the low byte of numbers into `levels`."""
 
-    @property
-    def shared(self):
-        """Return (v, E) at self.bits; v = 2 k / n - 1, which its quantizer keeps, bit for bit."""
-        if self.bits not in self.stored_bits:
+    def operand(self, bits, integers=False):
+        self.shared = self.normalized(bits)
+        try:
+            return super().operand(bits, integers)
+        finally:
+            self.shared = None
+
+    def normalized(self, bits):
+        """Return (v, E) of the levels k; v = 2 k / n - 1, which quantizing keeps, bit for bit."""
+        if bits not in self.stored_bits:
             stored = ", ".join(map(str, self.stored_bits))
-            raise ValueError(f"{self.bits} bits is not in the packed file: choose from {stored}")
-        column = self.stored_bits.index(self.bits)
+            raise ValueError(f"{bits} bits is not in the packed file: choose from {stored}")
+        column = self.stored_bits.index(bits)
         numbers = self.weight.contiguous().flatten().long()
         if self.ninth is not None:
             eight = torch.arange(8, device=numbers.device)
@@ -42,7 +45,7 @@ class PackedConv2dQ(Conv2dQ):
         k = self.levels[:, column][numbers]
         if self.mended is not None:
             k[self.mended.long()] = self.mended_levels[:, column]
-        v = 2 * (k.to(self.scale.dtype) / (2**self.bits - 1)) - 1
+        v = 2 * (k.to(self.scale.dtype) / (2**bits - 1)) - 1
         # In the weight's layout, which a network in channels-last format convolves with.
         like = torch.empty_like(self.weight, dtype=v.dtype)
         return like.copy_(v.view(self.weight.shape)), self.scale
@@ -82,11 +85,10 @@ def save(model, bit_widths, path, about, stored_bits=None):
     if FULL_PRECISION in (*bit_widths, *stored_bits):
         raise ValueError("32 bits is not stored in a packed file, which holds integers: choose "
                          "from 1 to 8, and keep the checkpoint for 32")
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()
-               if not key.endswith(COUNTED) and kept_entry(key, bit_widths)}
     layers = quantized_layers(model)
-    if any(isinstance(layer, PackedConv2dQ) for layer in layers.values()):
-        raise ValueError("the network is packed already: pack the checkpoint it was made from")
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()
+               if not key.endswith(COUNTED) and kept_entry(key, bit_widths)
+               and (key.rpartition(".")[0] not in layers or key.endswith(".bias"))}
     levels, packed = encode({name: combinations(layer, stored_bits)
                              for name, layer in layers.items()}, stored_bits)
     for name, parts in packed.items():
@@ -98,7 +100,8 @@ def save(model, bit_widths, path, about, stored_bits=None):
     tensors["levels"] = levels
     about = {**about, "format": FORMAT, "bit_widths": bit_widths, "stored_bits": stored_bits}
     about["sha256"] = digest(tensors, about)
-    save_file(tensors, path, {KEY: json.dumps(about, sort_keys=True)})
+    content = safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)})
+    Path(path).write_bytes(content)
 
 
 def kept_entry(key, bit_widths):
@@ -107,59 +110,13 @@ def kept_entry(key, bit_widths):
     return not found or int(found[2]) in bit_widths
 
 
-def combinations(layer, stored_bits):
-    """Return each weight's levels as one number, those at more bits in front: (weights,) int64."""
-    numbers = torch.zeros(layer.weight.numel(), dtype=torch.int64)
-    for bits in reversed(stored_bits):
-        q, _ = layer.operand(bits, integers=True)  # (2 k - n) / 2^bits
-        exact = (q * 2**bits + 2**bits - 1) / 2  # but for float32's rounding
-        k = exact.round().clamp(0, 2**bits - 1)
-        if not (k - exact).abs().max() < 0.01:
-            raise ValueError(f"the weights at {bits} bits are not finite, or not {2**bits} even "
-                             "levels of [-E, E]: a packed file holds nothing else")
-        numbers = numbers << bits | k.flatten().long()
-    return numbers
-
-
-def encode(layers, stored_bits):
-    """Return the table of levels (rows, widths), and {name: {tensor's name: tensor}}."""
-    found, counts = torch.cat([torch.stack(numbers.unique(return_counts=True))
-                               for numbers in layers.values()], dim=1)
-    found, where = found.unique(return_inverse=True)
-    counts = torch.zeros_like(found).index_add_(0, where, counts)
-    counts, order = counts.sort(descending=True, stable=True)
-    rows = 256 if counts[256:].sum() <= SELDOM * counts.sum() else 512
-    table = found[order[:rows]].sort().values
-    packed = {}
-    for name, numbers in layers.items():
-        code = torch.searchsorted(table, numbers).clamp_(max=len(table) - 1)
-        packed[name] = parts = {"weight": code.to(torch.uint8)}  # the low byte
-        if rows > 256:
-            plane = nn.functional.pad(code >> 8, (0, -len(code) % 8)).view(-1, 8)
-            parts["ninth"] = (plane << torch.arange(8)).sum(1).to(torch.uint8)
-        mended = (table[code] != numbers).nonzero().flatten()
-        if len(mended):
-            parts["mended"] = mended.to(torch.int32)
-            parts["mended_levels"] = split(numbers[mended], stored_bits)
-    return split(table, stored_bits), packed
-
-
-def split(numbers, stored_bits):
-    """Return the levels of combinations(): (n,) int64 -> (n, widths) uint8."""
-    columns = []
-    for bits in stored_bits:
-        columns.append(numbers & 2**bits - 1)
-        numbers = numbers >> bits
-    return torch.stack(columns, dim=1).to(torch.uint8)
-
-
 def check(name, layer, parts):
     """Raise ValueError unless a packed layer has the layer's own weights, to the last bit."""
     packed = PackedConv2dQ(1, 1, 1)
     packed.pack(**parts)
-    for packed.bits in parts["stored_bits"]:
-        if not torch.equal(packed.operand(packed.bits)[0], layer.operand(packed.bits)[0]):
-            raise ValueError(f"{name} at {packed.bits} bits cannot be packed: quantizing its "
+    for bits in parts["stored_bits"]:
+        if not torch.equal(packed.operand(bits)[0], layer.operand(bits)[0]):
+            raise ValueError(f"{name} at {bits} bits cannot be packed: quantizing its "
                              "quantized weights again changes them")
 
 
@@ -247,3 +204,17 @@ def load(path):
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path} does not fit the networks of this project ({told})") from None
     return model.eval()
+
+
+def load_runner(path, memory_format=torch.contiguous_format):
+    """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) to logits (N, classes).
+
+    The usual memory format has the logits of the network that was packed, bit for bit.
+    """
+    model = load(path).to(memory_format=memory_format)
+
+    def run(images, bits):
+        set_bit_width(model, bits)
+        with torch.no_grad():
+            return model(torch.from_numpy(images).contiguous(memory_format=memory_format)).numpy()
+    return run
