@@ -26,6 +26,7 @@ from utils import flag_text, one_line
 
 FORMATS = ("packed", "onnx", "openvino")
 NOT_TOLD = ("data_dir", "batch_size", "precision")  # of this machine, or of how it was trained
+NESTED = (1, 2, 4, 8)  # whose levels follow from those of the last
 IMAGES = 500  # of a benchmark's accuracy, where --check does not say
 
 
@@ -57,9 +58,15 @@ def chosen_bit_widths(args, checkpoint):
     """Return the bit-widths to export; UserError for one that has no BatchNorm."""
     present = saved_bit_widths(checkpoint.content["state_dict"])
     integer = [bits for bits in present if bits != FULL_PRECISION]
+    if args.format == "onnx" and args.bits == "any":  # one stored byte, which is rounded again
+        left_out = [bits for bits in integer if bits not in NESTED]
+        integer = [bits for bits in integer if bits in NESTED]
+        if integer and left_out:
+            print(f"left out: {flag_text(left_out)} bits, which do not follow from 8-bit weights")
     if args.bits in (None, "any"):
         if not integer:
-            raise UserError(f"{args.source} has BatchNorms for 32 bits alone: {how_to('4', args)}")
+            raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "
+                            f"{how_to('1,2,4,8', args)}")
         return integer
     absent = flag_text([bits for bits in args.bits if bits not in present])
     if absent:
@@ -69,7 +76,7 @@ def chosen_bit_widths(args, checkpoint):
 
 
 def how_to(bits, args):
-    return (f"calibrate it first: python train.py --evaluate --pretrain {args.source} "
+    return (f"calibrate first: python train.py --evaluate --pretrain {args.source} "
             f"--bit_width_list {bits} --calibrate 20 --save-calibrated FILE")
 
 
