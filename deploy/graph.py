@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import (FULL_PRECISION, ActivationQ, Conv2dQ, SwitchableBatchNorm2d,
-                             normalize_weight, quantize_weight, set_bit_width)
+                             set_bit_width)
 
 OURS = (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, BatchNorm2d, Classifier)
 # What stands in a graph as a function or a method of tensors, by name.
@@ -97,8 +97,8 @@ def integer_weight(operation, bits=None):
     bits = bits or operation.layer.bits
     n = 2**bits - 1
     with torch.no_grad():
-        v, scale = normalize_weight(operation.layer.weight)
-        exact = n * quantize_weight(v, 1.0, bits).double()
+        w, scale = operation.layer.operand(bits, integers=True)  # m / 2^bits
+    exact = 2**bits * w.double()
     m = exact.round().long()
     if ((exact - m).abs() > 1e-3).any() or (m % 2 != n % 2).any() or (m.abs() > n).any():
         raise ValueError(f"layer {operation.name} at {bits} bits: its weights are not 2^bits values "
@@ -111,7 +111,7 @@ def float_weight(layer):
     if not isinstance(layer, Conv2dQ):
         return layer.weight.detach()
     with torch.no_grad():
-        return quantize_weight(*normalize_weight(layer.weight), layer.bits)
+        return layer.operand(layer.bits)[0]
 
 
 def check_activation(layer, name):

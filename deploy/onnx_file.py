@@ -16,9 +16,8 @@ from models.quan_ops import FULL_PRECISION
 
 OPSET = 21
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
-STORED = 255  # levels of the weight that `any_width` stores; 1, 2, 4 and 8 bits round it anew
 LARGE = 1000  # numbers of a constant that several bit-widths may share
-ANY_WIDTHS = {1, 2, 4, 8}  # since 255 is an odd multiple of their n
+ANY_WIDTHS = {1, 2, 4, 8}  # each one's n is an odd multiple of the lower ones'
 
 
 class Value(NamedTuple):
@@ -127,11 +126,12 @@ class Writer:
         if self.bits == 8 or not self.outer:
             wanted = levels if self.bits == 8 else odd.numpy() + ZERO
             return self.constant(wanted, numpy.uint8), scale
-        stored = integer_weight(operation, 8)[0].numpy() // 2 + ZERO
+        most = self.outer.levels  # an odd multiple of self.levels
+        stored = (integer_weight(operation, self.outer.bits)[0].numpy() + most) // 2
         level = self.node("Cast", self.constant(stored, numpy.uint8), to=TensorProto.FLOAT)
-        level = self.node("Mul", level, self.constant(self.levels / STORED))
+        level = self.node("Mul", level, self.constant(self.levels / most))
         level = self.node("Round", level)
-        found = numpy.rint(stored * (self.levels / STORED))
+        found = numpy.rint(stored * (self.levels / most))
         places = numpy.argwhere(found != levels)
         if len(places):  # within rounding of a threshold
             mended = self.constant(levels[tuple(places.T)])
@@ -232,9 +232,9 @@ def any_width_graph(model, bit_widths):
     """Return nodes, further inputs and constants: a branch a bit-width, weights stored once."""
     odd = sorted(set(bit_widths) - ANY_WIDTHS)
     if odd:
-        raise ValueError(f"{odd[0]} bits do not follow from 8-bit weights: for one ONNX file of "
-                         "any bit-width choose from 1, 2, 4, 8")
-    outer, branch = Writer(8), None
+        raise ValueError(f"{odd[0]} bits do not follow from 8-bit weights: one ONNX file of any "
+                         "bit-width holds 1, 2, 4 and 8 of them")
+    outer, branch = Writer(max(bit_widths)), None
     for bits in sorted(bit_widths):
         writer, output = Writer(bits, f"b{bits}_", outer), f"logits{bits}"
         writer.write(trace(model, bits), output)

@@ -19,7 +19,7 @@ from engine.setup import (make_forward_pass, make_model, make_train_loader, make
                           open_data)
 from engine.state import load_weights, save_checkpoint
 from models import calibrate, fit_bit_widths, saved_bit_widths, set_bit_width
-from models.losses import shared_stem, shared_weights
+from models.losses import shared_computation
 from utils import flag_text, write_json
 
 
@@ -32,18 +32,17 @@ def evaluate(model, forward_pass, loader, bit_widths, device, what="validation",
     """
     model.eval()
     metrics = Metrics(bit_widths, device)
-    shared = forward_pass.shared
-    with shared_weights(model, shared):
-        for images, labels in loader:
-            results = {}
-            with shared_stem(model, images, forward_pass.autocast, shared) as (network, x):
-                for bits in bit_widths:
-                    set_bit_width(model, bits)
-                    with forward_pass.autocast():
-                        results[bits] = forward_pass(network, x, labels)
-            metrics.add(results, labels)
-            if stop and stop.signal and world_size() == 1:
-                raise Stopped(stop.signal)
+    for images, labels in loader:
+        results = {}
+        with shared_computation(model, images, forward_pass.autocast,
+                                forward_pass.shared) as (network, x):
+            for bits in bit_widths:
+                set_bit_width(model, bits)
+                with forward_pass.autocast():
+                    results[bits] = forward_pass(network, x, labels)
+        metrics.add(results, labels)
+        if stop and stop.signal and world_size() == 1:
+            raise Stopped(stop.signal)
     metrics.check_finite(what)
     return metrics.averages()
 

@@ -52,41 +52,29 @@ def shared_computation(model, images, autocast=contextlib.nullcontext, shared=Tr
     Yields (network, x), where network(x) equals model(images) at the model's bit-width, and
     gradients gather at what is shared, to go back through it once. Not shared: (model, images).
     """
-    with shared_weights(model, shared), shared_stem(model, images, autocast, shared) as found:
-        yield found
-
-
-@contextlib.contextmanager
-def shared_weights(model, shared=True):
-    """Normalize each weight once; gradients go back through that at the end."""
-    layers = [layer for layer in model.modules() if shared and isinstance(layer, quan_ops.Conv2dQ)
-              and layer.weight.is_floating_point()]  # packed ones are levels already
-    normalized = []
+    if not shared:
+        yield model, images
+        return
+    network, x, stem, normalized = model, images, None, []
+    layers = [layer for layer in model.modules() if isinstance(layer, quan_ops.Conv2dQ)]
     try:
-        for layer in layers:
+        for layer in layers * torch.is_grad_enabled():  # else they keep quantized weights
             with torch.no_grad():  # normalized anew for the way back, so that less is kept
                 v, scale = quan_ops.normalize_weight(layer.weight)
             layer.shared = v.requires_grad_(layer.weight.requires_grad), scale
             normalized.append((layer.weight, v))
-        yield
+        if getattr(model, "shares_stem", False):
+            with autocast():
+                network, stem = model.body, model.stem(images)
+            stem = stem.to(torch.promote_types(stem.dtype, torch.float32))
+            x = stem.detach().requires_grad_(stem.requires_grad)
+        yield network, x
     finally:
         for layer in layers:
             layer.shared = None
+    if stem is not None and x.grad is not None:
+        stem.backward(x.grad)
     while normalized:
         weight, v = normalized.pop()
         if v.grad is not None:
             quan_ops.normalize_weight(weight)[0].backward(v.grad)
-
-
-@contextlib.contextmanager
-def shared_stem(model, images, autocast=contextlib.nullcontext, shared=True):
-    """Yield (network, x) as shared_computation: a stem in full precision is computed once."""
-    network, x, stem = model, images, None
-    if shared and getattr(model, "shares_stem", False):
-        with autocast():
-            network, stem = model.body, model.stem(images)
-        stem = stem.to(torch.promote_types(stem.dtype, torch.float32))
-        x = stem.detach().requires_grad_(stem.requires_grad)
-    yield network, x
-    if stem is not None and x.grad is not None:
-        stem.backward(x.grad)

@@ -1,8 +1,8 @@
 """Quantizers and the layers that use them: the only file that knows what a bit is.
 
-Source: Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346), and its
-quantizers' source, DoReFa-Net (arXiv 1606.06160). Where the published code departs from the paper,
-this follows the code: 32-bit activations are ReLU, and 32-bit weights pass through tanh too.
+Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net's (1606.06160).
+Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
+and 32-bit weights pass through tanh too.
 """
 import torch
 from torch import nn
@@ -61,10 +61,8 @@ class RoundSTE(torch.autograd.Function):
 
 
 class ClampUnit(torch.autograd.Function):
-    """clamp(x, 0, 1), whose gradient passes where 0 <= x <= 1, both ends included.
-
-    torch.clamp's differs between versions at the ends, and low-bit sums often lie on them.
-    """
+    """clamp(x, 0, 1), whose gradient passes where 0 <= x <= 1: both ends, on which low-bit sums
+    often lie, are included, as in torch.clamp of some versions only."""
 
     @staticmethod
     def forward(ctx, x):
@@ -83,11 +81,12 @@ class ClampUnit(torch.autograd.Function):
 class Conv2dQ(CachingConv2d):
     """A convolution whose weight is quantized to self.bits; its bias, if any, is not."""
 
-    bits, shared = FULL_PRECISION, None  # (v, E), while models.losses.shared_weights holds them
+    bits, shared = FULL_PRECISION, None  # (v, E), while losses.shared_computation holds them
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
         integers = self.bits != FULL_PRECISION and low_precision(x)
-        w, scale = self.kept(self.operand, self.bits, integers, normalize_weight, quantize_weight)
+        w, scale = self.kept(self.operand, self.bits, integers,
+                             normalize_weight, quantize_weight, quantize)
         if not integers:
             return self._conv_forward(x, w, self.bias)
         # Integer operands: odd integers and k over 2^bits, which 16 bits and TF32 hold exactly.

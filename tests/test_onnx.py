@@ -90,7 +90,7 @@ def test_weights_and_activations_are_uint8_in_integer_convolutions(tmp_path):
 def test_what_a_file_cannot_hold_is_named(what, message, tmp_path, monkeypatch):
     model, _ = network("resnet20q", (2, 3))
     if what == "weight":
-        monkeypatch.setattr("deploy.graph.quantize_weight", lambda v, scale, bits: scale * v**3)
+        monkeypatch.setattr(quan_ops, "quantize_weight", lambda v, scale, bits: scale * v**3)
     if what == "activation":
         monkeypatch.setattr(quan_ops, "quantize_activation", lambda x, *rest: x.clamp(0, 2))
     if what == "layer":
