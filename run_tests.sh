@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tests, on a CPU.    ./run_tests.sh [flags of pytest]
 set -euo pipefail
+requirements=(requirements-export.txt)  # the tests export, too
 . "$(dirname "$0")/environment.sh"
 cd "$here"
 exec "$PYTHON" -m pytest -n 2 "$@"

@@ -31,7 +31,7 @@ from engine.resume import resolve
 from engine.run_folder import RunFolder, log
 from engine.setup import (initialise, make_forward_pass, make_model, make_optimizer,
                           make_train_loader, make_val_loader, open_data, synchronize_batch_norm)
-from engine.state import TrainingState, load_checkpoint
+from engine.state import TrainingState, load_checkpoint, refuse_packed
 from models import layer_table
 from models.converted import AnyPrecisionNetwork
 from models.losses import any_precision_backward
@@ -154,8 +154,9 @@ def start(state, args, checkpoint):
     elif args.pretrain:
         with one_at_a_time_per_machine():
             path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
-        state_dict = load_checkpoint(path)["state_dict"]
-        return initialise(state.model, path, state_dict, state.bit_widths)
+        content = load_checkpoint(path)
+        refuse_packed(content, path, "train")
+        return initialise(state.model, path, content["state_dict"], state.bit_widths)
 
 
 def tell_beginning(args, device, state, run, told, unset):

@@ -6,6 +6,7 @@ import torch
 
 from dataset.data import DATASETS
 from dataset.loader import count_classes
+from deploy import packed
 from engine.arguments import run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
@@ -57,10 +58,9 @@ def evaluate_checkpoint(args, checkpoint, device):
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
     train_set, val_set = open_data(args)
-    with reading(path):
-        model = make_model(args, bit_widths, count_classes(args.dataset, val_set)).to(device)
-    state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
-    load_weights(model, state_dict, path)
+    classes = count_classes(args.dataset, val_set)
+    model, added = load_network(args, checkpoint, bit_widths, classes)
+    model.to(device)
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
         batches = calibration_batches(args, train_set, forward_pass, device)
@@ -88,6 +88,18 @@ def evaluate_checkpoint(args, checkpoint, device):
                 save_calibrated(args, checkpoint, model, added)
             log.info("evaluation.json and accuracy.png are in %s", run.path)
     return run.path
+
+
+def load_network(args, checkpoint, bit_widths, classes):
+    """Return the network of a checkpoint, or a packed one, and {width added: what it copies}."""
+    path, content = checkpoint.path, checkpoint.content
+    with reading(path):
+        model = make_model(args, bit_widths, classes)
+        if "packed" in content:
+            packed.install(model, content["state_dict"], **content["packed"])
+        state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
+    load_weights(model, state_dict, path)
+    return model, added
 
 
 def calibration_batches(args, train_set, forward_pass, device):

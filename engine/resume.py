@@ -5,7 +5,7 @@ from pathlib import Path
 from engine import published
 from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, settle
 from engine.errors import UsageError, UserError, reading
-from engine.state import load_checkpoint
+from engine.state import load_checkpoint, refuse_packed
 from models import MODELS, saved_bit_widths, zoo
 from utils import flag_text
 
@@ -49,6 +49,7 @@ def resolve(flags):
 def resolve_resumed(flags, source, checkpoint):
     """--resume: what no flag sets is the saved run's; UsageError for a flag that must stay."""
     content, given = checkpoint.content, dict(vars(flags))
+    refuse_packed(content, checkpoint.path, "go on training with")
     with reading(checkpoint.path):
         for name, kind in (("epoch", int), ("optimizer", dict)):
             if not isinstance(content.get(name), kind):
@@ -128,6 +129,13 @@ def resolve_evaluation(flags, given):
         args = settle(flags, {**saved, "bit_width_list": trained}, guessed)
     if not trained:
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
+    if args.save_calibrated:
+        refuse_packed(checkpoint.content, path, "save as a checkpoint")
+    stored = checkpoint.content.get("packed", {}).get("stored_bits", args.bit_width_list)
+    absent = [bits for bits in args.bit_width_list if bits not in stored]
+    if absent:
+        raise UserError(f"{flag_text(absent)} bits is not in the packed file {path}: choose from "
+                        f"{flag_text(stored)}")
     unknown = [bits for bits in args.bit_width_list if bits not in trained]
     if unknown and args.calibrate is None:
         raise UsageError(f"{flag_text(unknown)} bits were not trained; choose from "

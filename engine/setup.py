@@ -8,7 +8,7 @@ from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError, reading
 from engine.forward_pass import ForwardPass
 from engine.state import load_weights
-from models import MODELS, convert, fit_bit_widths, saved_bit_widths, zoo
+from models import build, fit_bit_widths, saved_bit_widths, zoo
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
@@ -41,11 +41,11 @@ def images_per_process(args):
 
 
 def make_model(args, bit_widths, num_classes):
-    if args.model in MODELS:
-        return MODELS[args.model](bit_widths, num_classes, args.width, args.all_conv)
     try:
-        return convert(zoo.torchvision_network(args.model, num_classes), bit_widths)
+        return build(args.model, bit_widths, num_classes, args.width, args.all_conv)
     except ValueError as error:
+        if not zoo.is_torchvision(args.model):
+            raise
         raise UsageError(f"--model {args.model}: {error}") from None
 
 

@@ -5,6 +5,7 @@ import warnings
 import numpy
 import torch
 
+from deploy import packed
 from engine.distributed import gather, rank, share_buffers, wait
 from engine.errors import UserError, reading
 from engine.metrics import Metrics
@@ -101,10 +102,15 @@ NUMPY_NUMBERS = [
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU, as data only: code in it is refused.
+    """Read a checkpoint or a packed file onto the CPU, as data only: code in it is refused.
 
     Returns its dict, without DataParallel's prefix of the keys. Raises UserError where it is none.
     """
+    if packed.is_packed(path):
+        try:
+            return packed.read_checkpoint(path)
+        except ValueError as error:
+            raise UserError(one_line(error)) from None
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
             warnings.simplefilter("ignore")  # a file may also be odd without being dangerous
@@ -121,6 +127,13 @@ def load_checkpoint(path):
             f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
     content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return content
+
+
+def refuse_packed(content, path, purpose):
+    """Raise UserError where what load_checkpoint returned is of a packed file."""
+    if "packed" in content:
+        raise UserError(f"{path} is a packed file, whose integers are no weights to {purpose}: "
+                        "give the checkpoint that it was exported from")
 
 
 def load_weights(model, state_dict, path):

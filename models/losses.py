@@ -58,7 +58,7 @@ def shared_computation(model, images, autocast=contextlib.nullcontext, shared=Tr
     network, x, stem, normalized = model, images, None, []
     layers = [layer for layer in model.modules() if isinstance(layer, quan_ops.Conv2dQ)]
     try:
-        for layer in layers:
+        for layer in layers * torch.is_grad_enabled():  # else they keep quantized weights
             with torch.no_grad():  # normalized anew for the way back, so that less is kept
                 v, scale = quan_ops.normalize_weight(layer.weight)
             layer.shared = v.requires_grad_(layer.weight.requires_grad), scale

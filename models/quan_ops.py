@@ -1,13 +1,14 @@
 """Quantizers and the layers that use them: the only file that knows what a bit is.
 
-Source: Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346), and its
-quantizers' source, DoReFa-Net (arXiv 1606.06160). Where the published code departs from the paper,
-this follows the code: 32-bit activations are ReLU, and 32-bit weights pass through tanh too.
+Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net's (1606.06160).
+Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
+and 32-bit weights pass through tanh too.
 """
 import torch
 from torch import nn
 
 from models.float_layers import BatchNorm2d
+from models.weight_cache import CachingConv2d
 
 FULL_PRECISION = 32
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
@@ -60,10 +61,8 @@ class RoundSTE(torch.autograd.Function):
 
 
 class ClampUnit(torch.autograd.Function):
-    """clamp(x, 0, 1), whose gradient passes where 0 <= x <= 1, both ends included.
-
-    torch.clamp's differs between versions at the ends, and low-bit sums often lie on them.
-    """
+    """clamp(x, 0, 1), whose gradient passes where 0 <= x <= 1: both ends, on which low-bit sums
+    often lie, are included, as in torch.clamp of some versions only."""
 
     @staticmethod
     def forward(ctx, x):
@@ -79,22 +78,27 @@ class ClampUnit(torch.autograd.Function):
 
 # ---- layers
 
-class Conv2dQ(nn.Conv2d):
+class Conv2dQ(CachingConv2d):
     """A convolution whose weight is quantized to self.bits; its bias, if any, is not."""
 
-    bits = FULL_PRECISION
-    shared = None  # (v, E), while models.losses.shared_computation holds them for a step
+    bits, shared = FULL_PRECISION, None  # (v, E), while losses.shared_computation holds them
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
-        v, scale = self.shared or normalize_weight(self.weight)
-        if self.bits == FULL_PRECISION or not low_precision(x):
-            return self._conv_forward(x, quantize_weight(v, scale, self.bits), self.bias)
+        integers = self.bits != FULL_PRECISION and low_precision(x)
+        w, scale = self.kept(self.operand, self.bits, integers,
+                             normalize_weight, quantize_weight, quantize)
+        if not integers:
+            return self._conv_forward(x, w, self.bias)
         # Integer operands: odd integers and k over 2^bits, which 16 bits and TF32 hold exactly.
         # What that takes from each operand, n / 2^bits, goes with E to the output, in float32.
         step = 1 - 2.0**-self.bits
-        w = quantize_weight(v, 1.0, self.bits) * step
         y = self._conv_forward(x * step, w, None).to(scale.dtype) * (scale / step**2)
         return y if self.bias is None else y + self.bias[:, None, None]
+
+    def operand(self, bits, integers=False):  # the quantized weight, or its integers; and E
+        v, scale = self.shared or normalize_weight(self.weight)
+        w = quantize_weight(v, 1.0 if integers else scale, bits)
+        return (w * (1 - 2.0**-bits) if integers else w), scale
 
 
 def low_precision(x):
@@ -141,8 +145,7 @@ def check_bit_widths(bit_widths):
         if isinstance(bits, bool) or bits not in BIT_WIDTHS:
             raise ValueError(f"bit-width {bits!r} does not exist: choose from 1 to 8 and 32")
     if len(set(bit_widths)) < len(bit_widths):
-        repeated = ",".join(map(str, bit_widths))
-        raise ValueError(f"bit-widths {repeated} repeat: list each of them once")
+        raise ValueError(f"bit-widths {','.join(map(str, bit_widths))} repeat: list each once")
     return tuple(sorted(map(int, bit_widths), reverse=True))
 
 

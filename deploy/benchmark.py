@@ -1,0 +1,127 @@
+"""Measure an exported file beside the network in torch and ONNX Runtime's float32, one thread."""
+import copy
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy
+import torch
+
+from engine.device import describe
+from engine.figures import new_figure, save_figure
+from models import set_bit_width
+from models.quan_ops import FULL_PRECISION
+from utils import one_line, replacing, write_json
+
+REPEATS = {1: 30, 8: 15, 64: 5}  # of each batch size: calls of everything, in turn
+
+
+def benchmark(stem, model, run, images, files, checked, float_run):
+    """Measure at all bit-widths; write a table, a picture of accuracy against latency, and JSON.
+
+    run: of the files {bits: path}; checked: {bits: {"top1"}}; float_run: run of a float file, or a
+    text that says why there is none.
+    """
+    torch.set_num_threads(1)
+    told = [f"{describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
+            f"{torch.__version__}; medians of process CPU time, in turn, one thread"]
+    if isinstance(float_run, str):
+        told.append(f"without ONNX Runtime's float32: {float_run}")
+        float_run = None
+    rows = [measure(model, run, images, bits, size, float_run)
+            for bits in files for size in REPEATS]
+    sizes = {bits: path.stat().st_size + beside(path) for bits, path in files.items()}
+    text = f"{table(rows, sizes)}\n{'; '.join(told)}\n"
+    with replacing(f"{stem}.md") as temporary:
+        temporary.write_text(text)
+    write_json(f"{stem}.json", {"rows": rows, "bytes": sizes, "measured": told})
+    draw(f"{stem}.png", rows, checked)
+    print(f"{text}\nwritten to {stem}.md, {stem}.json and {stem}.png")
+
+
+def beside(path):
+    """Return the bytes of the weights that OpenVINO keeps beside its .xml."""
+    weights = path.with_suffix(".bin")
+    return weights.stat().st_size if path.suffix == ".xml" and weights.exists() else 0
+
+
+def measure(model, run, images, bits, size, float_run):
+    """Return a row: milliseconds a batch of `size` images, of all that there is."""
+    batch = numpy.resize(images, (size, *images.shape[1:]))  # again from the first, where few
+    ways = {"file": lambda: run(batch, bits)}
+    for name, layout in (("usual", torch.contiguous_format), ("last", torch.channels_last)):
+        ways[f"torch {name}"] = torch_call(model, batch, bits, layout)
+    if float_run:
+        ways["onnxruntime"] = lambda: float_run(batch, FULL_PRECISION)
+    spent = {name: [] for name in ways}
+    for repeat in range(REPEATS[size] + 2):  # two to begin with
+        for name, call in ways.items():
+            began = time.process_time()
+            call()
+            spent[name].append(time.process_time() - began)
+    median = {name: 1e3 * statistics.median(times[2:]) for name, times in spent.items()}
+    median["torch"] = min(median.pop("torch usual"), median.pop("torch last"))
+    return {"bits": bits, "batch": size, **median}
+
+
+def torch_call(model, batch, bits, layout):
+    """Return a call of the network in a memory format of its own; its weights are kept."""
+    own = copy.deepcopy(model).to(memory_format=layout)
+    images = torch.from_numpy(batch).contiguous(memory_format=layout)
+    set_bit_width(own, bits)
+
+    def call():
+        with torch.no_grad():
+            return own(images)
+    return call
+
+
+def float_runner(network, image_size):
+    """Return run(images, bits) of the network at 32 bits in ONNX Runtime, or why there is none."""
+    if network is None:
+        return "a packed file has no float weights"
+    try:
+        from deploy import onnx_file
+
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place, "float.onnx")
+            onnx_file.export(network, [FULL_PRECISION], path, image_size)
+            return onnx_file.load(path)
+    except (ImportError, ValueError) as error:
+        return one_line(error)
+
+
+def table(rows, sizes):
+    """Return the Markdown table: latency of a batch, images/s, and how many times faster."""
+    others = [name for name in ("torch", "onnxruntime") if name in rows[0]]
+    lines = [f"| bits | bytes | batch | ms | images/s | {' | '.join(map(heading, others))} |",
+             "|---" * (5 + len(others)) + "|"]
+    for row in rows:
+        cells = [f"{row[name]:.2f} ms, {row[name] / row['file']:.2f}x" for name in others]
+        lines.append(f"| {row['bits']} | {sizes[row['bits']]:,} | {row['batch']} | "
+                     f"{row['file']:.2f} | {1e3 * row['batch'] / row['file']:.0f} | "
+                     f"{' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def heading(name):
+    return {"torch": "torch", "onnxruntime": "ONNX Runtime float32"}[name]
+
+
+def draw(path, rows, checked):
+    """Draw top-1 against the latency of one image, a point a bit-width."""
+    figure, (axis,) = new_figure(1, "accuracy against latency, batch 1")
+    for way, top1 in (("file", "top1"), ("torch", "network_top1")):
+        points = [(row[way], checked[row["bits"]][top1], row["bits"])
+                  for row in rows if row["batch"] == 1]
+        axis.plot(*zip(*(point[:2] for point in points)), marker="o", linestyle="none", label=way)
+        for x, y, bits in points:
+            axis.annotate(f"{bits}", (x, y), textcoords="offset points", xytext=(5, 5))
+    if "onnxruntime" in rows[0]:
+        axis.axvline(statistics.median(row["onnxruntime"] for row in rows if row["batch"] == 1),
+                     linestyle="--", label=heading("onnxruntime"))
+    axis.set(xlabel="milliseconds an image", ylabel="top-1 (%)", xlim=(0, None))
+    axis.legend()
+    save_figure(figure, path)

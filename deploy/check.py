@@ -1,0 +1,118 @@
+"""Compare an exported file with the network it was made from, on images of the validation split."""
+import copy
+
+import numpy
+import torch
+from torch.utils.data import Subset
+
+from dataset.loader import make_loader
+from engine.setup import open_data
+from models import set_bit_width
+from models.quan_ops import FULL_PRECISION, ActivationQ
+from utils import replacing, write_json
+
+AGREE = 99.5  # % of the answers, at least
+POINTS = 0.1  # of accuracy, at most, or one image where that is more
+BATCH = 64
+COLUMNS = {  # of the table: what a row of compare() holds, and its format
+    "answers that agree (%)": ("agree", ".2f"),
+    "top-1 (%), file": ("top1", ".2f"), "network": ("network_top1", ".2f"),
+    "logits, largest difference from float32": ("largest32", ".1e"), "mean": ("mean32", ".1e"),
+    "largest from float64": ("largest64", ".1e"), "mean from float64": ("mean64", ".1e"),
+    "torch float32's": ("torch_mean64", ".1e"),
+    "images where float32 and float64 differ in a level": ("flipped", "d")}
+
+
+def read_images(settings, count):
+    """Return images (n, 3, H, W) float32 and labels (n,) of the validation split, as NumPy's.
+
+    They stand evenly apart in it, count of them or all there are: some splits go class by class.
+    """
+    _, val_set = open_data(settings)
+    wanted = torch.linspace(0, len(val_set) - 1, min(count, len(val_set))).long().tolist()
+    loader = make_loader(Subset(val_set, wanted), settings.dataset, torch.device("cpu"), BATCH,
+                         train=False, memory_format=torch.contiguous_format)
+    images, labels = zip(*loader)
+    return torch.cat(images).numpy(), torch.cat(labels).numpy()
+
+
+def compare(model, run, images, labels, bit_widths):
+    """Return {bits: a row of what COLUMNS says, and `images`}; run: as the formats' load gives."""
+    exact, results = copy.deepcopy(model).double(), {}
+    for bits in bit_widths:
+        parts = []
+        for start in range(0, len(images), BATCH):
+            batch = images[start:start + BATCH]
+            ours, levels = forward(model, batch, bits)
+            theirs, exact_levels = forward(exact, batch.astype(numpy.float64), bits)
+            flipped = numpy.zeros(len(batch), bool)
+            for one, other in zip(levels, exact_levels):
+                flipped |= (one != other).flatten(1).any(1).numpy()
+            parts.append((run(batch, bits), ours, theirs, flipped))
+        results[bits] = row(*map(numpy.concatenate, zip(*parts)), labels)
+    return results
+
+
+def row(found, ours, exact, flipped, labels):
+    """Return a row of one bit-width from logits (N, classes) of the file and both networks."""
+    answers, expected = found.argmax(1), ours.argmax(1)
+    from32, from64 = numpy.abs(found - ours), numpy.abs(found - exact)
+    return {"images": len(labels), "agree": 100 * float((answers == expected).mean()),
+            "top1": 100 * float((answers == labels).mean()),
+            "network_top1": 100 * float((expected == labels).mean()),
+            "largest32": float(from32.max()), "mean32": float(from32.mean()),
+            "largest64": float(from64.max()), "mean64": float(from64.mean()),
+            "torch_mean64": float(numpy.abs(ours - exact).mean()), "flipped": int(flipped.sum())}
+
+
+@torch.no_grad()
+def forward(model, images, bits):
+    """Return logits (n, classes), NumPy's, and the levels of each activation, (n, ...) uint8."""
+    levels, n = [], 2**bits - 1
+
+    def note(layer, inputs, out):
+        if bits != FULL_PRECISION and layer.rounding:
+            levels.append((n * out).round().to(torch.uint8))
+
+    hooks = [layer.register_forward_hook(note) for layer in model.modules()
+             if isinstance(layer, ActivationQ)]
+    try:
+        set_bit_width(model, bits)
+        return model(torch.from_numpy(images)).numpy(), levels
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def falls_short(results):
+    """Return what is not as close to the network as it must be; an empty text where all is."""
+    short = []
+    for bits, values in results.items():
+        allowed = max(POINTS, 100 / values["images"]) + 1e-9
+        if values["agree"] < AGREE:
+            short.append(f"at {bits} bits {values['agree']:.2f} % of answers agree, and "
+                         f"{AGREE} % must")
+        if abs(values["top1"] - values["network_top1"]) > allowed:
+            short.append(f"at {bits} bits top-1 is {values['top1']:.2f} %, and the network's "
+                         f"{values['network_top1']:.2f} %")
+    return "; ".join(short)
+
+
+def table(results):
+    """Return the Markdown table, a row a bit-width."""
+    lines = [f"| bits | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for bits, values in results.items():
+        cells = (f"{values[name]:{form}}" for name, form in COLUMNS.values())
+        lines.append(f"| {bits} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(stem, results, source, form):
+    """Print the table, and write it to stem.md, and all numbers to stem.json."""
+    count = next(iter(results.values()))["images"]
+    text = f"{source} ({form}) beside its network, {count} images\n\n{table(results)}"
+    with replacing(f"{stem}.md") as temporary:
+        temporary.write_text(text)
+    write_json(f"{stem}.json", {"file": source, "format": form, "falls_short": falls_short(results),
+                                "bit_widths": results})
+    print(f"{text}\nwritten to {stem}.md and {stem}.json")

@@ -1,0 +1,275 @@
+"""ONNX files whose quantized convolutions are integer: uint8 weights, uint8 activations.
+
+A layer's output is s acc + shift: acc an integer sum, s and shift of its weight's scale and its
+BatchNorm. What requantizes it is round(n (s acc + shift)), clipped to [0, n], n = 2^bits - 1.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from deploy.graph import affine_of, float_weight, integer_weight, takes_levels, trace
+from models.quan_ops import FULL_PRECISION
+
+OPSET = 21
+ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
+LARGE = 1000  # numbers of a constant that several bit-widths may share
+ANY_WIDTHS = {1, 2, 4, 8}  # each one's n is an odd multiple of the lower ones'
+
+
+class Value(NamedTuple):
+    """A tensor of a graph and what it stands for: scale * tensor + shift, by channel, or itself.
+
+    kind: levels (uint8, 0 to n), sums (int32) or float.
+    """
+    tensor: str
+    kind: str = "float"
+    scale: numpy.ndarray | None = None  # float64, (C, 1, 1) or one number
+    shift: numpy.ndarray | None = None
+
+
+class Writer:
+    """Writes the operations of a network at one bit-width as the nodes of an ONNX graph.
+
+    outer: the Writer of the graph around this one, if any: it holds what the bit-widths share.
+    """
+
+    def __init__(self, bits, prefix="", outer=None):
+        self.bits, self.levels, self.prefix, self.outer = bits, 2**bits - 1, prefix, outer
+        self.nodes, self.constants, self.known, self.values = [], [], {}, {}
+
+    def node(self, kind, *inputs, **attributes):
+        name = f"{self.prefix}{kind}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+        return name
+
+    def constant(self, array, dtype=numpy.float32):
+        array = numpy.ascontiguousarray(numpy.asarray(array, dtype))
+        if self.outer and array.size >= LARGE:  # folded where it is loaded, then optimised as any
+            flat = self.outer.constant(array.ravel(), dtype)
+            return self.node("Reshape", flat, self.constant(array.shape, numpy.int64))
+        key = array.dtype.str, array.shape, array.tobytes()
+        if key not in self.known:
+            self.known[key] = f"{self.prefix}constant{len(self.constants)}"
+            self.constants.append(numpy_helper.from_array(array, self.known[key]))
+        return self.known[key]
+
+    def write(self, operations, output):
+        """Write all; `output` is the name of the logits."""
+        for operation in operations[:-1]:
+            inputs = [self.values[name] for name in operation.inputs]
+            self.values[operation.name] = getattr(self, operation.kind)(operation, *inputs)
+        last = self.as_float(self.values[operations[-1].inputs[0]])
+        self.nodes.append(helper.make_node("Identity", [last], [output]))
+
+    # ---- numbers
+
+    def scaled(self, value, factor=1.0):
+        """Return the float tensor of factor times what a Value stands for."""
+        tensor, kind, scale, shift = value
+        if kind != "float":
+            tensor = self.node("Cast", tensor, to=TensorProto.FLOAT)
+        if scale is not None or factor != 1:
+            tensor = self.node("Mul", tensor, self.constant((1 if scale is None else scale) * factor))
+        if shift is not None and numpy.any(shift):
+            tensor = self.node("Add", tensor, self.constant(shift * factor))
+        return tensor
+
+    def as_float(self, value):
+        """Return the float tensor of what a Value stands for, written once."""
+        known = self.values.setdefault("floats", {})
+        if value.tensor not in known or value.kind != "levels":
+            known[value.tensor] = self.scaled(value)
+        return known[value.tensor]
+
+    def clipped(self, tensor, high):
+        return self.node("Clip", tensor, self.constant(0), self.constant(high))
+
+    # ---- layers
+
+    def input(self, operation):
+        return Value("images")
+
+    def same(self, operation, value):
+        return value
+
+    def convolution(self, operation, value):
+        layer = operation.layer
+        settings = dict(strides=layer.stride, pads=layer.padding * 2, dilations=layer.dilation,
+                        group=layer.groups, kernel_shape=layer.kernel_size)
+        bias = None if layer.bias is None else column(layer.bias)
+        if value.kind != "levels" or not takes_levels(layer):
+            weight = self.constant(float_weight(layer).numpy())
+            return Value(self.node("Conv", self.as_float(value), weight, **settings), shift=bias)
+        weight, scale = self.integer_weight(operation)
+        zero = self.constant(ZERO, numpy.uint8)
+        sums = self.node("ConvInteger", value.tensor, weight, "", zero, **settings)
+        if self.bits == 8:  # 2 k - 255 = 2 (k - 128) + 1
+            ones = numpy.ones((1 if layer.groups == 1 else len(layer.weight),
+                               *layer.weight.shape[1:]))
+            box = self.node("ConvInteger", value.tensor, self.constant(ones, numpy.uint8),
+                            **settings)
+            twice = self.node("Mul", sums, self.constant(2, numpy.int32))
+            sums = self.node("Add", twice, box)
+        return Value(sums, "sums", numpy.float64(scale * value.scale), bias)
+
+    def integer_weight(self, operation):
+        """Return the tensor of a Conv2dQ's uint8 weight, and its scale.
+
+        The weight is its odd integers plus 128; at 8 bits its levels, half of what they stand for.
+        """
+        odd, scale = integer_weight(operation)
+        levels = (odd.numpy() + self.levels) // 2
+        if self.bits == 8 or not self.outer:
+            wanted = levels if self.bits == 8 else odd.numpy() + ZERO
+            return self.constant(wanted, numpy.uint8), scale
+        most = self.outer.levels  # an odd multiple of self.levels
+        stored = (integer_weight(operation, self.outer.bits)[0].numpy() + most) // 2
+        level = self.node("Cast", self.constant(stored, numpy.uint8), to=TensorProto.FLOAT)
+        level = self.node("Mul", level, self.constant(self.levels / most))
+        level = self.node("Round", level)
+        found = numpy.rint(stored * (self.levels / most))
+        places = numpy.argwhere(found != levels)
+        if len(places):  # within rounding of a threshold
+            mended = self.constant(levels[tuple(places.T)])
+            level = self.node("ScatterND", level, self.constant(places, numpy.int64), mended)
+        level = self.node("Mul", level, self.constant(2))
+        level = self.node("Add", level, self.constant(ZERO - self.levels))
+        return self.node("Cast", level, to=TensorProto.UINT8), scale
+
+    def batch_norm(self, operation, value):
+        scale, shift = (column(part) for part in affine_of(operation.layer))
+        if value.kind == "levels":
+            value = Value(self.as_float(value))
+        before = 1 if value.scale is None else value.scale
+        added = 0 if value.shift is None else scale * value.shift
+        return Value(value.tensor, value.kind, scale * before, shift + added)
+
+    def activation(self, operation, value):
+        if self.bits == FULL_PRECISION:
+            limit = getattr(operation.layer, "limit", None)
+            tensor = self.as_float(value)
+            return Value(self.clipped(tensor, limit) if limit else self.node("Relu", tensor))
+        if not operation.layer.rounding:
+            return Value(self.clipped(self.as_float(value), 1))
+        level = self.node("Round", self.clipped(self.scaled(value, self.levels), self.levels))
+        return Value(self.node("Cast", level, to=TensorProto.UINT8), "levels",
+                     numpy.float64(1 / self.levels))
+
+    def relu(self, operation, value):
+        return Value(self.node("Relu", self.as_float(value)))
+
+    def max_pool(self, operation, value):
+        layer = operation.layer
+        size, stride, padding, dilation = (
+            [part] * 2 if isinstance(part, int) else list(part)
+            for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+        if value.kind != "levels":
+            value = Value(self.as_float(value))
+        tensor = self.node("MaxPool", value.tensor, kernel_shape=size, strides=stride,
+                           pads=padding * 2, dilations=dilation, ceil_mode=int(layer.ceil_mode))
+        return value._replace(tensor=tensor)
+
+    def average(self, operation, value):
+        return Value(self.node("GlobalAveragePool", self.as_float(value)))
+
+    def add(self, operation, *values):
+        return Value(self.node("Add", *map(self.as_float, values)))
+
+    def cat(self, operation, *values):
+        if {value.kind for value in values} == {"levels"}:
+            tensor = self.node("Concat", *(value.tensor for value in values), axis=1)
+            return values[0]._replace(tensor=tensor)
+        return Value(self.node("Concat", *map(self.as_float, values), axis=1))
+
+    def flatten(self, operation, value):
+        return Value(self.node("Flatten", self.as_float(value), axis=1))
+
+    def linear(self, operation, value):
+        layer = operation.layer
+        inputs = [self.as_float(value), self.constant(layer.weight.detach().numpy())]
+        if layer.bias is not None:
+            inputs.append(self.constant(layer.bias.detach().numpy()))
+        return Value(self.node("Gemm", *inputs, transB=1))
+
+
+def column(values):
+    """Return values of channels (C,) as float64 (C, 1, 1)."""
+    return values.detach().double().numpy()[:, None, None]
+
+
+def export(model, bit_widths, path, image_size, any_width=False):
+    """Write a model (in evaluation, float32, on the CPU) as one ONNX file.
+
+    Its input `images` is (N, 3, H, W) float32, as the network takes it, its output `logits` (N,
+    classes). any_width: one file for all bit_widths, with the second input `bits`, int64; else
+    bit_widths is a list of one. Raises ValueError for what cannot be held, naming the layer.
+    """
+    if any_width:
+        graph, inputs, constants = any_width_graph(model, bit_widths)
+    else:
+        writer = Writer(*bit_widths)
+        writer.write(trace(model, *bit_widths), "logits")
+        graph, inputs, constants = writer.nodes, [], writer.constants
+    images = helper.make_tensor_value_info(
+        "images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
+    graph = helper.make_graph(graph, "any_precision", [images, *inputs], [logits_info("logits")],
+                              constants)
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    content.metadata_props.add(key="bits", value=",".join(map(str, sorted(bit_widths))))
+    onnx.checker.check_model(content, full_check=True)
+    Path(path).write_bytes(content.SerializeToString(deterministic=True))
+
+
+def logits_info(name):
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None])
+
+
+def any_width_graph(model, bit_widths):
+    """Return nodes, further inputs and constants: a branch a bit-width, weights stored once."""
+    odd = sorted(set(bit_widths) - ANY_WIDTHS)
+    if odd:
+        raise ValueError(f"{odd[0]} bits do not follow from 8-bit weights: one ONNX file of any "
+                         "bit-width holds 1, 2, 4 and 8 of them")
+    outer, branch = Writer(max(bit_widths)), None
+    for bits in sorted(bit_widths):
+        writer, output = Writer(bits, f"b{bits}_", outer), f"logits{bits}"
+        writer.write(trace(model, bits), output)
+        graph = helper.make_graph(writer.nodes, f"bits{bits}", [], [logits_info(output)],
+                                  writer.constants)
+        branch = graph if branch is None else either(bits, graph, branch)
+    inputs = [helper.make_tensor_value_info("bits", TensorProto.INT64, [])]
+    branch.node.append(helper.make_node("Identity", [branch.output[0].name], ["logits"]))
+    return branch.node, inputs, [*outer.constants, *branch.initializer]
+
+
+def either(bits, graph, otherwise):
+    """Return the graph that is `graph` where the input `bits` is that, else `otherwise`."""
+    number = numpy_helper.from_array(numpy.array(bits), f"is{bits}")
+    equal = helper.make_node("Equal", ["bits", number.name], [f"equal{bits}"])
+    choice = helper.make_node("If", [f"equal{bits}"], [f"choice{bits}"], then_branch=graph,
+                              else_branch=otherwise)
+    return helper.make_graph([equal, choice], f"either{bits}", [], [logits_info(f"choice{bits}")],
+                             [number])
+
+
+def load(path, threads=1):
+    """Return run(images, bits): float32 images (N, 3, H, W) to logits (N, classes), by ONNX Runtime.
+
+    Raises ValueError for bits that the file does not have.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    widths = session.get_modelmeta().custom_metadata_map["bits"].split(",")
+    chooses = len(session.get_inputs()) > 1
+
+    def run(images, bits):
+        if str(bits) not in widths:
+            raise ValueError(f"{path} has no {bits} bits: choose from {', '.join(widths)}")
+        inputs = {"images": images, **({"bits": numpy.array(bits)} if chooses else {})}
+        return session.run(None, inputs)[0]
+    return run

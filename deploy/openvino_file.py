@@ -1,0 +1,221 @@
+"""OpenVINO files for x86 CPUs: convolutions of int8, and of single bits at 1 bit.
+
+OpenVINO's CPU plugin makes integer kernels of a FakeQuantize before a convolution whose weight is
+int8 times a scale. A quantized activation is clipped to [0, 1] and then rounded to multiples of
+1 / n, n = 2^bits - 1, by a FakeQuantize of 256 levels: the plugin computes other numbers of levels
+in float32.
+"""
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import openvino
+from openvino import opset13 as ops
+
+from deploy.graph import affine_of, float_weight, integer_weight, takes_levels, trace
+from models.quan_ops import FULL_PRECISION
+
+CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
+LEVELS = 256  # of a FakeQuantize that becomes uint8
+
+
+class Value(NamedTuple):
+    """A float tensor; where it is a quantized activation also what it is the activation of."""
+    tensor: object
+    before: object | None = None
+
+
+class Writer:
+    """Writes the operations of a network at one bit-width as an OpenVINO model."""
+
+    def __init__(self, bits, image_size):
+        self.bits, self.levels, self.values = bits, 2**bits - 1, {}
+        self.images = ops.parameter([-1, 3, image_size, image_size], numpy.float32, "images")
+
+    def write(self, operations):
+        """Return the openvino.Model of all operations."""
+        for operation in operations[:-1]:
+            inputs = [self.values[name] for name in operation.inputs]
+            self.values[operation.name] = getattr(self, operation.kind)(operation, *inputs)
+        logits = self.values[operations[-1].inputs[0]].tensor
+        logits.output(0).set_names({"logits"})
+        return openvino.Model([logits], [self.images], "any_precision")
+
+    def input(self, operation):
+        return Value(self.images)
+
+    def same(self, operation, value):
+        return value
+
+    def convolution(self, operation, value):
+        layer = operation.layer
+        if value.before is None or not takes_levels(layer):
+            y = convolve(layer, value.tensor, constant(float_weight(layer).numpy()))
+        else:
+            odd, scale = integer_weight(operation)
+            odd = odd.numpy()
+            if self.bits == 1 and layer.groups == 1:
+                y = self.binary_convolution(layer, value.before, odd, scale)
+            elif self.bits < 8:
+                y = convolve(layer, value.tensor, scaled_weight(odd, scale))
+            else:  # 2 k - 255 = 2 (k - 128) + 1
+                y = convolve(layer, value.tensor, scaled_weight((odd - 1) // 2, 2 * scale))
+                ones = numpy.ones_like(odd if layer.groups > 1 else odd[:1])
+                y = ops.add(y, convolve(layer, value.tensor, scaled_weight(ones, scale)))
+        if layer.bias is not None:
+            y = ops.add(y, channels(layer.bias.detach().numpy()))
+        return Value(y)
+
+    def binary_convolution(self, layer, x, odd, scale):
+        """Convolve the 1-bit activation of x, levels k in {0, 1}, with weights m of -1 and 1.
+
+        A BinaryConvolution takes k as a = 2 k - 1, and what lies outside the image as -1 too:
+        sum m k = (sum m a + sum m) / 2.
+        """
+        missing = -odd.shape[1] % CHANNELS
+        if missing:
+            odd = numpy.pad(odd, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=1)
+            x = ops.pad(x, [0, 0, 0, 0], [0, missing, 0, 0], "constant", numpy.float32(0))
+        a = ops.fake_quantize(x, *map(numpy.float32, (0.5, 0.5, 0, 1)), 2)  # its own, not shared
+        bits = numpy.packbits(odd > 0, bitorder="little")
+        bits = openvino.Tensor(bits, openvino.Shape(odd.shape), openvino.Type.u1)
+        weight = openvino.op.Constant(bits, shared_memory=False)
+        sums = ops.binary_convolution(a, weight, list(layer.stride), list(layer.padding),
+                                      list(layer.padding), list(layer.dilation), "xnor-popcount",
+                                      -1.0)
+        y = ops.multiply(sums, constant(scale / 2))
+        return ops.add(y, channels(odd.sum((1, 2, 3)) * scale / 2))
+
+    def batch_norm(self, operation, value):
+        scale, shift = (channels(part.numpy()) for part in affine_of(operation.layer))
+        return Value(ops.add(ops.multiply(value.tensor, scale), shift))
+
+    def activation(self, operation, value):
+        if self.bits == FULL_PRECISION:
+            limit = getattr(operation.layer, "limit", None)
+            return Value(ops.clamp(value.tensor, 0.0, limit) if limit else ops.relu(value.tensor))
+        clipped = ops.clamp(value.tensor, 0.0, 1.0)
+        if not operation.layer.rounding:
+            return Value(clipped)
+        if self.bits == 1:  # a FakeQuantize would be fused into a BinaryConvolution, wrongly
+            above = ops.greater(value.tensor, numpy.float32(0.5))
+            return Value(ops.convert(above, numpy.float32), value.tensor)
+        low, high = numpy.float32(0), numpy.float32((LEVELS - 1) / self.levels)
+        return Value(ops.fake_quantize(clipped, low, high, low, high, LEVELS), value.tensor)
+
+    def relu(self, operation, value):
+        return Value(ops.relu(value.tensor))
+
+    def max_pool(self, operation, value):
+        layer = operation.layer
+        size, stride, padding, dilation = (
+            [part] * 2 if isinstance(part, int) else list(part)
+            for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+
+        def pool(x):
+            return ops.max_pool(x, stride, dilation, padding, padding, size,
+                                "ceil_torch" if layer.ceil_mode else "floor").output(0)
+        # The activation rises with its input, so it may as well come after the maximum.
+        return Value(pool(value.tensor), None if value.before is None else pool(value.before))
+
+    def average(self, operation, value):
+        return Value(ops.reduce_mean(value.tensor, numpy.array([2, 3]), keep_dims=True))
+
+    def add(self, operation, *values):
+        return Value(ops.add(*(value.tensor for value in values)))
+
+    def cat(self, operation, *values):
+        whole = all(value.before is not None for value in values)
+        before = ops.concat([value.before for value in values], 1) if whole else None
+        return Value(ops.concat([value.tensor for value in values], 1), before)
+
+    def flatten(self, operation, value):
+        return Value(ops.flatten(value.tensor, 1) if hasattr(ops, "flatten")
+                     else ops.reshape(value.tensor, numpy.array([0, -1]), True))
+
+    def linear(self, operation, value):
+        layer = operation.layer
+        y = ops.matmul(value.tensor, constant(layer.weight.detach().numpy()), False, True)
+        return Value(y if layer.bias is None else ops.add(y, constant(layer.bias.detach().numpy())))
+
+
+def constant(array):
+    return ops.constant(numpy.asarray(array, numpy.float32))
+
+
+def channels(values):
+    """Return a constant (1, C, 1, 1) of values (C,)."""
+    return constant(numpy.asarray(values)[None, :, None, None])
+
+
+def scaled_weight(integers, scale):
+    """Return the weight scale * integers, integers in [-128, 127], stored as int8."""
+    integers = ops.convert(ops.constant(integers.astype(numpy.int8)), numpy.float32)
+    return ops.multiply(integers, constant(numpy.full((integers.shape[0], 1, 1, 1), scale)))
+
+
+def convolve(layer, x, weight):
+    """Return the convolution of x by a weight (O, I / groups, h, w) with a layer's settings."""
+    settings = (list(part) for part in (layer.stride, layer.padding, layer.padding, layer.dilation))
+    if layer.groups == 1:
+        return ops.convolution(x, weight, *settings)
+    groups, out, *rest = layer.groups, *weight.shape
+    shape = numpy.array([groups, out // groups, *rest])
+    return ops.group_convolution(x, ops.reshape(weight, shape, False), *settings)
+
+
+def export(model, bit_widths, path, image_size):
+    """Write a model (in evaluation, float32, on the CPU) at one bit-width to path, an .xml file.
+
+    Its weights go to the .bin file beside it. Its input `images` is (N, 3, H, W) float32, as the
+    network takes it, its output `logits` (N, classes). Raises ValueError for what cannot be held,
+    naming the layer.
+    """
+    bits, = bit_widths
+    content = Writer(bits, image_size).write(trace(model, bits))
+    content.set_rt_info(bits, "bits")
+    openvino.save_model(content, path, compress_to_fp16=False)
+
+
+def load(path, threads=1):
+    """Return run(images, bits): float32 images (N, 3, H, W) to logits (N, classes), by OpenVINO.
+
+    Raises ValueError for bits that the file does not have, and at 8 bits on a CPU whose 8-bit sums
+    saturate.
+    """
+    content = openvino.Core().read_model(path)
+    own = int(content.get_rt_info("bits").astype(str))
+    if own == 8 and not sums_are_exact():
+        raise ValueError(f"{path} has 8 bits, whose sums saturate on this CPU, which lacks VNNI: "
+                         "export 7 bits or fewer, or another format")
+    shape = [part.get_length() for part in list(content.input().partial_shape)[1:]]
+
+    @functools.cache  # a BinaryConvolution wants a fixed number of images
+    def compiled_for(count):
+        content.reshape([count, *shape])
+        return compiled(content, threads).create_infer_request()
+
+    def run(images, bits):
+        if bits != own:
+            raise ValueError(f"{path} has no {bits} bits: choose {own}")
+        return compiled_for(len(images)).infer([images])["logits"].copy()
+    return run
+
+
+def compiled(content, threads=1):
+    """Compile a model for this CPU; without the hint it would compute in bfloat16."""
+    return openvino.Core().compile_model(content, "CPU", {
+        "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
+
+
+@functools.cache
+def sums_are_exact():
+    """Return whether this CPU adds products of uint8 and int8 without saturating, by trying it."""
+    x = ops.parameter([1, 64, 8, 8], numpy.float32)
+    low, high = numpy.float32(0), numpy.float32(1)
+    a = ops.fake_quantize(ops.clamp(x, 0.0, 1.0), low, high, low, high, LEVELS)
+    weight = scaled_weight(numpy.full((16, 64, 3, 3), 127), 1.0)
+    y = ops.convolution(a, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    found = compiled(openvino.Model([y], [x], "sums"))(numpy.ones((1, 64, 8, 8), numpy.float32))[0]
+    return bool(numpy.allclose(found, 127 * 64 * 9, rtol=1e-6))

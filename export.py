@@ -1,0 +1,242 @@
+"""Export a run as a file that leaves the framework: small, in integers, at any precision.
+
+    python export.py results/RUN --format packed --bits any --output net.safetensors --check 360
+    python export.py results/RUN --format onnx --bits any --output net.onnx
+    python export.py results/RUN --format openvino --bits 1,4 --output net.xml --benchmark
+    python train.py --evaluate --pretrain net.safetensors        # a packed file is one to evaluate
+"""
+import contextlib
+import os
+import tempfile
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dataset.data import DATASETS
+from deploy import packed
+from engine.arguments import OneLineParser, bit_width_list, number
+from engine.errors import UserError, run_program
+from engine.evaluation import load_network
+from engine.resume import OF_EVALUATION, resolve
+from models import saved_bit_widths
+from models.quan_ops import FULL_PRECISION
+from utils import flag_text, one_line
+
+FORMATS = ("packed", "onnx", "openvino")
+NOT_TOLD = ("data_dir", "batch_size", "precision")  # of this machine, or of how it was trained
+NESTED = (1, 2, 4, 8)  # whose levels follow from those of the last
+IMAGES = 500  # of a benchmark's accuracy, where --check does not say
+
+
+def main(args):
+    """Write the file or files; check and benchmark them as asked."""
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(writing(args.output))
+        settings, checkpoint = resolve(evaluation_flags(args))
+        bit_widths = chosen_bit_widths(args, checkpoint)
+        model = network(settings, checkpoint, saved_bit_widths(checkpoint.content["state_dict"]))
+        with telling_errors(args.format):
+            files = write(args, settings, model, bit_widths, place)
+        publish(files, place, args.output.parent)
+    files = {bits: args.output.parent / name for bits, name in files.items()}
+    for path in dict.fromkeys(files.values()):
+        print(f"{path}: {size_of(path):,} bytes")
+    if args.check or args.benchmark:
+        measure(args, settings, checkpoint, model, files)
+
+
+def evaluation_flags(args):
+    """Return the flags of train.py that would evaluate the source."""
+    given = {name: value for name, value in (("dataset", args.dataset), ("data_dir", args.data_dir))
+             if value}
+    return Namespace(evaluate=True, pretrain=args.source, recipe={}, **given)
+
+
+def chosen_bit_widths(args, checkpoint):
+    """Return the bit-widths to export; UserError for one that has no BatchNorm."""
+    present = saved_bit_widths(checkpoint.content["state_dict"])
+    integer = [bits for bits in present if bits != FULL_PRECISION]
+    if args.format == "onnx" and args.bits == "any":  # one stored byte, which is rounded again
+        left_out = [bits for bits in integer if bits not in NESTED]
+        integer = [bits for bits in integer if bits in NESTED]
+        if integer and left_out:
+            print(f"left out: {flag_text(left_out)} bits, which do not follow from 8-bit weights")
+    if args.bits in (None, "any"):
+        if not integer:
+            raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "
+                            f"{how_to('1,2,4,8', args)}")
+        return integer
+    absent = flag_text([bits for bits in args.bits if bits not in present])
+    if absent:
+        raise UserError(f"{args.source} has no BatchNorm for {absent} bits, but for "
+                        f"{flag_text(present)}: choose from these, or {how_to(absent, args)}")
+    return args.bits
+
+
+def how_to(bits, args):
+    return (f"calibrate first: python train.py --evaluate --pretrain {args.source} "
+            f"--bit_width_list {bits} --calibrate 20 --save-calibrated FILE")
+
+
+def network(settings, checkpoint, bit_widths):
+    """Return the checkpoint's network in evaluation mode, its classes those of its last layer."""
+    matrices = [value for value in checkpoint.content["state_dict"].values()
+                if getattr(value, "ndim", 0) == 2]
+    if not matrices:
+        raise UserError(f"{checkpoint.path} has no classifier: give a checkpoint of this project")
+    return load_network(settings, checkpoint, bit_widths, len(matrices[-1]))[0].eval()
+
+
+# ---- files
+
+@contextlib.contextmanager
+def writing(output):
+    """Yield a temporary folder beside the output; UserError where one cannot be made there."""
+    if output.exists():
+        raise UserError(f"--output {output} exists: remove it, or give another name")
+    try:
+        place = tempfile.TemporaryDirectory(prefix=".export_", dir=output.parent)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}): name a file in a "
+                        "folder that exists and may be written") from None
+    with place:
+        yield Path(place.name)
+
+
+def publish(files, place, folder):
+    """Move all that was written beside the output; UserError, and nothing, where some exists."""
+    names = sorted(path.name for path in place.iterdir())
+    for name in names:
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} exists: remove it, or give another --output")
+    for name in names:
+        with open(place / name, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(place / name, folder / name)
+
+
+@contextlib.contextmanager
+def telling_errors(form):
+    """Raise UserError for what a format cannot hold, and for packages that it needs."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"--format {form}: {one_line(error)}") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"--format {form} needs {error.name}, which is not installed: pip install "
+                        "-r requirements-export.txt") from None
+
+
+def write(args, settings, model, bit_widths, place):
+    """Write the files into a folder; return {bits: name}."""
+    whole, image_size = args.output.name, DATASETS[settings.dataset].image_size
+    if args.format == "packed":
+        stored = packed.ANY if args.bits == "any" else bit_widths
+        packed.save(model, bit_widths, place / whole, told_of(settings, model), stored)
+        return dict.fromkeys(bit_widths, whole)
+    files = exporter(args.format)
+    if args.bits == "any":
+        files.export(model, bit_widths, place / whole, image_size, any_width=True)
+        return dict.fromkeys(bit_widths, whole)
+    several = len(bit_widths) > 1
+    names = {bits: f"{args.output.stem}_{bits}{args.output.suffix}" if several else whole
+             for bits in bit_widths}
+    for bits, name in names.items():
+        if (args.output.parent / name).exists():
+            raise UserError(f"{args.output.parent / name} exists: give another --output")
+        files.export(model, [bits], place / name, image_size)
+    return names
+
+
+def exporter(form):
+    """Return the module of a format that needs packages of its own."""
+    if form == "onnx":
+        from deploy import onnx_file
+        return onnx_file
+    from deploy import openvino_file
+    return openvino_file
+
+
+def told_of(settings, model):
+    """Return what a packed file tells: how to build the network, and of what images."""
+    data = DATASETS[settings.dataset]
+    matrices = [value for value in model.state_dict().values() if value.ndim == 2]
+    arguments = {name: getattr(settings, name) for name in OF_EVALUATION if name not in NOT_TOLD}
+    return {"model": settings.model, "width": settings.width, "all_conv": settings.all_conv,
+            "classes": len(matrices[-1]), "mean": data.mean, "std": data.std,
+            "image_size": data.image_size, "arguments": arguments}
+
+
+def size_of(path):
+    """Return the bytes of an exported file, with the weights that OpenVINO keeps beside it."""
+    return sum(part.stat().st_size for part in {path, path.with_suffix(".bin")} if part.exists())
+
+
+# ---- check and benchmark
+
+def runner(form, files, **options):
+    """Return run(images, bits), as the formats' load, over {bits: path}."""
+    load = partial(packed.load_runner, **options) if form == "packed" else exporter(form).load
+    runs = {path: load(path) for path in dict.fromkeys(files.values())}
+    return lambda images, bits: runs[files[bits]](images, bits)
+
+
+def measure(args, settings, checkpoint, model, files):
+    """Check the files, and benchmark them; UserError where the check falls short."""
+    from deploy import check
+
+    with telling_errors(args.format):
+        run = runner(args.format, files)
+    images, labels = check.read_images(settings, args.check or IMAGES)
+    results = check.compare(model, run, images, labels, list(files))
+    stem = args.output.with_suffix("")
+    if args.check:
+        check.write(f"{stem}_check", results, str(args.output), args.format)
+    if args.benchmark:
+        from deploy import benchmark
+
+        float_network = None
+        if "packed" not in checkpoint.content:
+            float_network = network(settings, checkpoint, sorted({*files, FULL_PRECISION}))
+        run = runner(args.format, files, memory_format=torch.channels_last)  # the faster in torch
+        benchmark.benchmark(f"{stem}_benchmark", model, run, images, files, results,
+                            benchmark.float_runner(float_network, images.shape[-1]))
+    short = check.falls_short(results)
+    if args.check and short:
+        raise UserError(f"{args.output} is written but falls short of the network: {short}")
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a results folder, a checkpoint, a packed file, a URL, or "
+        "a published name, as --pretrain of train.py")
+    add("--format", choices=FORMATS, required=True, help="packed: for this project, bit for bit; "
+        "onnx: for ONNX Runtime; openvino: for x86 CPUs")
+    add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, or any: one file "
+        "that switches; unset: all that the network has")
+    add("--output", type=Path, required=True, metavar="FILE", help="with several bit-widths, onnx "
+        "and openvino write a file each: net.onnx is net_4.onnx")
+    add("--check", type=number(int, 1), metavar="N", help="compare with the network on N images of "
+        "the validation split; exit code 1 where it falls short")
+    add("--benchmark", action="store_true", help="measure it beside torch and ONNX Runtime's "
+        "float32, on one thread")
+    add("--dataset", choices=DATASETS, metavar="NAME", help="unset: that of the checkpoint")
+    add("--data-dir", help="folder that holds the data sets' folders; unset: data")
+    args = parser.parse_args(argv)
+    if args.bits == "any" and args.format == "openvino":
+        parser.error("--bits any has no --format openvino: choose packed or onnx, or list "
+                     "bit-widths for a file each")
+    if args.format == "openvino" and args.output.suffix != ".xml":
+        parser.error(f"--output {args.output} must end in .xml; its weights go to .bin beside it")
+    return args
+
+
+def bits_or_any(text):
+    return text if text == "any" else bit_width_list(text)
+
+
+if __name__ == "__main__":
+    run_program(main, parse_args)

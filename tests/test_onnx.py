@@ -1,0 +1,103 @@
+"""ONNX files: integer convolutions with the numbers of the network."""
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from exported import SIZES, errors, network
+from models import quan_ops, set_bit_width
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+
+onnx = pytest.importorskip("onnx")
+onnx_file = pytest.importorskip("deploy.onnx_file")
+
+
+def exported(model, bits, path, size, **kwargs):
+    onnx_file.export(model, bits if isinstance(bits, list) else [bits], path, size, **kwargs)
+    return onnx_file.load(path)
+
+
+@pytest.mark.parametrize("all_conv", [False, True])
+@pytest.mark.parametrize("name", ["svhnq", "resnet20q"])
+def test_logits_are_the_networks_at_every_bit_width(name, all_conv, tmp_path):
+    widths = (1, 2, 3, 4, 5, 6, 7, 8, 32) if not all_conv else (1, 4, 8)
+    model, images = network(name, widths, all_conv)
+    for bits in widths:
+        run = exported(model, bits, tmp_path / f"{bits}.onnx", SIZES[name])
+        found, torchs = errors(run, model, images, bits)
+        # Where a level flips in one of them but not in the other, logits move by some 1e-3.
+        assert found < max(2 * torchs, 1e-6) or found < 1e-3, (bits, found, torchs)
+        assert run(images.numpy()[:3], bits).shape == (3, 10)  # any number of images
+
+
+@pytest.mark.parametrize("name", ["svhnq", "resnet20q"])
+def test_one_file_of_any_bit_width_gives_the_same_bits_and_is_small(name, tmp_path):
+    model, images = network(name, (1, 2, 4, 8))
+    with torch.no_grad():  # exact zeros, and a weight within rounding of a threshold
+        layer = next(layer for layer in model.modules() if isinstance(layer, Conv2dQ))
+        layer.weight[0, :2] = 0
+        layer.weight[0, 2:4] = 1e-9
+    run = exported(model, [1, 2, 4, 8], tmp_path / "any.onnx", SIZES[name], any_width=True)
+    for bits in (1, 2, 4, 8):
+        alone = exported(model, bits, tmp_path / f"{bits}.onnx", SIZES[name])
+        numpy.testing.assert_array_equal(run(images.numpy(), bits), alone(images.numpy(), bits))
+    with pytest.raises(ValueError, match="3 bits"):
+        run(images.numpy(), 3)
+    stored = [constant for constant in onnx.load(tmp_path / "any.onnx").graph.initializer
+              if constant.data_type == onnx.TensorProto.UINT8 and len(constant.dims) == 4]
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, Conv2dQ))
+    assert sum(numpy.prod(constant.dims) for constant in stored) <= 1.01 * weights  # and box sums
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_layers_levels_are_float64s_but_at_a_threshold(bits, tmp_path):
+    torch.manual_seed(1)
+    model = nn.Sequential(ActivationQ(), Conv2dQ(3, 64, 3, padding=1, bias=False),
+                          SwitchableBatchNorm2d(64, [bits]), ActivationQ(), nn.Flatten())
+    norm = model[2].bn_dict[str(bits)]
+    with torch.no_grad():
+        for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            part.uniform_(0.05, 0.5)
+        norm.weight[:8] *= -1
+    set_bit_width(model, bits)
+    model.eval()
+    images = torch.randn(4, 3, 16, 16)
+    run = exported(model, bits, tmp_path / "x.onnx", 16)
+    n = 2**bits - 1
+    levels = n * torch.from_numpy(run(images.numpy(), bits)).double()
+    with torch.no_grad():  # from the same levels, as the first ActivationQ's are float32's
+        a = model[0](images).double()
+        z = n * model.double()[2](model[1](a)).clamp(0, 1).flatten(1)
+    odd = levels.round() != z.round()
+    assert ((z - z.floor() - 0.5).abs()[odd] < 1e-5 * n).all() and odd.float().mean() < 1e-3
+    assert len(levels.unique()) > 1
+
+
+def test_weights_and_activations_are_uint8_in_integer_convolutions(tmp_path):
+    model, _ = network("resnet20q", (4,))
+    onnx_file.export(model, [4], tmp_path / "x.onnx", 32)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "x.onnx").graph.node]
+    assert kinds.count("ConvInteger") == 18 and kinds.count("Conv") == 3  # stem and two shortcuts
+
+
+@pytest.mark.parametrize("what, message", [
+    ("weight", "layer layers_0_conv0 at 2 bits: its weights"),
+    ("activation", "layer layers.0.act0 at 2 bits: it is not a clip"),
+    ("layer", "layer pool .AdaptiveMaxPool2d. has no place"),
+    ("network", "cannot be traced"),
+    ("any", "3 bits do not follow from 8-bit weights"),
+])
+def test_what_a_file_cannot_hold_is_named(what, message, tmp_path, monkeypatch):
+    model, _ = network("resnet20q", (2, 3))
+    if what == "weight":
+        monkeypatch.setattr(quan_ops, "quantize_weight", lambda v, scale, bits: scale * v**3)
+    if what == "activation":
+        monkeypatch.setattr(quan_ops, "quantize_activation", lambda x, *rest: x.clamp(0, 2))
+    if what == "layer":
+        model.pool = nn.AdaptiveMaxPool2d(1)
+    if what == "network":
+        monkeypatch.setattr(type(model), "forward", lambda self, x: x if x.sum() > 0 else -x)
+    with pytest.raises(ValueError, match=message):
+        onnx_file.export(model, [2, 3] if what == "any" else [2], tmp_path / "x.onnx", 32,
+                         any_width=what == "any")
+    assert not list(tmp_path.iterdir())

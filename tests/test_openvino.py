@@ -1,0 +1,100 @@
+"""OpenVINO files: int8 and single-bit convolutions with the numbers of the network."""
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from exported import SIZES, errors, network
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
+from models.resnet_quan import Bottleneck
+
+openvino = pytest.importorskip("openvino")
+openvino_file = pytest.importorskip("deploy.openvino_file")
+
+
+def exported(model, bits, path, size):
+    openvino_file.export(model, [bits], path, size)
+    return openvino_file.load(path)
+
+
+needs_vnni = pytest.mark.skipif(not openvino_file.sums_are_exact(),
+                                reason="8-bit sums saturate on this CPU")
+
+
+@pytest.mark.parametrize("name, bits", [
+    *((name, bits) for name in ("svhnq", "resnet20q") for bits in (1, 2, 4, 7, 32)),
+    *(pytest.param(name, 8, marks=needs_vnni) for name in ("svhnq", "resnet20q"))])
+def test_logits_are_the_networks(name, bits, tmp_path):
+    model, images = network(name, (bits,))
+    run = exported(model, bits, tmp_path / "x.xml", SIZES[name])
+    found, torchs = errors(run, model, images, bits)
+    # Where a level flips in one of them but not in the other, logits move.
+    assert found < max(2 * torchs, 1e-6) or found < 2e-3
+    assert run(images.numpy()[:3], bits).shape == (3, 10)  # any number of images
+    with pytest.raises(ValueError, match="has no 3 bits"):
+        run(images.numpy(), 3)
+
+
+def test_bottlenecks_at_one_bit(tmp_path):
+    """resnet50q ends with an activation before its average, which only the average reads."""
+    torch.manual_seed(0)
+    bn = partial(SwitchableBatchNorm2d, bit_widths=[1])
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), *(Bottleneck(channels, 8, stride, bn, nn.Conv2d)
+                               for channels, stride in ((16, 2), (32, 1), (32, 1))),
+        bn(32), ActivationQ(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    images = torch.randn(4, 3, 12, 12)
+    model(images)
+    run = exported(model.eval(), 1, tmp_path / "x.xml", 12)
+    found, torchs = errors(run, model, images, 1)
+    assert found < max(2 * torchs, 1e-6), (found, torchs)
+
+
+@pytest.mark.parametrize("channels", [3, 12, 16])
+def test_one_bit_takes_any_number_of_channels(channels, tmp_path):
+    """Sums at 1 bit are integers times a scale: the file's are torch's, outside the image too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), ActivationQ(),
+                          Conv2dQ(channels, 16, 3, stride=2, padding=1)).eval()
+    set_bit_width(model, 1)
+    images = torch.rand(2, 3, 9, 9)
+    with torch.no_grad():
+        expected = model(images)
+    found = exported(model, 1, tmp_path / "x.xml", 9)(images.numpy(), 1)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_with_two_readers(tmp_path):
+    """A single-bit convolution and an average read the same levels."""
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = Conv2dQ(3, 3, 3, padding=1), ActivationQ()
+
+        def forward(self, x):
+            a = self.act(x)
+            return self.conv(a) + a
+    torch.manual_seed(0)
+    model, images = Both().eval(), torch.rand(2, 3, 8, 8)
+    for bits in (1, 4):
+        set_bit_width(model, bits)
+        with torch.no_grad():
+            expected = model(images)
+        found = exported(model, bits, tmp_path / f"{bits}.xml", 8)(images.numpy(), bits)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_vnni
+def test_convolutions_are_integer(tmp_path):
+    model, images = network("resnet20q", (1, 4))
+    for bits, kind in ((1, "u1"), (4, "u8")):
+        openvino_file.export(model, [bits], tmp_path / f"{bits}.xml", 32)
+        content = openvino.Core().read_model(tmp_path / f"{bits}.xml")
+        content.reshape([1, 3, 32, 32])
+        layers = openvino_file.compiled(content).get_runtime_model().get_ops()
+        told = [(layer.get_rt_info()["layerType"].astype(str),
+                 layer.get_input_element_type(0).get_type_name())
+                for layer in layers if layer.get_input_size()]
+        integer = [one for one in told if "Convolution" in one[0] and one[1] == kind]
+        assert len(integer) == 18, told
