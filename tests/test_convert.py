@@ -1,5 +1,6 @@
 """Float networks made into any-precision ones: the same numbers, and what is told of them."""
 import functools
+import re
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+import deploy.graph
 import reference
 import runs
+from deploy import packed
 from models import MODELS, convert, layer_table, quan_ops, set_bit_width, trained_bit_widths, zoo
 from models.converted import fit_float_weights
 from models.losses import any_precision_backward
 from runs import assert_one_line, assert_same
 
 WIDTHS = [1, 2, 8, 32]
+SMALL = "torchvision:shufflenet_v2_x0_5"
 NAMES = ("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0",
          "regnet_y_400mf")
 
@@ -301,6 +305,29 @@ def test_keep(images):
     assert [layer.why for layer in model.layers].count("in keep") == 5
 
 
+# ---- exported
+
+@torch.no_grad()
+def test_a_packed_file(tmp_path, images):
+    model, path = convert(build("shufflenet_v2_x0_5"), [1, 2]), tmp_path / "net.safetensors"
+    packed.save(model, [1, 2], path, {"model": SMALL, "width": 1, "all_conv": False, "classes": 10})
+    loaded = packed.load(path)
+    for bits in (1, 2):
+        logits = [set_bit_width(network, bits) or network(images) for network in (model, loaded)]
+        assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name, layer", [
+    ("resnet18", None), ("mobilenet_v2", None), ("densenet121", "transition1.pool (AvgPool2d)")])
+def test_what_other_formats_hold(name, layer):
+    model = convert(build(name), [2, 32])
+    if layer is None:
+        assert len(deploy.graph.trace(model, 2)) > 20
+        return
+    with pytest.raises(ValueError, match=re.escape(layer)):
+        deploy.graph.trace(model, 2)
+
+
 # ---- what cannot be converted, and train.py
 
 def sequential(*layers):
@@ -343,9 +370,6 @@ def test_bad_models(argv, told, tiny_cifar10, tmp_path, capsys):
                          "--results-dir", tmp_path / "r", *argv])
     assert code == 2
     assert_one_line(capsys, *told)
-
-
-SMALL = "torchvision:shufflenet_v2_x0_5"
 
 
 @pytest.fixture(scope="module")
