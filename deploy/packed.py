@@ -1,7 +1,8 @@
 """The packed file: a network of every bit-width, with a byte (or nine bits) a quantized weight.
 
-It is a safetensors file: for each quantized layer numbers into a table of levels (deploy/levels.py)
-and E; the BatchNorms of its bit-widths; all else in float32; and one JSON text, with a SHA-256.
+It is a safetensors file: of each quantized layer E, and numbers of rows of a table of levels (see
+deploy/levels.py); the BatchNorms of its bit-widths; all else in float32; and one JSON text, with a
+SHA-256.
 """
 import hashlib
 import json
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from deploy.levels import combinations, encode
+from deploy.levels import combinations, encode, rows_of
 from models import build, check_bit_widths, set_bit_width
 from models.bit_widths import BATCH_NORM_ENTRY
 from models.quan_ops import FULL_PRECISION, Conv2dQ
@@ -60,11 +61,11 @@ class PackedConv2dQ(Conv2dQ):
         self.register_buffer("ninth", ninth)
         self.register_buffer("mended", mended)
         self.register_buffer("mended_levels", mended_levels)
-        count = len(levels) if mended is None or not len(mended) else int(mended.max())
         if (weight.dtype != torch.uint8 or levels.shape[1:] != (len(stored_bits),)
                 or ninth is None and int(weight.max()) >= len(levels)
                 or ninth is not None and 8 * len(ninth) < weight.numel()
-                or mended is not None and not 0 <= count < weight.numel()):
+                or mended is not None and not 0 <= int(mended.min()) <= int(mended.max())
+                < weight.numel()):
             raise ValueError("weights and their table do not fit each other")
 
 
@@ -89,15 +90,17 @@ def save(model, bit_widths, path, about, stored_bits=None):
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()
                if not key.endswith(COUNTED) and kept_entry(key, bit_widths)
                and (key.rpartition(".")[0] not in layers or key.endswith(".bias"))}
-    levels, packed = encode({name: combinations(layer, stored_bits)
+    others, packed = encode({name: combinations(layer, stored_bits)
                              for name, layer in layers.items()}, stored_bits)
+    levels = rows_of(others, stored_bits)
     for name, parts in packed.items():
         layer = layers[name]
         parts["scale"] = layer.operand(stored_bits[0])[1].clone()
         parts["weight"] = parts["weight"].view(layer.weight.shape)
         check(name, layer, {**parts, "levels": levels, "stored_bits": stored_bits})
         tensors.update((f"{name}.{part}", value) for part, value in parts.items())
-    tensors["levels"] = levels
+    if len(others):
+        tensors["others"] = others
     about = {**about, "format": FORMAT, "bit_widths": bit_widths, "stored_bits": stored_bits}
     about["sha256"] = digest(tensors, about)
     content = safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)})
@@ -142,7 +145,10 @@ def is_packed(path):
 
 
 def read(path):
-    """Return a packed file's {name: tensor} and what is told of it; ValueError where it is none."""
+    """Return a packed file's {name: tensor} and what is told of it; ValueError where it is none.
+
+    Besides what the file has: `levels`, the table, and the state of BatchNorms that it leaves out.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -162,6 +168,9 @@ def read(path):
     if digest(tensors, about) != told:
         raise ValueError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
                          "export it anew")
+    stored = about["stored_bits"]
+    others = tensors.pop("others", torch.zeros(0, len(stored), dtype=torch.uint8))
+    tensors["levels"] = rows_of(others, stored)
     tensors.update({f"{key.rpartition('.')[0]}{COUNTED}": torch.tensor(0)
                     for key in list(tensors) if key.endswith(".running_mean")})
     return tensors, about
@@ -184,7 +193,8 @@ def install(model, tensors, levels, stored_bits):
     for name, layer in quantized_layers(model).items():
         layer.__class__ = PackedConv2dQ  # in place, with its hooks and its name
         parts = {part: tensors.get(f"{name}.{part}") for part in optional}
-        layer.pack(tensors[f"{name}.weight"], tensors[f"{name}.scale"], levels, stored_bits, **parts)
+        layer.pack(tensors[f"{name}.weight"], tensors[f"{name}.scale"], levels, stored_bits,
+                   **parts)
 
 
 def load(path):

@@ -169,7 +169,7 @@ def test_formats(form, bits, output, source, arguments, tmp_path):
     needs(form)
     if source == "packed":
         path = tmp_path / "packed"
-        assert run_export(*arguments, "--format", "packed", "--output", path) == 0
+        assert run_export(*arguments, "--format", "packed", "--bits", "any", "--output", path) == 0
         arguments = [path, *arguments[1:]]
     assert run_export(*arguments, "--format", form, "--bits", bits, "--output", tmp_path / output,
                       "--check", 6) == 0
