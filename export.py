@@ -191,7 +191,7 @@ def measure(args, settings, checkpoint, model, files):
         run = runner(args.format, files)
     images, labels = check.read_images(settings, args.check or IMAGES)
     results = check.compare(model, run, images, labels, list(files))
-    stem = args.output.with_suffix("")
+    stem = f"{args.output.with_suffix('')}_{args.format}"
     if args.check:
         check.write(f"{stem}_check", results, str(args.output), args.format)
     if args.benchmark:

@@ -46,15 +46,15 @@ def test_packed_with_check_and_benchmark(arguments, tmp_path, capsys, monkeypatc
     output = tmp_path / "net.safetensors"
     more = ["--check", 6, "--benchmark"]
     assert run_export(*arguments, "--format", "packed", "--output", output, *more) == 0
+    reports = {"check.md", "check.json", "benchmark.md", "benchmark.json", "benchmark.png"}
     assert {path.name for path in tmp_path.iterdir()} == {
-        "net.safetensors", "net_check.md", "net_check.json", "net_benchmark.md",
-        "net_benchmark.json", "net_benchmark.png"}
-    told = json.loads((tmp_path / "net_check.json").read_text())
+        output.name, *(f"net_packed_{name}" for name in reports)}
+    told = json.loads((tmp_path / "net_packed_check.json").read_text())
     values = told["bit_widths"]["2"]
     assert told["falls_short"] == "" and values["images"] == 6 and values["agree"] == 100
     assert values["largest32"] == 0 and values["top1"] == values["network_top1"]
     assert values["mean64"] == values["torch_mean64"]
-    rows = json.loads((tmp_path / "net_benchmark.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "net_packed_benchmark.json").read_text())["rows"]
     assert [(row["bits"], row["batch"]) for row in rows] == [(2, 1), (2, 3)]
     assert all(row["file"] > 0 and row["torch"] > 0 for row in rows)
     out = capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_formats(form, bits, output, source, arguments, tmp_path):
         arguments = [path, *arguments[1:]]
     assert run_export(*arguments, "--format", form, "--bits", bits, "--output", tmp_path / output,
                       "--check", 6) == 0
-    assert (tmp_path / output).exists() and (tmp_path / "net_check.md").exists()
+    assert (tmp_path / output).exists() and (tmp_path / f"net_{form}_check.md").exists()
 
 
 def test_several_widths_are_several_files(arguments, tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_check_that_falls_short_ends_with_1(arguments, tmp_path, capsys, monke
     assert run_export(*arguments, "--format", "packed", "--output", tmp_path / "net", "--check",
                       6) == 1
     assert_one_line(capsys, "falls short of the network", "at 2 bits")
-    assert json.loads((tmp_path / "net_check.json").read_text())["falls_short"]
+    assert json.loads((tmp_path / "net_packed_check.json").read_text())["falls_short"]
 
 
 def test_levels_that_flip_are_counted():
