@@ -169,7 +169,7 @@ BAD_ARGUMENTS = [
     (["--bit_width_list", "33"], "bit-width 33", "choose from 1 to 8 and 32"),
     (["--bit_width_list", "-4"], "bit-width -4", "choose from 1 to 8 and 32"),
     (["--bit_width_list", "two"], "bit-width 'two'", "choose from 1 to 8 and 32"),
-    (["--bit_width_list", "1,2,2"], "1,2,2 repeat", "each of them once"),
+    (["--bit_width_list", "1,2,2"], "1,2,2 repeat", "list each once"),
     (["--bit_width_list", ""], "no bit-width given", "list at least one"),
     (["--bit_width_list", "1,"], "bit-width ''", "choose from 1 to 8 and 32"),
     (["--epochs", "0"], "'0'", "from 1 up"),
