@@ -15,9 +15,8 @@ case "$table" in
     digits | fashion) export recipe=$table; shift ;;
     resnet18 | mobilenet_v2)
         export recipe=digits
-        losses=recursive schedule="--epochs 8 --lr_decay 6,7"
-        if [ "$table" = mobilenet_v2 ]; then schedule="--epochs 12 --lr_decay 9,11"; fi
-        set -- --model "torchvision:$table" $schedule "${@:2}" ;;
+        losses=recursive
+        set -- --model "torchvision:$table" --batch-size 32 --epochs 5 --lr_decay 3,4 "${@:2}" ;;
     *) echo "table.sh: error: '$table' has no table: choose digits, fashion, resnet18 or" \
         "mobilenet_v2" >&2; exit 2 ;;
 esac
