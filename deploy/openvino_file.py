@@ -6,6 +6,7 @@ int8 times a scale. A quantized activation is clipped to [0, 1] and then rounded
 in float32.
 """
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from deploy.graph import affine_of, float_weight, integer_weight, takes_levels, 
 from models.quan_ops import FULL_PRECISION
 
 CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
+LARGE = numpy.finfo(numpy.float32).max
 LEVELS = 256  # of a FakeQuantize that becomes uint8
 
 
@@ -30,11 +32,12 @@ class Writer:
     """Writes the operations of a network at one bit-width as an OpenVINO model."""
 
     def __init__(self, bits, image_size):
-        self.bits, self.levels, self.values = bits, 2**bits - 1, {}
+        self.bits, self.levels, self.values, self.readers = bits, 2**bits - 1, {}, Counter()
         self.images = ops.parameter([-1, 3, image_size, image_size], numpy.float32, "images")
 
     def write(self, operations):
         """Return the openvino.Model of all operations."""
+        self.readers.update(name for operation in operations for name in operation.inputs)
         for operation in operations[:-1]:
             inputs = [self.values[name] for name in operation.inputs]
             self.values[operation.name] = getattr(self, operation.kind)(operation, *inputs)
@@ -123,7 +126,11 @@ class Writer:
         return Value(ops.reduce_mean(value.tensor, numpy.array([2, 3]), keep_dims=True))
 
     def add(self, operation, *values):
-        return Value(ops.add(*(value.tensor for value in values)))
+        y = ops.add(*(value.tensor for value in values))
+        # A binary convolution, a sum that nothing else reads, and rounding would be fused, wrongly.
+        if self.bits == 1 and self.readers[operation.name] == 1:
+            y = ops.maximum(y, constant(-LARGE))  # changes nothing
+        return Value(y)
 
     def cat(self, operation, *values):
         whole = all(value.before is not None for value in values)

@@ -22,11 +22,12 @@ needs_vnni = pytest.mark.skipif(not openvino_file.sums_are_exact(),
                                 reason="8-bit sums saturate on this CPU")
 
 
-@pytest.mark.parametrize("name, bits", [
-    *((name, bits) for name in ("svhnq", "resnet20q") for bits in (1, 2, 4, 7, 32)),
-    *(pytest.param(name, 8, marks=needs_vnni) for name in ("svhnq", "resnet20q"))])
-def test_logits_are_the_networks(name, bits, tmp_path):
-    model, images = network(name, (bits,))
+@pytest.mark.parametrize("name, bits, all_conv", [
+    *((name, bits, False) for name in ("svhnq", "resnet20q") for bits in (1, 2, 4, 7, 32)),
+    *(pytest.param(name, 8, False, marks=needs_vnni) for name in ("svhnq", "resnet20q")),
+    ("svhnq", 1, True), ("resnet20q", 1, True), ("resnet20q", 2, True)])
+def test_logits_are_the_networks(name, bits, all_conv, tmp_path):
+    model, images = network(name, (bits,), all_conv)
     run = exported(model, bits, tmp_path / "x.xml", SIZES[name])
     found, torchs = errors(run, model, images, bits)
     # Where a level flips in one of them but not in the other, logits move.
