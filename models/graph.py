@@ -94,7 +94,7 @@ def replace_activations(graph, network, kept):
         kind, is_module = relu_of(node, modules), node.op == "call_module"
         if kind is None or is_module and node.target in kept:
             continue
-        owner = [*node.meta.get("nn_module_stack", ())][-1:]
+        owner = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
         base = node.target if is_module else ".".join([*owner, "relu"])
         name, count = base, 0
         while name in taken:

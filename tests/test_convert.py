@@ -248,6 +248,23 @@ def test_functions_and_a_module_used_twice(monkeypatch, images):
     assert not torch.equal(model(images), model(images))  # dropout, in training alone
 
 
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 16, 1), FloatBlock(16, 16, 1)
+
+    def forward(self, x):
+        return self.block(self.block(self.stem(x))).mean((2, 3))
+
+
+def test_a_block_called_twice(images):
+    model = convert(CalledTwice(), [1, 32])
+    assert sorted(activations(model)) == [f"block.relu{end}" for end in ("", "_1", "_2", "_3")]
+    assert [(layer.name, layer.input) for layer in model.layers] == [
+        ("stem", "not"), ("block.conv0", "quantized"), ("block.conv1", "not")]  # the last
+    any_precision_backward(model, images, torch.tensor([0, 1]), [1, 32])
+
+
 def test_relu6_is_limited_at_32_bits_and_no_other():
     layer, x = quan_ops.ActivationQ(limit=6.0), torch.tensor([-1.0, 0.4, 5.0, 7.0])
     assert layer(x).tolist() == pytest.approx([0, 0.4, 5, 6])
