@@ -1,0 +1,184 @@
+"""What a conversion sees of a network, what it tells, and what cannot be converted."""
+import re
+
+import pytest
+import torch
+from float_networks import SMALL, FloatBlock, build, noise, on_meta
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+import deploy.graph
+from deploy import packed
+from models import MODELS, convert, layer_table, quan_ops, set_bit_width, zoo
+from models.losses import any_precision_backward
+
+
+@pytest.fixture(scope="module")
+def images():
+    return noise()
+
+
+class Functional(nn.Module):
+    """Every way to write a ReLU, a module used twice, dropout as a function, a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv0, self.conv1 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.conv2, self.conv3 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
+        self.bn, self.relu, self.fc = nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Linear(4, 3)
+        self.scale = nn.Buffer(torch.tensor(2.0))
+
+    def forward(self, x):
+        x = self.relu(self.bn(self.conv0(x)))
+        x = torch.cat([x, functional.relu(self.conv1(x) * self.scale)], 1)
+        x = functional.dropout(self.conv2(x), 0.5, self.training)
+        y = functional.relu(x, inplace=True)  # so that x below is what this gives
+        x = self.conv3(functional.avg_pool2d(y, 2)) + functional.avg_pool2d(x, 2)
+        return self.fc(self.relu(x).relu().mean((2, 3)))
+
+
+def activations(model):
+    return [name.removeprefix("network.") for name, layer in model.named_modules()
+            if isinstance(layer, quan_ops.ActivationQ)]
+
+
+def test_functions_and_a_module_used_twice(monkeypatch, images):
+    torch.manual_seed(0)
+    network = Functional().eval()
+    model = convert(network, [1, 32])
+    assert sorted(activations(model)) == ["relu", "relu_1", "relu_2", "relu_3", "relu_4"]
+    assert [layer[2:] for layer in model.layers] == [
+        ("not", "not", "sees the image"), ("quantized", "quantized", ""),
+        ("quantized", "quantized", ""), ("quantized", "not", "input from an average pool"),
+        ("not", "not", "gives the logits")]
+    monkeypatch.setattr(quan_ops, "normalize_weight", lambda w: (w, torch.ones(())))
+    assert_close(model(images), network(images), rtol=0, atol=1e-6)
+    assert model.shares_stem
+    model.train()
+    assert not torch.equal(model(images), model(images))  # dropout, in training alone
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 16, 1), FloatBlock(16, 16, 1)
+
+    def forward(self, x):
+        return self.block(self.block(self.stem(x))).mean((2, 3))
+
+
+def test_a_block_called_twice(images):
+    model = convert(CalledTwice(), [1, 32])
+    assert sorted(activations(model)) == [f"block.relu{end}" for end in ("", "_1", "_2", "_3")]
+    assert [(layer.name, layer.input) for layer in model.layers] == [
+        ("stem", "not"), ("block.conv0", "quantized"), ("block.conv1", "not")]  # the last
+    any_precision_backward(model, images, torch.tensor([0, 1]), [1, 32])
+
+
+def test_relu6_is_limited_at_32_bits_and_no_other():
+    layer, x = quan_ops.ActivationQ(limit=6.0), torch.tensor([-1.0, 0.4, 5.0, 7.0])
+    assert layer(x).tolist() == pytest.approx([0, 0.4, 5, 6])
+    layer.bits = 1
+    assert layer(x).tolist() == [0, 0, 1, 1]
+    model = convert(build("mobilenet_v2"), [1, 32])
+    assert {layer.limit for layer in model.modules() if isinstance(layer, quan_ops.ActivationQ)} \
+        == {6.0}
+
+
+@pytest.mark.parametrize("name, told", [
+    ("resnet18", {"layer2.0.downsample.0": ""}),
+    ("mobilenet_v2", {"features.2.conv.0.0": "a BatchNorm without activation",
+                      "features.4.conv.0.0": "an addition", "features.1.conv.1": ""}),
+    ("densenet121", {"features.denseblock1.denselayer2.conv1": ""}),
+    ("shufflenet_v2_x1_0", {"stage2.1.branch2.0": "", "stage2.0.branch2.5":
+                            "a BatchNorm without activation"}),  # across cat and channel shuffle
+    ("regnet_y_400mf", {"trunk_output.block1.block1-0.f.se.fc1": "an average pool",
+                        "trunk_output.block1.block1-0.f.se.fc2": "",
+                        "trunk_output.block1.block1-0.f.c.0": "a product"})])
+def test_which_inputs_are_quantized(name, told):
+    with on_meta(name):
+        model = convert(zoo.torchvision_network(f"torchvision:{name}", 10), [2, 32])
+    layers = {layer.name: layer for layer in model.layers}
+    for layer, maker in told.items():
+        assert layers[layer][2:] == ("quantized", "not" if maker else "quantized",
+                                     maker and f"input from {maker}")
+    kept = [layer.name for layer in model.layers if layer.weights == "not"]
+    assert len(kept) == 2 and kept == [model.layers[0].name, model.layers[-1].name]
+    table = layer_table(model).splitlines()
+    assert len({len(line) for line in table[:-2]}) == 1 and len(table) == len(layers) + 4
+    assert table[-1].startswith(f"{len(layers)} layers: the weights of {len(layers) - 2} are")
+
+
+class Untraceable(Functional):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_untraceable(images):
+    with pytest.warns(UserWarning, match="cannot trace") as told:
+        model = convert(Untraceable(), [1, 32])
+    assert len(told) == 1 and "\n" not in model.note and model.note in layer_table(model)
+    assert activations(model) == ["relu"] and not model.shares_stem
+    assert [layer.input for layer in model.layers] == ["not", *["unknown"] * 3, "not"]
+    any_precision_backward(model, images, torch.tensor([0, 1]), [1, 32])
+
+
+def test_keep(images):
+    model = convert(build("resnet18"), [2, 32], keep=["layer1", "layer2.0.downsample"])
+    kinds = {name: type(model.network.get_submodule(name)) for name in (
+        "layer1.0.conv1", "layer2.0.downsample.0", "layer2.0.conv1")}
+    assert list(kinds.values()) == [nn.Conv2d, nn.Conv2d, quan_ops.Conv2dQ]
+    assert isinstance(model.network.layer1[0].bn1, nn.BatchNorm2d)
+    assert [layer.why for layer in model.layers].count("in keep") == 5
+
+
+# ---- exported
+
+@torch.no_grad()
+def test_a_packed_file(tmp_path, images):
+    model, path = convert(build("shufflenet_v2_x0_5"), [1, 2]), tmp_path / "net.safetensors"
+    packed.save(model, [1, 2], path, {"model": SMALL, "width": 1, "all_conv": False, "classes": 10})
+    loaded = packed.load(path)
+    for bits in (1, 2):
+        logits = [set_bit_width(network, bits) or network(images) for network in (model, loaded)]
+        assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name, layer", [
+    ("resnet18", None), ("mobilenet_v2", None), ("densenet121", "transition1.pool (AvgPool2d)")])
+def test_what_other_formats_hold(name, layer):
+    model = convert(build(name), [2, 32])
+    if layer is None:
+        assert len(deploy.graph.trace(model, 2)) > 20
+        return
+    with pytest.raises(ValueError, match=re.escape(layer)):
+        deploy.graph.trace(model, 2)
+
+
+# ---- what cannot be converted
+
+def sequential(*layers):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *layers)
+
+
+@pytest.mark.parametrize("network, keep, told", [
+    (nn.Sequential(nn.Conv2d(3, 4, 3)), (), "no BatchNorm2d"),
+    (nn.Sequential(nn.BatchNorm2d(4)), (), "no Conv2d"),
+    (sequential(), (), "no convolution is left"),
+    (sequential(nn.ConvTranspose2d(4, 4, 3)), (), "layer 3 is a ConvTranspose2d"),
+    (sequential(nn.GroupNorm(1, 4)), (), "layer 3 is a GroupNorm"),
+    (sequential(nn.BatchNorm2d(4, affine=False)), (), "layer 3 is a BatchNorm2d without"),
+    (sequential(nn.LazyConv2d(4, 3)), (), "layer 3 is a LazyConv2d"),
+    (sequential(nn.Conv2d(4, 4, 3)), ["conv9"], "keep names 'conv9'"),
+    (MODELS["svhnq"]([2, 32], width=1), (), "no BatchNorm2d")])
+def test_what_cannot_be_converted(network, keep, told):
+    with pytest.raises(ValueError, match=told) as error:
+        convert(network, [1, 32], keep)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layer_without_a_form_can_be_kept():
+    network = sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
+    model = convert(network, [1, 32], keep=["4"])
+    assert model(torch.ones(2, 3, 4, 4)).shape == (2, 2, 2, 2)
