@@ -58,8 +58,7 @@ def evaluate_checkpoint(args, checkpoint, device):
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
     train_set, val_set = open_data(args)
-    classes = count_classes(args.dataset, val_set)
-    model, added = load_network(args, checkpoint, bit_widths, classes)
+    model, added = load_network(args, checkpoint, bit_widths, count_classes(args.dataset, val_set))
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
