@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from dataset.data import DATASETS
-from deploy import packed
 from engine.arguments import OneLineParser, bit_width_list, number
 from engine.errors import UserError, run_program
 from engine.evaluation import load_network
 from engine.resume import OF_EVALUATION, resolve
-from models import saved_bit_widths
+from models import packed, saved_bit_widths
 from models.quan_ops import FULL_PRECISION
 from utils import flag_text, one_line
 

@@ -1,4 +1,4 @@
 """Networks that leave the framework: files that are small, checked, and run at any precision."""
-from deploy.packed import load
+from models.packed import load
 
 __all__ = ["load"]

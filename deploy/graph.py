@@ -101,8 +101,8 @@ def integer_weight(operation, bits=None):
     exact = 2**bits * w.double()
     m = exact.round().long()
     if ((exact - m).abs() > 1e-3).any() or (m % 2 != n % 2).any() or (m.abs() > n).any():
-        raise ValueError(f"layer {operation.name} at {bits} bits: its weights are not 2^bits values "
-                         "of equal distance from -E to E, which integer formats hold")
+        raise ValueError(f"layer {operation.name} at {bits} bits: its weights are not 2^bits "
+                         "values of equal distance from -E to E, which integer formats hold")
     return m, float(scale) / n
 
 

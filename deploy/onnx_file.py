@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deploy.graph import affine_of, float_weight, integer_weight, takes_levels, trace
 from models.quan_ops import FULL_PRECISION
 
-OPSET = 21
+OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
 LARGE = 1000  # numbers of a constant that several bit-widths may share
 ANY_WIDTHS = {1, 2, 4, 8}  # each one's n is an odd multiple of the lower ones'
@@ -73,7 +73,8 @@ class Writer:
         if kind != "float":
             tensor = self.node("Cast", tensor, to=TensorProto.FLOAT)
         if scale is not None or factor != 1:
-            tensor = self.node("Mul", tensor, self.constant((1 if scale is None else scale) * factor))
+            factors = factor if scale is None else factor * scale
+            tensor = self.node("Mul", tensor, self.constant(factors))
         if shift is not None and numpy.any(shift):
             tensor = self.node("Add", tensor, self.constant(shift * factor))
         return tensor
@@ -218,7 +219,8 @@ def export(model, bit_widths, path, image_size, any_width=False):
         "images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
     graph = helper.make_graph(graph, "any_precision", [images, *inputs], [logits_info("logits")],
                               constants)
-    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)],
+                                ir_version=IR_VERSION)
     content.metadata_props.add(key="bits", value=",".join(map(str, sorted(bit_widths))))
     onnx.checker.check_model(content, full_check=True)
     Path(path).write_bytes(content.SerializeToString(deterministic=True))
@@ -257,7 +259,7 @@ def either(bits, graph, otherwise):
 
 
 def load(path, threads=1):
-    """Return run(images, bits): float32 images (N, 3, H, W) to logits (N, classes), by ONNX Runtime.
+    """Return run(images, bits) by ONNX Runtime: float32 (N, 3, H, W) to logits (N, classes).
 
     Raises ValueError for bits that the file does not have.
     """

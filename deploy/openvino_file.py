@@ -81,9 +81,9 @@ class Writer:
             odd = numpy.pad(odd, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=1)
             x = ops.pad(x, [0, 0, 0, 0], [0, missing, 0, 0], "constant", numpy.float32(0))
         a = ops.fake_quantize(x, *map(numpy.float32, (0.5, 0.5, 0, 1)), 2)  # its own, not shared
-        bits = numpy.packbits(odd > 0, bitorder="little")
-        bits = openvino.Tensor(bits, openvino.Shape(odd.shape), openvino.Type.u1)
-        weight = openvino.op.Constant(bits, shared_memory=False)
+        bits = numpy.packbits(odd > 0, bitorder="little")  # a Tensor of it does not keep it alive
+        tensor = openvino.Tensor(bits, openvino.Shape(odd.shape), openvino.Type.u1)
+        weight = openvino.op.Constant(tensor, shared_memory=False)
         sums = ops.binary_convolution(a, weight, list(layer.stride), list(layer.padding),
                                       list(layer.padding), list(layer.dilation), "xnor-popcount",
                                       -1.0)
@@ -191,7 +191,7 @@ def load(path, threads=1):
     Raises ValueError for bits that the file does not have, and at 8 bits on a CPU whose 8-bit sums
     saturate.
     """
-    content = openvino.Core().read_model(path)
+    content = core().read_model(path)
     own = int(content.get_rt_info("bits").astype(str))
     if own == 8 and not sums_are_exact():
         raise ValueError(f"{path} has 8 bits, whose sums saturate on this CPU, which lacks VNNI: "
@@ -210,9 +210,16 @@ def load(path, threads=1):
     return run
 
 
+@functools.cache
+def core():
+    """Return OpenVINO, the same as long as the process runs: where it ends, signals meet a stack
+    that its CPU plugin has taken back."""
+    return openvino.Core()
+
+
 def compiled(content, threads=1):
     """Compile a model for this CPU; without the hint it would compute in bfloat16."""
-    return openvino.Core().compile_model(content, "CPU", {
+    return core().compile_model(content, "CPU", {
         "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
 
 

@@ -6,7 +6,6 @@ import torch
 
 from dataset.data import DATASETS
 from dataset.loader import count_classes
-from deploy import packed
 from engine.arguments import run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
@@ -18,7 +17,7 @@ from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_model, make_train_loader, make_val_loader,
                           open_data)
 from engine.state import load_weights, save_checkpoint
-from models import calibrate, fit_bit_widths, saved_bit_widths, set_bit_width
+from models import calibrate, fit_bit_widths, packed, saved_bit_widths, set_bit_width
 from models.losses import shared_computation
 from utils import flag_text, write_json
 

@@ -5,10 +5,10 @@ import warnings
 import numpy
 import torch
 
-from deploy import packed
 from engine.distributed import gather, rank, share_buffers, wait
 from engine.errors import UserError, reading
 from engine.metrics import Metrics
+from models import packed
 from utils import one_line, replacing
 
 

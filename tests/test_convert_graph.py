@@ -9,8 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import deploy.graph
-from deploy import packed
-from models import MODELS, convert, layer_table, quan_ops, set_bit_width, zoo
+from models import MODELS, convert, layer_table, packed, quan_ops, set_bit_width, zoo
 from models.losses import any_precision_backward
 
 

@@ -10,9 +10,9 @@ import torch
 
 import deploy
 import export
-from deploy import benchmark, check, packed
+from deploy import benchmark, check
 from engine.errors import run_program
-from models import set_bit_width
+from models import packed, set_bit_width
 from runs import ROOT, assert_one_line, evaluation, run
 
 MODULES = {"onnx": "onnx_file", "openvino": "openvino_file"}

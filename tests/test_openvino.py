@@ -91,7 +91,7 @@ def test_convolutions_are_integer(tmp_path):
     model, images = network("resnet20q", (1, 4))
     for bits, kind in ((1, "u1"), (4, "u8")):
         openvino_file.export(model, [bits], tmp_path / f"{bits}.xml", 32)
-        content = openvino.Core().read_model(tmp_path / f"{bits}.xml")
+        content = openvino_file.core().read_model(tmp_path / f"{bits}.xml")
         content.reshape([1, 3, 32, 32])
         layers = openvino_file.compiled(content).get_runtime_model().get_ops()
         told = [(layer.get_rt_info()["layerType"].astype(str),

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import deploy
 import reference
-from deploy import packed
-from models import MODELS, quan_ops, set_bit_width
+from models import MODELS, packed, quan_ops, set_bit_width
 from models.quan_ops import Conv2dQ
 from runs import assert_one_line, assert_same, evaluation, run
 

@@ -1,7 +1,7 @@
 """The packed file: a network of every bit-width, with a byte (or nine bits) a quantized weight.
 
 It is a safetensors file: of each quantized layer E, and numbers of rows of a table of levels (see
-deploy/levels.py); the BatchNorms of its bit-widths; all else in float32; and one JSON text, with a
+levels.py); the BatchNorms of its bit-widths; all else in float32; and one JSON text, with a
 SHA-256.
 """
 import hashlib
@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from deploy.levels import combinations, encode, rows_of
 from models import build, check_bit_widths, set_bit_width
 from models.bit_widths import BATCH_NORM_ENTRY
+from models.levels import combinations, encode, rows_of
 from models.quan_ops import FULL_PRECISION, Conv2dQ
 
 KEY = "any_precision"  # the one metadata entry: several are written in another order each time
