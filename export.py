@@ -26,6 +26,7 @@ from utils import flag_text, one_line
 FORMATS = ("packed", "onnx", "openvino")
 NOT_TOLD = ("data_dir", "batch_size", "precision")  # of this machine, or of how it was trained
 NESTED = (1, 2, 4, 8)  # whose levels follow from those of the last
+LAYER_IMAGES = 8  # of which --check takes the inputs of single layers
 IMAGES = 500  # of a benchmark's accuracy, where --check does not say
 
 
@@ -185,6 +186,7 @@ def runner(form, files, **options):
 def measure(args, settings, checkpoint, model, files):
     """Check the files, and benchmark them; UserError where the check falls short."""
     from deploy import check
+    from deploy.layers import compare_layers
 
     with telling_errors(args.format):
         run = runner(args.format, files)
@@ -192,6 +194,10 @@ def measure(args, settings, checkpoint, model, files):
     results = check.compare(model, run, images, labels, list(files))
     stem = f"{args.output.with_suffix('')}_{args.format}"
     if args.check:
+        if args.format != "packed":  # whose layers are the network's own
+            for bits in set(files) - {FULL_PRECISION}:
+                results[bits].update(compare_layers(
+                    model, exporter(args.format), images[:LAYER_IMAGES], bits))
         check.write(f"{stem}_check", results, str(args.output), args.format)
     if args.benchmark:
         from deploy import benchmark

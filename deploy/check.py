@@ -22,6 +22,11 @@ COLUMNS = {  # of the table: what a row of compare() holds, and its format
     "torch float32's": ("torch_mean64", ".1e"),
     "images where float32 and float64 differ in a level": ("flipped", "d")}
 
+LAYERS = {  # likewise, of compare_layers()
+    "integer layers, from the same inputs": ("layers", "d"), "levels": ("levels", "d"),
+    "not float64's": ("differ", "d"), "and not near a threshold": ("far", "d"),
+    "largest relative difference of other outputs": ("relative", ".1e")}
+
 
 def read_images(settings, count):
     """Return images (n, 3, H, W) float32 and labels (n,) of the validation split, as NumPy's.
@@ -95,14 +100,18 @@ def falls_short(results):
         if abs(values["top1"] - values["network_top1"]) > allowed:
             short.append(f"at {bits} bits top-1 is {values['top1']:.2f} %, and the network's "
                          f"{values['network_top1']:.2f} %")
+        if values.get("far"):
+            short.append(f"at {bits} bits {values['far']} levels of single layers are wrong")
     return "; ".join(short)
 
 
-def table(results):
-    """Return the Markdown table, a row a bit-width."""
-    lines = [f"| bits | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+def table(results, columns):
+    """Return a Markdown table, a row a bit-width, of those that have the columns."""
+    lines = [f"| bits | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for bits, values in results.items():
-        cells = (f"{values[name]:{form}}" for name, form in COLUMNS.values())
+        if not all(name in values for name, _ in columns.values()):
+            continue
+        cells = (f"{values[name]:{form}}" for name, form in columns.values())
         lines.append(f"| {bits} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -110,7 +119,9 @@ def table(results):
 def write(stem, results, source, form):
     """Print the table, and write it to stem.md, and all numbers to stem.json."""
     count = next(iter(results.values()))["images"]
-    text = f"{source} ({form}) beside its network, {count} images\n\n{table(results)}"
+    text = f"{source} ({form}) beside its network, {count} images\n\n{table(results, COLUMNS)}"
+    if any("layers" in values for values in results.values()):
+        text += f"\n{table(results, LAYERS)}"
     with replacing(f"{stem}.md") as temporary:
         temporary.write_text(text)
     write_json(f"{stem}.json", {"file": source, "format": form, "falls_short": falls_short(results),

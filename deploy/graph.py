@@ -81,6 +81,11 @@ def kind_of(node, layer, name):
     return kind
 
 
+def image_shape(image_size):
+    """Return (C, H, W), given that or the size of square images of three channels."""
+    return (3, image_size, image_size) if isinstance(image_size, int) else image_size
+
+
 def affine_of(layer):
     """Return a BatchNorm's scale and shift in evaluation, (C,) in float64."""
     norm = layer.bn_dict[str(layer.bits)] if isinstance(layer, SwitchableBatchNorm2d) else layer

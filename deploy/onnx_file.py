@@ -11,7 +11,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.graph import affine_of, float_weight, integer_weight, takes_levels, trace
+from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, takes_levels,
+                          trace)
 from models.quan_ops import FULL_PRECISION
 
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
@@ -216,7 +217,7 @@ def export(model, bit_widths, path, image_size, any_width=False):
         writer.write(trace(model, *bit_widths), "logits")
         graph, inputs, constants = writer.nodes, [], writer.constants
     images = helper.make_tensor_value_info(
-        "images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
+        "images", TensorProto.FLOAT, ["batch", *image_shape(image_size)])
     graph = helper.make_graph(graph, "any_precision", [images, *inputs], [logits_info("logits")],
                               constants)
     content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)],

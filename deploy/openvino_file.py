@@ -14,7 +14,8 @@ import numpy
 import openvino
 from openvino import opset13 as ops
 
-from deploy.graph import affine_of, float_weight, integer_weight, takes_levels, trace
+from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, takes_levels,
+                          trace)
 from models.quan_ops import FULL_PRECISION
 
 CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
@@ -33,7 +34,7 @@ class Writer:
 
     def __init__(self, bits, image_size):
         self.bits, self.levels, self.values, self.readers = bits, 2**bits - 1, {}, Counter()
-        self.images = ops.parameter([-1, 3, image_size, image_size], numpy.float32, "images")
+        self.images = ops.parameter([-1, *image_shape(image_size)], numpy.float32, "images")
 
     def write(self, operations):
         """Return the openvino.Model of all operations."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deploy.layers import compare_layers
 from exported import SIZES, errors, network
 from models import quan_ops, set_bit_width
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
@@ -101,3 +102,14 @@ def test_what_a_file_cannot_hold_is_named(what, message, tmp_path, monkeypatch):
         onnx_file.export(model, [2, 3] if what == "any" else [2], tmp_path / "x.onnx", 32,
                          any_width=what == "any")
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_one_by_one(monkeypatch):
+    model, images = network("resnet20q", (4,))
+    found = compare_layers(model, onnx_file, images.numpy(), 4)
+    assert found["layers"] == 18 and found["levels"] > 100_000
+    assert found["far"] == 0 and 0 < found["relative"] < 1e-6
+    right = onnx_file.affine_of
+    monkeypatch.setattr(
+        onnx_file, "affine_of", lambda layer: [1.01 * part for part in right(layer)])
+    assert compare_layers(model, onnx_file, images.numpy(), 4)["far"] > 1000

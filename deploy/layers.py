@@ -1,0 +1,90 @@
+"""Compare an exporter's integer layers with float64, one by one, from the same inputs."""
+import copy
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deploy.graph import takes_levels, trace
+from models import set_bit_width
+from models.quan_ops import ActivationQ
+
+NEAR = 1e-5  # from a threshold, of an activation in [0, 1]: there float32 may choose either level
+PASSED = ("batch_norm", "max_pool", "same")  # what may stand between a convolution and its levels
+
+
+def integer_layers(operations):
+    """Return {name: modules}: each convolution of levels, and what turns its sums into levels.
+
+    Where something else follows, such as an addition, the modules end before that.
+    """
+    by_name = {operation.name: operation for operation in operations}
+    counts = Counter(name for operation in operations for name in operation.inputs)
+    reader = {name: operation for operation in operations for name in operation.inputs}
+    found = {}
+    for operation in operations:
+        if operation.kind != "convolution" or not takes_levels(operation.layer):
+            continue
+        source = by_name[operation.inputs[0]]
+        while source.kind in ("max_pool", "same"):
+            source = by_name[source.inputs[0]]
+        if source.kind != "activation" or not source.layer.rounding:
+            continue
+        modules, last = [operation.layer], operation
+        while counts[last.name] == 1 and reader[last.name].kind in (*PASSED, "activation"):
+            last = reader[last.name]
+            modules.append(last.layer)
+            if last.kind == "activation":
+                break
+        found[operation.name] = modules
+    return found
+
+
+@torch.no_grad()
+def compare_layers(model, files, images, bits):
+    """Return what a format's exporter makes of each integer layer of a model at `bits`.
+
+    files: the module of the format; images (n, 3, H, W), of which the layers see what the model
+    makes of them. Returns the number of layers, of levels, of those that are not float64's, and of
+    those among them that are not NEAR a threshold; and the largest relative difference of layers
+    that end without levels.
+    """
+    layers, inputs = integer_layers(trace(model, bits)), {}
+    hooks = [modules[0].register_forward_pre_hook(
+        lambda layer, args, name=name: inputs.__setitem__(name, args[0]))
+        for name, modules in layers.items()]
+    model(torch.from_numpy(images))
+    for hook in hooks:
+        hook.remove()
+    result = {"layers": len(layers), "levels": 0, "differ": 0, "far": 0, "relative": 0.0}
+    for name, modules in layers.items():
+        found, exact = outputs(modules, inputs[name], files, bits)
+        if not (isinstance(modules[-1], ActivationQ) and modules[-1].rounding):
+            difference = float((found - exact).abs().max() / exact.abs().max())
+            result["relative"] = max(result["relative"], difference)
+            continue
+        exact = (2**bits - 1) * exact.clamp(0, 1)
+        odd = ((2**bits - 1) * found).round() != exact.round()
+        distance = (exact - exact.floor() - 0.5).abs() / (2**bits - 1)
+        result["levels"] += odd.numel()
+        result["differ"] += int(odd.sum())
+        result["far"] += int((distance[odd] > NEAR).sum())
+    return result
+
+
+def outputs(modules, x, files, bits):
+    """Return a layer's outputs, by a file of it alone and in float64, before its activation."""
+    alone = nn.Sequential(ActivationQ(), *modules, nn.Flatten()).eval()
+    set_bit_width(alone, bits)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "layer.xml")
+        files.export(alone, [bits], path, tuple(x.shape[1:]))
+        found = torch.from_numpy(files.load(path)(x.numpy(), bits)).double()
+    conv, *rest = modules
+    rest = rest[:-1] if rest and isinstance(rest[-1], ActivationQ) and rest[-1].rounding else rest
+    weight, _ = conv.operand(bits)
+    bias = None if conv.bias is None else conv.bias.double()
+    y = conv._conv_forward(x.double(), weight.double(), bias)
+    return found, copy.deepcopy(nn.Sequential(*rest, nn.Flatten())).double()(y)
