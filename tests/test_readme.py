@@ -105,4 +105,5 @@ def test_links_and_scripts_exist():
 
 
 def test_length():
-    assert len(README.split()) <= 1800
+    words = [word for word in README.split() if any(map(str.isalnum, word))]  # no table's bars
+    assert len(words) <= 1800
