@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dataset.data import DATASETS
+from deploy.graph import NESTED
 from engine.arguments import OneLineParser, bit_width_list, number
 from engine.errors import UserError, run_program
 from engine.evaluation import load_network
@@ -25,7 +26,6 @@ from utils import flag_text, one_line
 
 FORMATS = ("packed", "onnx", "openvino")
 NOT_TOLD = ("data_dir", "batch_size", "precision")  # of this machine, or of how it was trained
-NESTED = (1, 2, 4, 8)  # whose levels follow from those of the last
 LAYER_IMAGES = 8  # of which --check takes the inputs of single layers
 IMAGES = 500  # of a benchmark's accuracy, where --check does not say
 
@@ -82,11 +82,16 @@ def how_to(bits, args):
 
 def network(settings, checkpoint, bit_widths):
     """Return the checkpoint's network in evaluation mode, its classes those of its last layer."""
-    matrices = [value for value in checkpoint.content["state_dict"].values()
-                if getattr(value, "ndim", 0) == 2]
-    if not matrices:
+    classes = count_outputs(checkpoint.content["state_dict"])
+    if not classes:
         raise UserError(f"{checkpoint.path} has no classifier: give a checkpoint of this project")
-    return load_network(settings, checkpoint, bit_widths, len(matrices[-1]))[0].eval()
+    return load_network(settings, checkpoint, bit_widths, classes)[0].eval()
+
+
+def count_outputs(state_dict):
+    """Return the rows of the last matrix, which are the classes; 0 where there is no matrix."""
+    return next((len(value) for value in reversed(state_dict.values())
+                 if getattr(value, "ndim", 0) == 2), 0)
 
 
 # ---- files
@@ -162,16 +167,16 @@ def exporter(form):
 def told_of(settings, model):
     """Return what a packed file tells: how to build the network, and of what images."""
     data = DATASETS[settings.dataset]
-    matrices = [value for value in model.state_dict().values() if value.ndim == 2]
     arguments = {name: getattr(settings, name) for name in OF_EVALUATION if name not in NOT_TOLD}
     return {"model": settings.model, "width": settings.width, "all_conv": settings.all_conv,
-            "classes": len(matrices[-1]), "mean": data.mean, "std": data.std,
+            "classes": count_outputs(model.state_dict()), "mean": data.mean, "std": data.std,
             "image_size": data.image_size, "arguments": arguments}
 
 
 def size_of(path):
     """Return the bytes of an exported file, with the weights that OpenVINO keeps beside it."""
-    return sum(part.stat().st_size for part in {path, path.with_suffix(".bin")} if part.exists())
+    parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return sum(part.stat().st_size for part in parts)
 
 
 # ---- check and benchmark
@@ -205,8 +210,10 @@ def measure(args, settings, checkpoint, model, files):
         float_network = None
         if "packed" not in checkpoint.content:
             float_network = network(settings, checkpoint, sorted({*files, FULL_PRECISION}))
-        run = runner(args.format, files, memory_format=torch.channels_last)  # the faster in torch
-        benchmark.benchmark(f"{stem}_benchmark", model, run, images, files, results,
+        if args.format == "packed":
+            run = runner(args.format, files, memory_format=torch.channels_last)  # the faster one
+        sizes = {bits: size_of(path) for bits, path in files.items()}
+        benchmark.benchmark(f"{stem}_benchmark", model, run, images, sizes, results,
                             benchmark.float_runner(float_network, images.shape[-1]))
     short = check.falls_short(results)
     if args.check and short:

@@ -15,7 +15,7 @@ from engine.arguments import DEFAULTS, OF_SCHEDULE, OneLineParser
 from engine.errors import UserError, run_program
 from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
 from engine.run_folder import read_metrics
-from utils import flag_text, one_line, replacing
+from utils import flag_text, one_line, replacing, write_text
 
 # Arguments that set no runs apart, or are told by a run's name; and those that set no evaluations.
 NOT_SETTINGS = {"dataset", "model", "evaluate", "loss", "bit_width_list", "calibrate", "seed",
@@ -179,8 +179,7 @@ def main(args):
         which += ", or the checkpoint that was evaluated"
     table = markdown(rows, which)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(f"{args.output}.md") as temporary:
-        temporary.write_text(table)
+    write_text(f"{args.output}.md", table)
     with replacing(f"{args.output}.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -35,7 +35,7 @@ from engine.state import TrainingState, load_checkpoint, refuse_packed
 from models import layer_table
 from models.converted import AnyPrecisionNetwork
 from models.losses import any_precision_backward
-from utils import flag_text
+from utils import flag_text, write_text
 
 
 def main(flags):
@@ -171,7 +171,7 @@ def tell_beginning(args, device, state, run, told, unset):
         log.info(told)
     if rank() == 0 and isinstance(state.model, AnyPrecisionNetwork):
         table = layer_table(state.model)
-        (run.path / "layers.md").write_text(f"{table}\n")
+        write_text(run.path / "layers.md", f"{table}\n")
         log.info("layers, also in layers.md:\n\n%s\n", table)
     if state.epoch > args.start_epoch or state.metrics.steps or args.resume:
         left = "" if state.epoch < args.epochs else ", nothing is left to train (--epochs)"

@@ -19,9 +19,13 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def one_line(error):

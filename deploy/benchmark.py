@@ -13,16 +13,16 @@ from engine.device import describe
 from engine.figures import new_figure, save_figure
 from models import set_bit_width
 from models.quan_ops import FULL_PRECISION
-from utils import one_line, replacing, write_json
+from utils import one_line, write_json, write_text
 
 REPEATS = {1: 30, 8: 15, 64: 5}  # of each batch size: calls of everything, in turn
 
 
-def benchmark(stem, model, run, images, files, checked, float_run):
+def benchmark(stem, model, run, images, sizes, checked, float_run):
     """Measure at all bit-widths; write a table, a picture of accuracy against latency, and JSON.
 
-    run: of the files {bits: path}; checked: {bits: {"top1"}}; float_run: run of a float file, or a
-    text that says why there is none.
+    run: of the files; sizes: {bits: bytes of its file}; checked: {bits: {"top1"}}; float_run: run
+    of a float file, or a text that says why there is none.
     """
     torch.set_num_threads(1)
     told = [f"{describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
@@ -31,20 +31,12 @@ def benchmark(stem, model, run, images, files, checked, float_run):
         told.append(f"without ONNX Runtime's float32: {float_run}")
         float_run = None
     rows = [measure(model, run, images, bits, size, float_run)
-            for bits in files for size in REPEATS]
-    sizes = {bits: path.stat().st_size + beside(path) for bits, path in files.items()}
+            for bits in sizes for size in REPEATS]
     text = f"{table(rows, sizes)}\n{'; '.join(told)}\n"
-    with replacing(f"{stem}.md") as temporary:
-        temporary.write_text(text)
+    write_text(f"{stem}.md", text)
     write_json(f"{stem}.json", {"rows": rows, "bytes": sizes, "measured": told})
     draw(f"{stem}.png", rows, checked)
     print(f"{text}\nwritten to {stem}.md, {stem}.json and {stem}.png")
-
-
-def beside(path):
-    """Return the bytes of the weights that OpenVINO keeps beside its .xml."""
-    weights = path.with_suffix(".bin")
-    return weights.stat().st_size if path.suffix == ".xml" and weights.exists() else 0
 
 
 def measure(model, run, images, bits, size, float_run):

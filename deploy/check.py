@@ -9,7 +9,7 @@ from dataset.loader import make_loader
 from engine.setup import open_data
 from models import set_bit_width
 from models.quan_ops import FULL_PRECISION, ActivationQ
-from utils import replacing, write_json
+from utils import write_json, write_text
 
 AGREE = 99.5  # % of the answers, at least
 POINTS = 0.1  # of accuracy, at most, or one image where that is more
@@ -21,7 +21,6 @@ COLUMNS = {  # of the table: what a row of compare() holds, and its format
     "largest from float64": ("largest64", ".1e"), "mean from float64": ("mean64", ".1e"),
     "torch float32's": ("torch_mean64", ".1e"),
     "images where float32 and float64 differ in a level": ("flipped", "d")}
-
 LAYERS = {  # likewise, of compare_layers()
     "integer layers, from the same inputs": ("layers", "d"), "levels": ("levels", "d"),
     "not float64's": ("differ", "d"), "and not near a threshold": ("far", "d"),
@@ -122,8 +121,7 @@ def write(stem, results, source, form):
     text = f"{source} ({form}) beside its network, {count} images\n\n{table(results, COLUMNS)}"
     if any("layers" in values for values in results.values()):
         text += f"\n{table(results, LAYERS)}"
-    with replacing(f"{stem}.md") as temporary:
-        temporary.write_text(text)
+    write_text(f"{stem}.md", text)
     write_json(f"{stem}.json", {"file": source, "format": form, "falls_short": falls_short(results),
                                 "bit_widths": results})
     print(f"{text}\nwritten to {stem}.md and {stem}.json")

@@ -14,6 +14,7 @@ FUNCTIONS = {"add": "add", "iadd": "add", "add_": "add", "flatten": "flatten", "
              "adaptive_avg_pool2d": "average", "mean": "average"}
 MODULES = {nn.MaxPool2d: "max_pool", nn.Linear: "linear", nn.Dropout: "same", nn.Identity: "same",
            nn.AdaptiveAvgPool2d: "average", nn.Flatten: "flatten", nn.ReLU: "relu"}
+NESTED = (1, 2, 4, 8)  # bit-widths: each one's n is an odd multiple of the lower ones'
 
 
 class Operation(NamedTuple):
@@ -86,6 +87,12 @@ def image_shape(image_size):
     return (3, image_size, image_size) if isinstance(image_size, int) else image_size
 
 
+def pool_settings(layer):
+    """Return a max pool's size, stride, padding and dilation, lists of two numbers."""
+    return [[part] * 2 if isinstance(part, int) else list(part)
+            for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
+
+
 def affine_of(layer):
     """Return a BatchNorm's scale and shift in evaluation, (C,) in float64."""
     norm = layer.bn_dict[str(layer.bits)] if isinstance(layer, SwitchableBatchNorm2d) else layer
@@ -122,7 +129,7 @@ def float_weight(layer):
 def check_activation(layer, name):
     """Raise ValueError where an ActivationQ is not the clipping and rounding that formats hold."""
     x = torch.linspace(-1, 2, 10_001)
-    expected = x.clamp(0, getattr(layer, "limit", None) if layer.bits == FULL_PRECISION else 1)
+    expected = x.clamp(0, layer.limit if layer.bits == FULL_PRECISION else 1)
     if layer.bits != FULL_PRECISION and layer.rounding:
         n = 2**layer.bits - 1
         expected = (n * expected).round() / n

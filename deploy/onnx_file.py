@@ -11,14 +11,13 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, takes_levels,
-                          trace)
+from deploy.graph import (NESTED, affine_of, float_weight, image_shape, integer_weight,
+                          pool_settings, takes_levels, trace)
 from models.quan_ops import FULL_PRECISION
 
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
 LARGE = 1000  # numbers of a constant that several bit-widths may share
-ANY_WIDTHS = {1, 2, 4, 8}  # each one's n is an odd multiple of the lower ones'
 
 
 class Value(NamedTuple):
@@ -152,7 +151,7 @@ class Writer:
 
     def activation(self, operation, value):
         if self.bits == FULL_PRECISION:
-            limit = getattr(operation.layer, "limit", None)
+            limit = operation.layer.limit
             tensor = self.as_float(value)
             return Value(self.clipped(tensor, limit) if limit else self.node("Relu", tensor))
         if not operation.layer.rounding:
@@ -166,9 +165,7 @@ class Writer:
 
     def max_pool(self, operation, value):
         layer = operation.layer
-        size, stride, padding, dilation = (
-            [part] * 2 if isinstance(part, int) else list(part)
-            for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+        size, stride, padding, dilation = pool_settings(layer)
         if value.kind != "levels":
             value = Value(self.as_float(value))
         tensor = self.node("MaxPool", value.tensor, kernel_shape=size, strides=stride,
@@ -233,7 +230,7 @@ def logits_info(name):
 
 def any_width_graph(model, bit_widths):
     """Return nodes, further inputs and constants: a branch a bit-width, weights stored once."""
-    odd = sorted(set(bit_widths) - ANY_WIDTHS)
+    odd = sorted(set(bit_widths) - {*NESTED})
     if odd:
         raise ValueError(f"{odd[0]} bits do not follow from 8-bit weights: one ONNX file of any "
                          "bit-width holds 1, 2, 4 and 8 of them")

@@ -14,8 +14,8 @@ import numpy
 import openvino
 from openvino import opset13 as ops
 
-from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, takes_levels,
-                          trace)
+from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, pool_settings,
+                          takes_levels, trace)
 from models.quan_ops import FULL_PRECISION
 
 CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
@@ -97,7 +97,7 @@ class Writer:
 
     def activation(self, operation, value):
         if self.bits == FULL_PRECISION:
-            limit = getattr(operation.layer, "limit", None)
+            limit = operation.layer.limit
             return Value(ops.clamp(value.tensor, 0.0, limit) if limit else ops.relu(value.tensor))
         clipped = ops.clamp(value.tensor, 0.0, 1.0)
         if not operation.layer.rounding:
@@ -113,9 +113,7 @@ class Writer:
 
     def max_pool(self, operation, value):
         layer = operation.layer
-        size, stride, padding, dilation = (
-            [part] * 2 if isinstance(part, int) else list(part)
-            for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+        size, stride, padding, dilation = pool_settings(layer)
 
         def pool(x):
             return ops.max_pool(x, stride, dilation, padding, padding, size,
@@ -139,8 +137,7 @@ class Writer:
         return Value(ops.concat([value.tensor for value in values], 1), before)
 
     def flatten(self, operation, value):
-        return Value(ops.flatten(value.tensor, 1) if hasattr(ops, "flatten")
-                     else ops.reshape(value.tensor, numpy.array([0, -1]), True))
+        return Value(ops.reshape(value.tensor, numpy.array([0, -1]), True))
 
     def linear(self, operation, value):
         layer = operation.layer

@@ -44,11 +44,13 @@ def bit_width_list(text):
 
 
 def model_name(text):
-    if text not in MODELS and not zoo.is_torchvision(text):
+    if text in MODELS:
+        return text
+    if not zoo.is_torchvision(text):
         raise ArgumentTypeError(f"{text!r} (choose from {', '.join(MODELS)}, or "
                                 f"{zoo.PREFIX}NAME, such as {zoo.PREFIX}resnet18)")
     try:
-        return text if text in MODELS else zoo.check_name(text)
+        return zoo.check_name(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 

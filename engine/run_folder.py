@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
-from utils import one_line, replacing, write_json
+from utils import one_line, write_json, write_text
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
@@ -123,8 +123,7 @@ class RunFolder:
 def write_metrics(path, records):
     """Write a metrics.jsonl, a line a record; UserError where that fails, as on a full disk."""
     try:
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}): make room there") from None
 

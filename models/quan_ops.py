@@ -85,7 +85,7 @@ class Conv2dQ(CachingConv2d):
 
     def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
         integers = self.bits != FULL_PRECISION and low_precision(x)
-        w, scale = self.kept(self.operand, self.bits, integers,
+        w, scale = self.kept(self.operand, (self.bits, integers),
                              normalize_weight, quantize_weight, quantize)
         if not integers:
             return self._conv_forward(x, w, self.bias)

@@ -12,23 +12,25 @@ register_optimizer_step_post_hook(lambda *step: KEPT.clear())  # a fused one rai
 class CachingConv2d(nn.Conv2d):
     """A convolution that keeps what it computes of its weight, in evaluation without gradients."""
 
-    def kept(self, compute, *key):
-        """Return compute(*key[:2]), or what it gave in evaluation for the same key and weight.
+    def kept(self, compute, arguments, *functions):
+        """Return compute(*arguments), or what it gave in evaluation for the same weight.
+
+        functions: what compute calls; where another stands in its place nothing is known.
 
         The weight is known by its parameter, memory, layout and version, which operations on it
         raise; writing to `weight.data` does not, and is seen after train(), or load_state_dict().
         """
         weight = self.weight
         if not can_keep(self, weight):
-            return compute(*key[:2])
+            return compute(*arguments)
         source = weight.data_ptr(), weight.stride(), weight._version
         kept = KEPT.get(self)
         if not (kept and kept[0] is weight and kept[1] == source):
             # The alias keeps its memory from being used again, by other numbers at this address.
             kept = KEPT[self] = weight, source, weight.detach(), {}
-        values = kept[-1]
+        values, key = kept[-1], (arguments, functions)
         if key not in values:
-            values[key] = compute(*key[:2])
+            values[key] = compute(*arguments)
         return values[key]
 
     def train(self, mode=True):
