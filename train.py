@@ -109,7 +109,7 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
         optimizer.zero_grad()
         results = any_precision_backward(
             model, images, labels, state.bit_widths, loss, share, forward_pass.shared,
-            forward=forward_pass, autocast=forward_pass.autocast)
+            forward=forward_pass, normalize=forward_pass.normalize, autocast=forward_pass.autocast)
         exchange_gradients(parameters)
         optimizer.step()
         metrics.add(results, labels)

@@ -76,7 +76,8 @@ class Steps:
         """Add the gradients of a batch of `count` images; return its results."""
         return any_precision_backward(
             self.model, self.images[:count], self.labels[:count], bit_widths or self.bit_widths,
-            forward=self.forward_pass, autocast=self.forward_pass.autocast)
+            forward=self.forward_pass, normalize=self.forward_pass.normalize,
+            autocast=self.forward_pass.autocast)
 
     def step(self, count=COUNT):
         self.optimizer.zero_grad()

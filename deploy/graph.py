@@ -45,6 +45,9 @@ def trace(model, bits):
     except Exception as error:  # whatever the network's own code makes of a proxy
         raise ValueError(f"the network cannot be traced ({type(error).__name__}: {error}): its "
                          "forward must not depend on values of tensors") from None
+    for node in graph.find_nodes(op="call_method", target="type_as"):  # all is float32 here
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
     operations = []
     for node in graph.nodes:
         layer = model.get_submodule(node.target) if node.op == "call_module" else None

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from engine.errors import UserError
-from models.losses import forward_loss
+from models.losses import forward_loss, normalize_weights
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -42,16 +42,18 @@ class ForwardPass:
         usual = device.type == "cuda" and precision == "fp32"
         self.memory_format = torch.contiguous_format if usual else torch.channels_last
         model.to(memory_format=self.memory_format)
-        self.batch_size = batch_size
+        self.batch_size, self.normalize = batch_size, normalize_weights
         if batch_size:
             # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
-            # On a GPU BatchNorm's outputs are computed again rather than written in float32.
-            options = {"realize_reads_threshold": 12, "realize_opcount_threshold": 100}
-            self.compiled = torch.compile(
-                forward_loss, dynamic=False, fullgraph=True, backend=backend,
-                options=options if device.type == "cuda" else None)
+            options = {"emulate_precision_casts": True}  # rounds to bf16 where eager does
+            if device.type == "cuda":  # BatchNorm's output: computed again, not written in float32
+                options |= {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 14,
+                            "realize_opcount_threshold": 100}
+            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True,
+                                         backend=backend, options=options)
+            self.compiled, self.normalize = compiled(forward_loss), compiled(normalize_weights)
             warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it every time
         self.autocast = contextlib.nullcontext
         if precision == "bf16":

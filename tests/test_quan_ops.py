@@ -197,7 +197,7 @@ def calibrated(model, images, labels):
 def compiled(model):
     torch._dynamo.reset()
     forward = ForwardPass(model, CPU, batch_size=4, backend="eager")
-    return {"forward": forward}
+    return {"forward": forward, "normalize": forward.normalize}
 
 
 def bf16(model):
