@@ -27,7 +27,8 @@ class ForwardPass:
     """The forward passes of a model: call it as models.losses.forward_loss, within autocast().
 
     precision: of the convolutions' operands, one of PRECISIONS. batch_size: of the batches that go
-    through torch.compile; None compiles nothing, and odd batches are not compiled. Sets torch's
+    through torch.compile; None compiles nothing, and odd batches are not compiled. normalize is
+    models.losses.normalize_weights, compiled too where batch_size is given. Sets torch's
     options of the whole process, and the model's memory format.
     """
 
@@ -47,7 +48,7 @@ class ForwardPass:
             # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
-            options = {"emulate_precision_casts": True}  # rounds to bf16 where eager does
+            options = {"emulate_precision_casts": precision == "bf16"}  # rounds where eager does
             if device.type == "cuda":  # BatchNorm's output: computed again, not written in float32
                 options |= {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 14,
                             "realize_opcount_threshold": 100}

@@ -2,7 +2,6 @@
 import contextlib
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from models import quan_ops
@@ -18,7 +17,7 @@ LOSSES = {
 def forward_loss(network, x, target):
     """Return the batch mean of -sum(p log q), p or classes being the target, and the logits."""
     logits = network(x)
-    return cross_entropy(logits, target), logits
+    return torch.nn.functional.cross_entropy(logits, target), logits
 
 
 def normalize_weights(weights):
@@ -34,7 +33,7 @@ def any_precision_backward(model, images, labels, bit_widths, loss="recursive", 
 
     The highest bit-width learns from the labels, a lower one from what LOSSES[loss] hands over.
     images (N, 3, H, W); labels (N,) int64; weight multiplies every loss. shared=False computes
-    everything anew, the reference. forward and normalize may be compiled; autocast() is entered
+    everything anew, the reference. forward and normalize: those, or compiled; autocast() is entered
     for the forward passes. Returns {bits: (loss, logits (N, classes))}, highest first, detached.
     Raises ValueError for an unknown loss, or a bit-width that the model was not built for.
     """
@@ -53,14 +52,15 @@ def any_precision_backward(model, images, labels, bit_widths, loss="recursive", 
 
 
 @contextlib.contextmanager
-def shared_computation(model, images, autocast, shared=True, normalize=normalize_weights):
+def shared_computation(model, images, autocast=contextlib.nullcontext, shared=True,
+                       normalize=normalize_weights):
     """Compute once what no bit-width changes: normalized weights, and a stem in full precision.
 
     Yields (network, x), where network(x) equals model(images) at the model's bit-width, and
     gradients gather at what is shared, to go back through it once. Not shared: (model, images).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, quan_ops.Conv2dQ)]
-    layers *= shared and torch.is_grad_enabled()  # without gradients they keep quantized weights
+    layers = [layer for layer in model.modules()  # without gradients they keep quantized weights
+              if isinstance(layer, quan_ops.Conv2dQ) and shared and torch.is_grad_enabled()]
     normalized = normalize([layer.weight for layer in layers]) if layers else []
     once = [part for v_and_scale in normalized for part in v_and_scale]
     shares_stem = shared and getattr(model, "shares_stem", False)

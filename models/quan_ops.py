@@ -17,7 +17,7 @@ BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 # ---- quantizers: a change here is one to training, evaluation, low precision and export
 
 def normalize_weight(w):
-    """Return v = tanh(w) / max |tanh(w)| in [-1, 1], and E = mean |w|, which gets no gradient."""
+    """Return tensors: v = tanh(w) / max |tanh(w)| in [-1, 1]; E = mean |w|, without gradient."""
     t = torch.tanh(w)
     return t / t.abs().amax(), w.abs().mean().detach()  # the maximum is not detached
 

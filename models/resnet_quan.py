@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
         a = self.act0(self.bn0(x))
         shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(a))
         out = self.conv1(self.act1(self.bn1(self.conv0(a))))
-        return (out + shortcut).type_as(x)
+        return (out + shortcut).type_as(x)  # in bf16 stored in 16 bits
 
 
 class ResNet20(nn.Module):
@@ -97,7 +97,7 @@ class Bottleneck(nn.Module):
         out = self.conv0(self.act0(self.bn0(x)))
         out = self.conv1(self.act1(self.bn1(out)))
         out = self.conv2(self.act2(self.bn2(out)))
-        return (out + shortcut).type_as(x)
+        return (out + shortcut).type_as(x)  # in bf16 stored in 16 bits
 
 
 class ResNet50(nn.Module):
