@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 from torchvision import datasets
 
 from dataset import data
@@ -13,6 +14,7 @@ from models import MODELS, losses, quan_ops
 from models.losses import any_precision_backward
 from runs import load, run
 
+ARGUMENTS = ("model", "images", "labels", "bit_widths", "name")  # of the README's step
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -50,6 +52,22 @@ def losses_of(loss="recursive"):
     images, labels = torch.randn(8, 3, 40, 40), torch.arange(8)
     results = any_precision_backward(model, images, labels, [1, 2, 32], loss)
     return {bits: value.item() for bits, (value, _) in results.items()}
+
+
+def test_the_method_is_the_step():
+    block, = re.findall(r"```python\n(target = labels.*?)```", README, re.DOTALL)
+    gradients = []
+    for step in (lambda names: exec(block, names),
+                 lambda names: any_precision_backward(*map(names.get, ARGUMENTS))):
+        torch.manual_seed(0)
+        model = MODELS["svhnq"]([1, 2, 32], width=1)
+        model.layers[19].p = 0  # no dropout
+        step({**vars(losses), **vars(quan_ops), "model": model, "images": torch.randn(8, 3, 40, 40),
+              "labels": torch.arange(8), "bit_widths": [1, 2, 32], "name": "recursive",
+              "descending": lambda bit_widths: sorted(bit_widths, reverse=True),
+              "optimizer": torch.optim.SGD(model.parameters(), lr=0.0)})
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_another_weight_quantizer(change):
