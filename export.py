@@ -21,7 +21,7 @@ from engine.errors import UserError, run_program
 from engine.evaluation import load_network
 from engine.resume import OF_EVALUATION, resolve
 from models import packed, saved_bit_widths
-from models.quan_ops import FULL_PRECISION
+from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from utils import flag_text, one_line
 
 FORMATS = ("packed", "onnx", "openvino")
@@ -39,6 +39,10 @@ def main(args):
         model = network(settings, checkpoint, saved_bit_widths(checkpoint.content["state_dict"]))
         with telling_errors(args.format):
             files = write(args, settings, model, bit_widths, place)
+            from deploy import check
+
+            run = runner(args.format, {bits: place / name for bits, name in files.items()})
+            check.check_logits(model, run, list(files), DATASETS[settings.dataset].image_size)
         publish(files, place, args.output.parent)
     files = {bits: args.output.parent / name for bits, name in files.items()}
     for path in dict.fromkeys(files.values()):
@@ -57,7 +61,7 @@ def evaluation_flags(args):
 def chosen_bit_widths(args, checkpoint):
     """Return the bit-widths to export; UserError for one that has no BatchNorm."""
     present = saved_bit_widths(checkpoint.content["state_dict"])
-    integer = [bits for bits in present if bits != FULL_PRECISION]
+    integer = [bits for bits in present if FULL_PRECISION not in (bits.weights, bits.activations)]
     if args.format == "onnx" and args.bits == "any":  # one stored byte, which is rounded again
         left_out = [bits for bits in integer if bits not in NESTED]
         integer = [bits for bits in integer if bits in NESTED]
@@ -68,11 +72,12 @@ def chosen_bit_widths(args, checkpoint):
             raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "
                             f"{how_to('1,2,4,8', args)}")
         return integer
-    absent = flag_text([bits for bits in args.bits if bits not in present])
+    wanted = sorted(check_bit_widths(args.bits))
+    absent = flag_text([bits for bits in wanted if bits not in present])
     if absent:
         raise UserError(f"{args.source} has no BatchNorm for {absent} bits, but for "
                         f"{flag_text(present)}: choose from these, or {how_to(absent, args)}")
-    return args.bits
+    return wanted
 
 
 def how_to(bits, args):
@@ -168,7 +173,7 @@ def told_of(settings, model):
     """Return what a packed file tells: how to build the network, and of what images."""
     data = DATASETS[settings.dataset]
     arguments = {name: getattr(settings, name) for name in OF_EVALUATION if name not in NOT_TOLD}
-    return {"model": settings.model, "width": settings.width, "all_conv": settings.all_conv,
+    return {"model": settings.model, "quantizer": settings.quantizer, "width": settings.width, "all_conv": settings.all_conv,
             "classes": count_outputs(model.state_dict()), "mean": data.mean, "std": data.std,
             "image_size": data.image_size, "arguments": arguments}
 
@@ -200,7 +205,7 @@ def measure(args, settings, checkpoint, model, files):
     stem = f"{args.output.with_suffix('')}_{args.format}"
     if args.check:
         if args.format != "packed":  # whose layers are the network's own
-            for bits in set(files) - {FULL_PRECISION}:
+            for bits in set(files) - {BitWidth(FULL_PRECISION)}:
                 results[bits].update(compare_layers(
                     model, exporter(args.format), images[:LAYER_IMAGES], bits))
         check.write(f"{stem}_check", results, str(args.output), args.format)
@@ -209,7 +214,8 @@ def measure(args, settings, checkpoint, model, files):
 
         float_network = None
         if "packed" not in checkpoint.content:
-            float_network = network(settings, checkpoint, sorted({*files, FULL_PRECISION}))
+            float_network = network(settings, checkpoint,
+                                    sorted({*files, BitWidth(FULL_PRECISION)}))
         if args.format == "packed":
             run = runner(args.format, files, memory_format=torch.channels_last)  # the faster one
         sizes = {bits: size_of(path) for bits, path in files.items()}

@@ -15,6 +15,7 @@ from engine.arguments import DEFAULTS, OF_SCHEDULE, OneLineParser
 from engine.errors import UserError, run_program
 from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
 from engine.run_folder import read_metrics
+from models import BitWidth
 from utils import flag_text, one_line, replacing, write_text
 
 # Arguments that set no runs apart, or are told by a run's name; and those that set no evaluations.
@@ -48,7 +49,7 @@ def load_run(folder):
         name = f"any, {arguments['loss']}" if len(bit_widths) > 1 else "dedicated"
         if arguments["evaluate"]:
             results = json.loads(Path(folder, "evaluation.json").read_text())
-            history = [{"val": {int(bits): values for bits, values in results.items()}}]
+            history = [{"val": {BitWidth.of(bits): values for bits, values in results.items()}}]
             name += f", trained at {flag_text(bit_widths)}"
             if arguments["calibrate"] is not None:
                 name += f", calibrate {arguments['calibrate']}"

@@ -32,9 +32,8 @@ from engine.run_folder import RunFolder, log
 from engine.setup import (initialise, make_forward_pass, make_model, make_optimizer,
                           make_train_loader, make_val_loader, open_data, synchronize_batch_norm)
 from engine.state import TrainingState, load_checkpoint, refuse_packed
-from models import layer_table
+from models import check_bit_widths, layer_table
 from models.converted import AnyPrecisionNetwork
-from models.losses import any_precision_backward
 from utils import flag_text, write_text
 
 
@@ -65,7 +64,7 @@ def train(args, checkpoint, device, unset=()):
         tell_beginning(args, device, state, run, told, unset)
         if not in_place:
             run.save(state)  # shows before an hour's work whether it can be saved
-        console = Console(args.bit_width_list, args.epochs, len(train_loader), args.print_freq,
+        console = Console(state.bit_widths, args.epochs, len(train_loader), args.print_freq,
                           rank() == 0 and sys.stdout.isatty())
         try:
             with StopRequest() as stop:
@@ -107,9 +106,7 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     for images, labels in loader:
         share = len(labels) / batches.size(metrics.steps)  # of the batch of all processes
         optimizer.zero_grad()
-        results = any_precision_backward(
-            model, images, labels, state.bit_widths, loss, share, forward_pass.shared,
-            forward=forward_pass, normalize=forward_pass.normalize, autocast=forward_pass.autocast)
+        results = forward_pass.backward(images, labels, state.bit_widths, loss, share)
         exchange_gradients(parameters)
         optimizer.step()
         metrics.add(results, labels)
@@ -142,8 +139,9 @@ def prepare(args, checkpoint, device):
     forward_pass = make_forward_pass(args, model, device)
     train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
-    state = TrainingState(model, make_optimizer(args, model.parameters()), args.bit_width_list,
-                          device, vars(args), train_loader.batch_sampler.num_samples)
+    state = TrainingState(model, make_optimizer(args, model.parameters()),
+                          sorted(check_bit_widths(args.bit_width_list)), device, vars(args),
+                          train_loader.batch_sampler.num_samples)
     return state, forward_pass, train_loader, val_loader
 
 
@@ -156,7 +154,7 @@ def start(state, args, checkpoint):
             path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
         content = load_checkpoint(path)
         refuse_packed(content, path, "train")
-        return initialise(state.model, path, content["state_dict"], state.bit_widths)
+        return initialise(state.model, path, content["state_dict"])
 
 
 def tell_beginning(args, device, state, run, told, unset):

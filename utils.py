@@ -25,7 +25,14 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(with_text_keys(value), indent=2) + "\n")
+
+
+def with_text_keys(value):
+    """Return a value whose dicts have text as keys, as JSON's: bit-widths are written `w2a4`."""
+    if isinstance(value, dict):
+        return {str(key): with_text_keys(part) for key, part in value.items()}
+    return value
 
 
 def one_line(error):

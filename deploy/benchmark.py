@@ -12,7 +12,7 @@ import torch
 from engine.device import describe
 from engine.figures import new_figure, save_figure
 from models import set_bit_width
-from models.quan_ops import FULL_PRECISION
+from models.bit_widths import FULL_PRECISION
 from utils import one_line, write_json, write_text
 
 REPEATS = {1: 30, 8: 15, 64: 5}  # of each batch size: calls of everything, in turn

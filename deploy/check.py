@@ -6,14 +6,17 @@ import torch
 from torch.utils.data import Subset
 
 from dataset.loader import make_loader
+from deploy.graph import image_shape, is_rounding, step_of
 from engine.setup import open_data
 from models import set_bit_width
-from models.quan_ops import FULL_PRECISION, ActivationQ
+from models.quan_ops import ActivationQ
 from utils import write_json, write_text
 
 AGREE = 99.5  # % of the answers, at least
 POINTS = 0.1  # of accuracy, at most, or one image where that is more
 BATCH = 64
+IMAGES = 16  # random ones, that every file is tried on
+RELATIVE = 1e-3  # of the largest logit
 COLUMNS = {  # of the table: what a row of compare() holds, and its format
     "answers that agree (%)": ("agree", ".2f"),
     "top-1 (%), file": ("top1", ".2f"), "network": ("network_top1", ".2f"),
@@ -57,6 +60,27 @@ def compare(model, run, images, labels, bit_widths):
     return results
 
 
+def check_logits(model, run, bit_widths, image_size):
+    """Raise ValueError unless a file has the network's logits, on random images.
+
+    The median of the images counts: in some a level lies where float32 may choose either.
+    """
+    shape = image_shape(image_size)
+    images = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).numpy()
+    exact = copy.deepcopy(model).double()
+    for width in bit_widths:
+        expected, _ = forward(exact, images.astype(numpy.float64), width)
+        found = run(images, width)
+        difference = numpy.abs(found - expected).max(1) / numpy.abs(expected).max()
+        if not numpy.isfinite(expected).all():
+            raise ValueError(f"at {width} bits the network's logits are not finite")
+        if not numpy.median(difference) < RELATIVE:
+            raise ValueError(f"at {width} bits the file's logits are off by "
+                             f"{numpy.median(difference):.1g} of the network's (at most "
+                             f"{RELATIVE:g} is allowed): a layer computes something that this "
+                             "format does not hold; take the packed format")
+
+
 def row(found, ours, exact, flipped, labels):
     """Return a row of one bit-width from logits (N, classes) of the file and both networks."""
     answers, expected = found.argmax(1), ours.argmax(1)
@@ -72,11 +96,11 @@ def row(found, ours, exact, flipped, labels):
 @torch.no_grad()
 def forward(model, images, bits):
     """Return logits (n, classes), NumPy's, and the levels of each activation, (n, ...) uint8."""
-    levels, n = [], 2**bits - 1
+    levels = []
 
     def note(layer, inputs, out):
-        if bits != FULL_PRECISION and layer.rounding:
-            levels.append((n * out).round().to(torch.uint8))
+        if is_rounding(layer):
+            levels.append((out / step_of(layer)).round().to(torch.uint8))
 
     hooks = [layer.register_forward_hook(note) for layer in model.modules()
              if isinstance(layer, ActivationQ)]

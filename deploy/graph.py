@@ -2,18 +2,22 @@
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from models.bit_widths import FULL_PRECISION, set_bit_width
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import (FULL_PRECISION, ActivationQ, Conv2dQ, SwitchableBatchNorm2d,
-                             set_bit_width)
+from models.graph import Tracer
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 
-OURS = (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, BatchNorm2d, Classifier)
 # What stands in a graph as a function or a method of tensors, by name.
 FUNCTIONS = {"add": "add", "iadd": "add", "add_": "add", "flatten": "flatten", "cat": "cat",
              "adaptive_avg_pool2d": "average", "mean": "average"}
-MODULES = {nn.MaxPool2d: "max_pool", nn.Linear: "linear", nn.Dropout: "same", nn.Identity: "same",
-           nn.AdaptiveAvgPool2d: "average", nn.Flatten: "flatten", nn.ReLU: "relu"}
+# Exact types: what a subclass does is not known.
+MODULES = {nn.MaxPool2d: "max_pool", nn.Linear: "linear", Classifier: "linear", nn.Dropout: "same",
+           nn.Identity: "same", nn.AdaptiveAvgPool2d: "average", nn.Flatten: "flatten",
+           nn.ReLU: "relu", nn.Conv2d: "convolution", Conv2dQ: "convolution",
+           nn.BatchNorm2d: "batch_norm", BatchNorm2d: "batch_norm",
+           SwitchableBatchNorm2d: "batch_norm", ActivationQ: "activation"}
 NESTED = (1, 2, 4, 8)  # bit-widths: each one's n is an odd multiple of the lower ones'
 
 
@@ -27,11 +31,6 @@ class Operation(NamedTuple):
     kind: str
     inputs: tuple
     layer: nn.Module | None = None
-
-
-class Tracer(fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return isinstance(module, OURS) or super().is_leaf_module(module, name)
 
 
 def trace(model, bits):
@@ -53,7 +52,9 @@ def trace(model, bits):
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
         inputs = tuple(part.name for part in node.all_input_nodes)
         name = layer and node.target or node.name
-        operations.append(Operation(node.name, kind_of(node, layer, name), inputs, layer))
+        operation = Operation(node.name, kind_of(node, layer, name), inputs, layer)
+        check_layer(operation, name)
+        operations.append(operation)
     return operations
 
 
@@ -62,15 +63,10 @@ def kind_of(node, layer, name):
     if node.op in ("placeholder", "output"):
         return {"placeholder": "input", "output": "output"}[node.op]
     if node.op == "call_module":
-        kind = next((kind for part, kind in MODULES.items() if isinstance(layer, part)), None)
-        if isinstance(layer, nn.Conv2d):
-            kind = "convolution" if layer.padding_mode == "zeros" else None
-        elif isinstance(layer, (nn.BatchNorm2d, SwitchableBatchNorm2d)):
-            kind = "batch_norm"
-        elif isinstance(layer, ActivationQ):
-            kind = "activation"
-            check_activation(layer, name)
+        kind = MODULES.get(type(layer)) if "forward" not in vars(layer) else None
         whole = not isinstance(layer, nn.AdaptiveAvgPool2d) or layer.output_size in (1, (1, 1))
+        if isinstance(layer, nn.Conv2d):
+            whole = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     else:
         target = node.target if isinstance(node.target, str) else node.target.__name__
         kind = FUNCTIONS.get(target)
@@ -98,27 +94,30 @@ def pool_settings(layer):
 
 def affine_of(layer):
     """Return a BatchNorm's scale and shift in evaluation, (C,) in float64."""
-    norm = layer.bn_dict[str(layer.bits)] if isinstance(layer, SwitchableBatchNorm2d) else layer
+    norm = layer.bn_dict[layer.width] if isinstance(layer, SwitchableBatchNorm2d) else layer
     mean, var = norm.running_mean.double(), norm.running_var.double()
     scale = norm.weight.double() / (var + norm.eps).sqrt()
     return scale.detach(), (norm.bias.double() - scale * mean).detach()
 
 
-def integer_weight(operation, bits=None):
-    """Return the odd integers m, int64, and the scale s of a Conv2dQ: its weight is s m.
+def integer_weight(operation):
+    """Return the integers m, int64, and the scale s, float64, of a quantized weight: it is s m.
 
-    m = 2 k - n for the level k in [0, n], n = 2^bits - 1; bits: the layer's, or others.
+    Scales of output channels are (O, 1, 1); one scale is a number.
     """
-    bits = bits or operation.layer.bits
-    n = 2**bits - 1
+    layer = operation.layer
     with torch.no_grad():
-        w, scale = operation.layer.operand(bits, integers=True)  # m / 2^bits
-    exact = 2**bits * w.double()
-    m = exact.round().long()
-    if ((exact - m).abs() > 1e-3).any() or (m % 2 != n % 2).any() or (m.abs() > n).any():
-        raise ValueError(f"layer {operation.name} at {bits} bits: its weights are not 2^bits "
-                         "values of equal distance from -E to E, which integer formats hold")
-    return m, float(scale) / n
+        integers, scale = layer.integer_weight()
+    m = integers.round().long()
+    if not torch.equal(integers, m.to(integers.dtype)) or m.abs().max() >= 2**layer.bits:
+        raise ValueError(f"layer {operation.name} at {layer.bits} bits: its quantizer's weights "
+                         "are not integers of that size times a scale, which integer formats hold")
+    if scale.numel() == 1:
+        return m, float(scale)
+    if scale.shape != (len(m), 1, 1, 1):
+        raise ValueError(f"layer {operation.name}: its scale of shape {tuple(scale.shape)} is not "
+                         "one number, or one per output channel, which integer formats hold")
+    return m, scale.double().numpy()[:, 0]
 
 
 def float_weight(layer):
@@ -126,20 +125,75 @@ def float_weight(layer):
     if not isinstance(layer, Conv2dQ):
         return layer.weight.detach()
     with torch.no_grad():
-        return layer.operand(layer.bits)[0]
-
-
-def check_activation(layer, name):
-    """Raise ValueError where an ActivationQ is not the clipping and rounding that formats hold."""
-    x = torch.linspace(-1, 2, 10_001)
-    expected = x.clamp(0, layer.limit if layer.bits == FULL_PRECISION else 1)
-    if layer.bits != FULL_PRECISION and layer.rounding:
-        n = 2**layer.bits - 1
-        expected = (n * expected).round() / n
-    if not torch.equal(layer(x), expected):
-        raise ValueError(f"layer {name} at {layer.bits} bits: it is not a clip to [0, 1], rounded "
-                         "to steps of equal size, which integer formats hold")
+        return layer.quantized_weight()
 
 
 def takes_levels(layer):
     return isinstance(layer, Conv2dQ) and layer.bits != FULL_PRECISION
+
+
+def is_rounding(layer):
+    """Return whether an ActivationQ gives levels."""
+    return layer.rounding and layer.bits != FULL_PRECISION
+
+
+def step_of(layer):
+    """Return the step of an ActivationQ's levels, a float; those are 0 to 2^bits - 1 of them."""
+    return float(layer.quantizer.step())
+
+
+# ---- what is written is what the layer computes
+
+@torch.no_grad()
+def check_layer(operation, name):
+    """Raise ValueError where a layer does not compute what its type says, as one that was edited.
+
+    It is tried on random numbers.
+    """
+    layer = operation.layer
+    generator = torch.Generator().manual_seed(0)
+    if operation.kind == "activation":
+        check_activation(layer, name)
+        return
+    if operation.kind == "convolution":
+        size = [dilation * (kernel - 1) + 1 + stride for dilation, kernel, stride
+                in zip(layer.dilation, layer.kernel_size, layer.stride)]
+        x = torch.rand(2, layer.in_channels, *size, generator=generator)
+        expected = nn.functional.conv2d(x, float_weight(layer), layer.bias, layer.stride,
+                                        layer.padding, layer.dilation, layer.groups)
+    elif operation.kind == "batch_norm":
+        scale, shift = affine_of(layer)
+        x = torch.randn(2, len(scale), 3, 3, generator=generator)
+        expected = (x.double() * scale[:, None, None] + shift[:, None, None]).float()
+    elif operation.kind == "linear":
+        x = torch.randn(2, layer.in_features, generator=generator)
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+    else:
+        return
+    found = layer(x)
+    if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        raise ValueError(f"layer {name} ({type(layer).__name__}) does not compute what its type "
+                         "says, so an exported file would not hold it: take the packed format")
+
+
+def check_activation(layer, name):
+    """Raise ValueError where an ActivationQ is not the clipping and rounding that formats hold."""
+    step = 1.0
+    n = 1
+    if layer.bits != FULL_PRECISION:
+        step = layer.quantizer.step()
+        n = 2**layer.bits - 1
+    wrong = step is None or getattr(step, "numel", lambda: 1)() > 1 or not float(step) > 0
+    if not wrong:
+        step = torch.tensor(float(step))
+        x = torch.linspace(-1, 2, 10_001) * max(1.0, n * float(step))
+        if layer.bits == FULL_PRECISION:
+            expected = x.clamp(0, layer.limit)
+        else:
+            levels = (x / step).clamp(0, n)
+            expected = (levels.round() if layer.rounding else levels) * step
+        wrong = not torch.allclose(layer(x), expected, rtol=1e-6, atol=1e-6 * float(step))
+    if wrong:
+        raise ValueError(f"layer {name} at {layer.bits} bits: it is not a clip to a range from 0, "
+                         "rounded to steps of one size, which integer formats hold")

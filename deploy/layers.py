@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deploy.graph import takes_levels, trace
-from models import set_bit_width
+from deploy.graph import is_rounding, step_of, takes_levels, trace
 from models.quan_ops import ActivationQ
 
 NEAR = 1e-5  # from a threshold, of an activation in [0, 1]: there float32 may choose either level
@@ -30,9 +29,10 @@ def integer_layers(operations):
         source = by_name[operation.inputs[0]]
         while source.kind in ("max_pool", "same"):
             source = by_name[source.inputs[0]]
-        if source.kind != "activation" or not source.layer.rounding:
+        if source.kind != "activation" or not is_rounding(source.layer):
             continue
-        modules, last = [operation.layer], operation
+        modules = [source.layer, operation.layer]
+        last = operation
         while counts[last.name] == 1 and reader[last.name].kind in (*PASSED, "activation"):
             last = reader[last.name]
             modules.append(last.layer)
@@ -52,7 +52,7 @@ def compare_layers(model, files, images, bits):
     that end without levels.
     """
     layers, inputs = integer_layers(trace(model, bits)), {}
-    hooks = [modules[0].register_forward_pre_hook(
+    hooks = [modules[1].register_forward_pre_hook(
         lambda layer, args, name=name: inputs.__setitem__(name, args[0]))
         for name, modules in layers.items()]
     model(torch.from_numpy(images))
@@ -61,30 +61,35 @@ def compare_layers(model, files, images, bits):
     result = {"layers": len(layers), "levels": 0, "differ": 0, "far": 0, "relative": 0.0}
     for name, modules in layers.items():
         found, exact = outputs(modules, inputs[name], files, bits)
-        if not (isinstance(modules[-1], ActivationQ) and modules[-1].rounding):
+        if not (isinstance(modules[-1], ActivationQ) and is_rounding(modules[-1])):
             difference = float((found - exact).abs().max() / exact.abs().max())
             result["relative"] = max(result["relative"], difference)
             continue
-        exact = (2**bits - 1) * exact.clamp(0, 1)
-        odd = ((2**bits - 1) * found).round() != exact.round()
-        distance = (exact - exact.floor() - 0.5).abs() / (2**bits - 1)
-        result["levels"] += odd.numel()
-        result["differ"] += int(odd.sum())
-        result["far"] += int((distance[odd] > NEAR).sum())
+        n = 2**modules[-1].bits - 1
+        step = step_of(modules[-1])
+        exact = (exact / step).clamp(0, n)
+        differ = (found / step).round() != exact.round()
+        distance = (exact - exact.floor() - 0.5).abs() * step
+        result["levels"] += differ.numel()
+        result["differ"] += int(differ.sum())
+        result["far"] += int((distance[differ] > NEAR).sum())
     return result
 
 
 def outputs(modules, x, files, bits):
-    """Return a layer's outputs, by a file of it alone and in float64, before its activation."""
-    alone = nn.Sequential(ActivationQ(), *modules, nn.Flatten()).eval()
-    set_bit_width(alone, bits)
+    """Return a layer's outputs, by a file of it alone and in float64, before its activation.
+
+    modules: the activation that makes its input, the convolution, and what follows.
+    """
+    alone = nn.Sequential(*modules, nn.Flatten()).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "layer.xml")
         files.export(alone, [bits], path, tuple(x.shape[1:]))
         found = torch.from_numpy(files.load(path)(x.numpy(), bits)).double()
-    conv, *rest = modules
-    rest = rest[:-1] if rest and isinstance(rest[-1], ActivationQ) and rest[-1].rounding else rest
-    weight, _ = conv.operand(bits)
+    _, conv, *rest = modules
+    if rest and isinstance(rest[-1], ActivationQ) and is_rounding(rest[-1]):
+        rest = rest[:-1]
+    weight = conv.quantized_weight()
     bias = None if conv.bias is None else conv.bias.double()
     y = conv._conv_forward(x.double(), weight.double(), bias)
     return found, copy.deepcopy(nn.Sequential(*rest, nn.Flatten())).double()(y)

@@ -3,6 +3,7 @@
 A layer's output is s acc + shift: acc an integer sum, s and shift of its weight's scale and its
 BatchNorm. What requantizes it is round(n (s acc + shift)), clipped to [0, n], n = 2^bits - 1.
 """
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.graph import (NESTED, affine_of, float_weight, image_shape, integer_weight,
-                          pool_settings, takes_levels, trace)
-from models.quan_ops import FULL_PRECISION
+                          pool_settings, step_of, takes_levels, trace)
+from models.bit_widths import FULL_PRECISION, check_bit_widths
 
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
@@ -37,8 +38,8 @@ class Writer:
     outer: the Writer of the graph around this one, if any: it holds what the bit-widths share.
     """
 
-    def __init__(self, bits, prefix="", outer=None):
-        self.bits, self.levels, self.prefix, self.outer = bits, 2**bits - 1, prefix, outer
+    def __init__(self, prefix="", outer=None):
+        self.prefix, self.outer = prefix, outer
         self.nodes, self.constants, self.known, self.values = [], [], {}, {}
 
     def node(self, kind, *inputs, **attributes):
@@ -105,41 +106,46 @@ class Writer:
         if value.kind != "levels" or not takes_levels(layer):
             weight = self.constant(float_weight(layer).numpy())
             return Value(self.node("Conv", self.as_float(value), weight, **settings), shift=bias)
-        weight, scale = self.integer_weight(operation)
+        weight, scale, doubled = self.integer_weight(operation)
         zero = self.constant(ZERO, numpy.uint8)
         sums = self.node("ConvInteger", value.tensor, weight, "", zero, **settings)
-        if self.bits == 8:  # 2 k - 255 = 2 (k - 128) + 1
+        if doubled:  # 2 k - 255 = 2 (k - 128) + 1
             ones = numpy.ones((1 if layer.groups == 1 else len(layer.weight),
                                *layer.weight.shape[1:]))
             box = self.node("ConvInteger", value.tensor, self.constant(ones, numpy.uint8),
                             **settings)
             twice = self.node("Mul", sums, self.constant(2, numpy.int32))
             sums = self.node("Add", twice, box)
-        return Value(sums, "sums", numpy.float64(scale * value.scale), bias)
+        return Value(sums, "sums", scale * value.scale, bias)
 
     def integer_weight(self, operation):
-        """Return the tensor of a Conv2dQ's uint8 weight, and its scale.
+        """Return the tensor of a Conv2dQ's uint8 weight, its scale, and whether it is halved.
 
-        The weight is its odd integers plus 128; at 8 bits its levels, half of what they stand for.
+        The weight is its integers plus 128; where they are odd up to 255, their levels.
         """
-        odd, scale = integer_weight(operation)
-        levels = (odd.numpy() + self.levels) // 2
-        if self.bits == 8 or not self.outer:
-            wanted = levels if self.bits == 8 else odd.numpy() + ZERO
-            return self.constant(wanted, numpy.uint8), scale
-        most = self.outer.levels  # an odd multiple of self.levels
-        stored = (integer_weight(operation, self.outer.bits)[0].numpy() + most) // 2
+        integers, scale = integer_weight(operation)
+        integers = integers.numpy()
+        n = 2**operation.layer.bits - 1
+        odd = (integers % 2 == 1).all()
+        halved = bool(odd and n == 255)
+        levels = (integers + n) // 2
+        if halved or not self.outer or not odd:
+            wanted = levels if halved else integers + ZERO
+            return self.constant(wanted, numpy.uint8), scale, halved
+        most = 2**self.outer.bits - 1  # an odd multiple of n
+        with at_bits(operation.layer, self.outer.bits):
+            stored = (integer_weight(operation)[0].numpy() + most) // 2
         level = self.node("Cast", self.constant(stored, numpy.uint8), to=TensorProto.FLOAT)
-        level = self.node("Mul", level, self.constant(self.levels / most))
+        level = self.node("Mul", level, self.constant(n / most))
         level = self.node("Round", level)
-        found = numpy.rint(stored * (self.levels / most))
+        found = numpy.rint(stored * (n / most))
         places = numpy.argwhere(found != levels)
         if len(places):  # within rounding of a threshold
-            mended = self.constant(levels[tuple(places.T)])
-            level = self.node("ScatterND", level, self.constant(places, numpy.int64), mended)
+            exceptions = self.constant(levels[tuple(places.T)])
+            level = self.node("ScatterND", level, self.constant(places, numpy.int64), exceptions)
         level = self.node("Mul", level, self.constant(2))
-        level = self.node("Add", level, self.constant(ZERO - self.levels))
-        return self.node("Cast", level, to=TensorProto.UINT8), scale
+        level = self.node("Add", level, self.constant(ZERO - n))
+        return self.node("Cast", level, to=TensorProto.UINT8), scale, False
 
     def batch_norm(self, operation, value):
         scale, shift = (column(part) for part in affine_of(operation.layer))
@@ -150,15 +156,17 @@ class Writer:
         return Value(value.tensor, value.kind, scale * before, shift + added)
 
     def activation(self, operation, value):
-        if self.bits == FULL_PRECISION:
-            limit = operation.layer.limit
+        layer = operation.layer
+        if layer.bits == FULL_PRECISION:
             tensor = self.as_float(value)
-            return Value(self.clipped(tensor, limit) if limit else self.node("Relu", tensor))
-        if not operation.layer.rounding:
-            return Value(self.clipped(self.as_float(value), 1))
-        level = self.node("Round", self.clipped(self.scaled(value, self.levels), self.levels))
-        return Value(self.node("Cast", level, to=TensorProto.UINT8), "levels",
-                     numpy.float64(1 / self.levels))
+            return Value(self.clipped(tensor, layer.limit) if layer.limit
+                         else self.node("Relu", tensor))
+        step = step_of(layer)
+        n = 2**layer.bits - 1
+        if not layer.rounding:
+            return Value(self.clipped(self.as_float(value), n * step))
+        level = self.node("Round", self.clipped(self.scaled(value, 1 / step), n))
+        return Value(self.node("Cast", level, to=TensorProto.UINT8), "levels", numpy.float64(step))
 
     def relu(self, operation, value):
         return Value(self.node("Relu", self.as_float(value)))
@@ -179,7 +187,7 @@ class Writer:
         return Value(self.node("Add", *map(self.as_float, values)))
 
     def cat(self, operation, *values):
-        if {value.kind for value in values} == {"levels"}:
+        if {(value.kind, value.scale) for value in values} == {("levels", values[0].scale)}:
             tensor = self.node("Concat", *(value.tensor for value in values), axis=1)
             return values[0]._replace(tensor=tensor)
         return Value(self.node("Concat", *map(self.as_float, values), axis=1))
@@ -195,6 +203,19 @@ class Writer:
         return Value(self.node("Gemm", *inputs, transB=1))
 
 
+@contextlib.contextmanager
+def at_bits(layer, bits):
+    """Let a layer have these bits."""
+    before = layer.bits
+    layer.bits = bits
+    layer.quantizer.bits = bits
+    try:
+        yield
+    finally:
+        layer.bits = before
+        layer.quantizer.bits = before
+
+
 def column(values):
     """Return values of channels (C,) as float64 (C, 1, 1)."""
     return values.detach().double().numpy()[:, None, None]
@@ -207,10 +228,11 @@ def export(model, bit_widths, path, image_size, any_width=False):
     classes). any_width: one file for all bit_widths, with the second input `bits`, int64; else
     bit_widths is a list of one. Raises ValueError for what cannot be held, naming the layer.
     """
+    bit_widths = check_bit_widths(bit_widths)
     if any_width:
         graph, inputs, constants = any_width_graph(model, bit_widths)
     else:
-        writer = Writer(*bit_widths)
+        writer = Writer()
         writer.write(trace(model, *bit_widths), "logits")
         graph, inputs, constants = writer.nodes, [], writer.constants
     images = helper.make_tensor_value_info(
@@ -230,13 +252,14 @@ def logits_info(name):
 
 def any_width_graph(model, bit_widths):
     """Return nodes, further inputs and constants: a branch a bit-width, weights stored once."""
-    odd = sorted(set(bit_widths) - {*NESTED})
-    if odd:
-        raise ValueError(f"{odd[0]} bits do not follow from 8-bit weights: one ONNX file of any "
+    others = sorted(set(bit_widths) - {*NESTED})
+    if others:
+        raise ValueError(f"{others[0]} bits do not follow from 8-bit weights: one ONNX file of any "
                          "bit-width holds 1, 2, 4 and 8 of them")
-    outer, branch = Writer(max(bit_widths)), None
+    outer, branch = Writer(), None
+    outer.bits = max(bit_widths).weights
     for bits in sorted(bit_widths):
-        writer, output = Writer(bits, f"b{bits}_", outer), f"logits{bits}"
+        writer, output = Writer(f"b{bits}_", outer), f"logits{bits}"
         writer.write(trace(model, bits), output)
         graph = helper.make_graph(writer.nodes, f"bits{bits}", [], [logits_info(output)],
                                   writer.constants)
@@ -248,7 +271,7 @@ def any_width_graph(model, bit_widths):
 
 def either(bits, graph, otherwise):
     """Return the graph that is `graph` where the input `bits` is that, else `otherwise`."""
-    number = numpy_helper.from_array(numpy.array(bits), f"is{bits}")
+    number = numpy_helper.from_array(numpy.array(bits.weights), f"is{bits}")
     equal = helper.make_node("Equal", ["bits", number.name], [f"equal{bits}"])
     choice = helper.make_node("If", [f"equal{bits}"], [f"choice{bits}"], then_branch=graph,
                               else_branch=otherwise)
@@ -270,6 +293,6 @@ def load(path, threads=1):
     def run(images, bits):
         if str(bits) not in widths:
             raise ValueError(f"{path} has no {bits} bits: choose from {', '.join(widths)}")
-        inputs = {"images": images, **({"bits": numpy.array(bits)} if chooses else {})}
+        inputs = {"images": images, **({"bits": numpy.array(int(str(bits)))} if chooses else {})}
         return session.run(None, inputs)[0]
     return run

@@ -14,9 +14,9 @@ import numpy
 import openvino
 from openvino import opset13 as ops
 
-from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, pool_settings,
-                          takes_levels, trace)
-from models.quan_ops import FULL_PRECISION
+from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, is_rounding,
+                          pool_settings, step_of, takes_levels, trace)
+from models.bit_widths import FULL_PRECISION, BitWidth
 
 CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
 LARGE = numpy.finfo(numpy.float32).max
@@ -32,12 +32,16 @@ class Value(NamedTuple):
 class Writer:
     """Writes the operations of a network at one bit-width as an OpenVINO model."""
 
-    def __init__(self, bits, image_size):
-        self.bits, self.levels, self.values, self.readers = bits, 2**bits - 1, {}, Counter()
+    def __init__(self, image_size):
+        self.values, self.readers, self.is_binary = {}, Counter(), False
         self.images = ops.parameter([-1, *image_shape(image_size)], numpy.float32, "images")
 
     def write(self, operations):
         """Return the openvino.Model of all operations."""
+        rounding = [operation.layer for operation in operations
+                    if operation.kind == "activation" and is_rounding(operation.layer)]
+        # Only where all activations are 0 and 1: next to others the plugin fuses them wrongly.
+        self.is_binary = all(layer.bits == 1 and step_of(layer) == 1 for layer in rounding)
         self.readers.update(name for operation in operations for name in operation.inputs)
         for operation in operations[:-1]:
             inputs = [self.values[name] for name in operation.inputs]
@@ -57,15 +61,17 @@ class Writer:
         if value.before is None or not takes_levels(layer):
             y = convolve(layer, value.tensor, constant(float_weight(layer).numpy()))
         else:
-            odd, scale = integer_weight(operation)
-            odd = odd.numpy()
-            if self.bits == 1 and layer.groups == 1:
-                y = self.binary_convolution(layer, value.before, odd, scale)
-            elif self.bits < 8:
-                y = convolve(layer, value.tensor, scaled_weight(odd, scale))
+            m, scale = integer_weight(operation)
+            m = m.numpy()
+            if self.is_binary and layer.bits == 1 and layer.groups == 1 and m.ndim == 4 \
+                    and (abs(m) == 1).all() and numpy.ndim(scale) == 0:
+                y = self.binary_convolution(layer, value.before, m, scale)
+            elif abs(m).max() < 128 or m.min() == -128:
+                y = convolve(layer, value.tensor, scaled_weight(m, scale))
             else:  # 2 k - 255 = 2 (k - 128) + 1
-                y = convolve(layer, value.tensor, scaled_weight((odd - 1) // 2, 2 * scale))
-                ones = numpy.ones_like(odd if layer.groups > 1 else odd[:1])
+                y = convolve(layer, value.tensor, scaled_weight((m - 1) // 2, 2 * scale))
+                alike = layer.groups == 1 and numpy.ndim(scale) == 0
+                ones = numpy.ones_like(m[:1] if alike else m)
                 y = ops.add(y, convolve(layer, value.tensor, scaled_weight(ones, scale)))
         if layer.bias is not None:
             y = ops.add(y, channels(layer.bias.detach().numpy()))
@@ -96,16 +102,18 @@ class Writer:
         return Value(ops.add(ops.multiply(value.tensor, scale), shift))
 
     def activation(self, operation, value):
-        if self.bits == FULL_PRECISION:
-            limit = operation.layer.limit
-            return Value(ops.clamp(value.tensor, 0.0, limit) if limit else ops.relu(value.tensor))
-        clipped = ops.clamp(value.tensor, 0.0, 1.0)
-        if not operation.layer.rounding:
+        layer = operation.layer
+        if layer.bits == FULL_PRECISION:
+            return Value(ops.clamp(value.tensor, 0.0, layer.limit) if layer.limit
+                         else ops.relu(value.tensor))
+        step = step_of(layer)
+        clipped = ops.clamp(value.tensor, 0.0, (2**layer.bits - 1) * step)
+        if not layer.rounding:
             return Value(clipped)
-        if self.bits == 1:  # a FakeQuantize would be fused into a BinaryConvolution, wrongly
+        if self.is_binary:  # a FakeQuantize would be fused into a BinaryConvolution, wrongly
             above = ops.greater(value.tensor, numpy.float32(0.5))
             return Value(ops.convert(above, numpy.float32), value.tensor)
-        low, high = numpy.float32(0), numpy.float32((LEVELS - 1) / self.levels)
+        low, high = numpy.float32(0), numpy.float32((LEVELS - 1) * step)
         return Value(ops.fake_quantize(clipped, low, high, low, high, LEVELS), value.tensor)
 
     def relu(self, operation, value):
@@ -127,7 +135,7 @@ class Writer:
     def add(self, operation, *values):
         y = ops.add(*(value.tensor for value in values))
         # A binary convolution, a sum that nothing else reads, and rounding would be fused, wrongly.
-        if self.bits == 1 and self.readers[operation.name] == 1:
+        if self.is_binary and self.readers[operation.name] == 1:
             y = ops.maximum(y, constant(-LARGE))  # changes nothing
         return Value(y)
 
@@ -156,8 +164,9 @@ def channels(values):
 
 def scaled_weight(integers, scale):
     """Return the weight scale * integers, integers in [-128, 127], stored as int8."""
+    scales = numpy.broadcast_to(numpy.reshape(scale, (-1, 1, 1, 1)), (len(integers), 1, 1, 1))
     integers = ops.convert(ops.constant(integers.astype(numpy.int8)), numpy.float32)
-    return ops.multiply(integers, constant(numpy.full((integers.shape[0], 1, 1, 1), scale)))
+    return ops.multiply(integers, constant(scales))
 
 
 def convolve(layer, x, weight):
@@ -178,8 +187,8 @@ def export(model, bit_widths, path, image_size):
     naming the layer.
     """
     bits, = bit_widths
-    content = Writer(bits, image_size).write(trace(model, bits))
-    content.set_rt_info(bits, "bits")
+    content = Writer(image_size).write(trace(model, bits))
+    content.set_rt_info(str(bits), "bits")
     openvino.save_model(content, path, compress_to_fp16=False)
 
 
@@ -190,8 +199,8 @@ def load(path, threads=1):
     saturate.
     """
     content = core().read_model(path)
-    own = int(content.get_rt_info("bits").astype(str))
-    if own == 8 and not sums_are_exact():
+    own = BitWidth.of(content.get_rt_info("bits").astype(str))
+    if own.weights == 8 and not sums_are_exact():
         raise ValueError(f"{path} has 8 bits, whose sums saturate on this CPU, which lacks VNNI: "
                          "export 7 bits or fewer, or another format")
     shape = [part.get_length() for part in list(content.input().partial_shape)[1:]]

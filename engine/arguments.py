@@ -2,7 +2,6 @@
 import argparse
 import math
 import os
-import re
 import sys
 from argparse import ArgumentTypeError, Namespace
 
@@ -10,8 +9,8 @@ from dataset.data import DATASETS
 from engine.distributed import rank, world_size
 from engine.errors import UsageError
 from engine.forward_pass import PRECISIONS
-from models import DEFAULT_WIDTH, MODELS, check_bit_widths, zoo
-from models.losses import LOSSES
+from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
+from models.losses import NEXT_TARGET
 from utils import flag_text, one_line
 
 # What decides how a run trains; told at the start where it is left to the defaults.
@@ -37,8 +36,7 @@ def number(kind, least, most=2**31 - 1, above=False):
 def bit_width_list(text):
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     try:
-        return sorted(check_bit_widths(int(part) if re.fullmatch(r"-?\d+", part) else part
-                                       for part in parts))
+        return [width.plain for width in sorted(check_bit_widths(parts))]
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 
@@ -109,8 +107,11 @@ def add_training(add):
     add("--width", type=number(int, 1), help=f"width multiplier; unset: {widths}")
     add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
     add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
-        metavar="K,...", help="bit-widths, of 1 to 8 and 32; a single one trains a dedicated model")
-    add_choice("--loss", LOSSES, "recursive", ": labels, the highest bits or the next higher teach")
+        metavar="K,...", help="bit-widths, of 1 to 8 and 32, such as 4, or w2a4 for 2 bits of "
+        "weights and 4 of activations; a single one trains a dedicated model")
+    add_choice("--quantizer", QUANTIZERS, "dorefa", ": of weights and activations")
+    add_choice("--loss", NEXT_TARGET, "recursive", ": what teaches each lower bit-width: the "
+               "labels, the highest or the next higher")
     add("--epochs", type=number(int, 1), default=30, help="passes over the split")
     add("--start-epoch", type=number(int, 0), default=0, help="epochs taken as done by --lr_decay")
     add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
@@ -244,4 +245,5 @@ def run_name(args):
     """Name a run by what sets it apart: data, model, bit-widths, loss, seed."""
     parts = [args.dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
     parts += [args.loss] * (len(args.bit_width_list) > 1) + ["allconv"] * args.all_conv
+    parts += [args.quantizer] * (args.quantizer != DEFAULTS["quantizer"])
     return "_".join([*parts, f"seed{args.seed}"])

@@ -39,7 +39,7 @@ class Console:
             self.bar.close()
             self.bar = None
         if self.rows == 0:
-            names = " ".join(f"{bits:>5}b" for bits in self.bit_widths)
+            names = " ".join(f"{f'{width}b':>6}" for width in self.bit_widths)
             log.info(f"{'epoch':>7} {'lr':>7} {'loss':>7} | train {names} | val {names} | "
                      f"{'images/s':>8} {'left':>8}")
         self.rows += 1

@@ -12,13 +12,14 @@ from engine.distributed import rank, world_size
 from engine.errors import Stopped, UsageError, UserError, reading
 from engine.figures import evaluation_table, save_evaluation_figure
 from engine.metrics import Metrics
-from engine.resume import OF_EVALUATION, saved_arguments
+from engine.resume import OF_EVALUATION, plain, saved_arguments
 from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_model, make_train_loader, make_val_loader,
                           open_data)
 from engine.state import load_weights, save_checkpoint
-from models import calibrate, fit_bit_widths, packed, saved_bit_widths, set_bit_width
-from models.losses import shared_computation
+from models import (BitWidth, add_missing_bit_widths, calibrate, check_bit_widths, packed, saved_bit_widths,
+                    set_bit_width)
+from models.calibration import ENTRY
 from utils import flag_text, write_json
 
 
@@ -33,12 +34,11 @@ def evaluate(model, forward_pass, loader, bit_widths, device, what="validation",
     metrics = Metrics(bit_widths, device)
     for images, labels in loader:
         results = {}
-        with shared_computation(model, images, forward_pass.autocast,
-                                forward_pass.shared) as (network, x):
-            for bits in bit_widths:
-                set_bit_width(model, bits)
+        with forward_pass.sharing(images):
+            for width in bit_widths:
+                set_bit_width(model, width)
                 with forward_pass.autocast():
-                    results[bits] = forward_pass(network, x, labels)
+                    results[width] = forward_pass(model, images, labels)
         metrics.add(results, labels)
         if stop and stop.signal and world_size() == 1:
             raise Stopped(stop.signal)
@@ -51,8 +51,8 @@ def evaluate_checkpoint(args, checkpoint, device):
     path, content = checkpoint.path, checkpoint.content
     present = saved_bit_widths(content["state_dict"])
     trained = [bits for bits in present if bits not in content.get("calibrated", ())]
-    bit_widths = sorted({*present, *args.bit_width_list})
-    arguments = {**vars(args), "bit_width_list": trained}
+    bit_widths = check_bit_widths({*present, *args.bit_width_list})
+    arguments = {**vars(args), "bit_width_list": plain(trained)}
     if args.save_calibrated and Path(args.save_calibrated).exists():
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
@@ -69,14 +69,17 @@ def evaluate_checkpoint(args, checkpoint, device):
         split = DATASETS[args.dataset].val_split[args.train_split]
         log.info(f"evaluating {path}, a {args.model} trained at {flag_text(trained)} bits, on "
                  f"{args.dataset} ({split}) on {describe(device)}")
-        for bits, origin in added.items():
-            told = f"{bits} bits was not trained: BatchNorm of {origin} bits"
+        for width, source in added.items():
+            message = f"{width}-bit was not trained: using the {source}-bit BatchNorm"
+            if copies_quantizers(model):
+                message += " and quantizers"
             if args.calibrate:
                 with forward_pass.autocast():
-                    calibrate(model, bits, (images for images, _ in batches))
-                told += f", statistics re-estimated over {args.calibrate} training batches"
-            log.info(told)
-        results = evaluate(model, forward_pass, val_loader, args.bit_width_list, device)
+                    calibrate(model, width, (images for images, _ in batches))
+                message += f", statistics re-estimated over {args.calibrate} training batches"
+            log.info(message)
+        results = evaluate(model, forward_pass, val_loader, check_bit_widths(args.bit_width_list)[::-1],
+                           device)
         if rank() == 0:
             run.write_config(arguments, device, checkpoint=str(path), epoch=content.get("epoch"))
             write_json(run.path / "evaluation.json", results)
@@ -94,10 +97,15 @@ def load_network(args, checkpoint, bit_widths, classes):
     with reading(path):
         model = make_model(args, bit_widths, classes)
         if "packed" in content:
-            packed.install(model, content["state_dict"], **content["packed"])
-        state_dict, added = fit_bit_widths(content["state_dict"], bit_widths)
+            packed.install(model, content["state_dict"], content["packed"]["groups"])
+        state_dict, added = add_missing_bit_widths(content["state_dict"], model)
     load_weights(model, state_dict, path)
     return model, added
+
+
+def copies_quantizers(model):
+    """Return whether quantizers keep something per bit-width, as BatchNorm does."""
+    return any("quantizer." in key and ENTRY.fullmatch(key) for key in model.state_dict())
 
 
 def calibration_batches(args, train_set, forward_pass, device):
@@ -117,8 +125,8 @@ def save_calibrated(args, checkpoint, model, added):
     save_checkpoint(Path(args.save_calibrated), {
         "epoch": None, "best_prec1": None, **content, "model": args.model, "optimizer": None,
         "state_dict": model.state_dict(),
-        "calibrated": sorted({*content.get("calibrated", ()), *added}),
+        "calibrated": plain(sorted(map(BitWidth.of, {*content.get("calibrated", ()), *added}))),
         "arguments": {**saved_arguments(args, checkpoint)[0],
                       **{name: getattr(args, name) for name in OF_EVALUATION},
-                      "bit_width_list": saved_bit_widths(model.state_dict())}})
+                      "bit_width_list": plain(saved_bit_widths(model.state_dict()))}})
     log.info("calibrated checkpoint: %s", args.save_calibrated)

@@ -6,7 +6,9 @@ import warnings
 import torch
 
 from engine.errors import UserError
-from models.losses import forward_loss, normalize_weights
+from models.graph import link_inputs
+from models.losses import (any_precision_backward, forward_loss, prepare_weights,
+                           shared_computation)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -26,39 +28,64 @@ def check_precision(precision, device):
 class ForwardPass:
     """The forward passes of a model: call it as models.losses.forward_loss, within autocast().
 
-    precision: of the convolutions' operands, one of PRECISIONS. batch_size: of the batches that go
-    through torch.compile; None compiles nothing, and odd batches are not compiled. normalize is
-    models.losses.normalize_weights, compiled too where batch_size is given. Sets torch's
-    options of the whole process, and the model's memory format.
+    Sets torch's options of the whole process, and the model's memory format.
+
+    Args:
+        precision: of the convolutions' operands, one of PRECISIONS.
+        batch_size: of the batches that go through torch.compile; others are not compiled. None
+            compiles nothing.
     """
 
     shared = True  # whether bit-widths share what none of them changes
 
     def __init__(self, model, device, precision="fp32", batch_size=None, backend="inductor"):
         check_precision(precision, device)
+        self.model = model
         allow_tf32 = precision == "tf32"  # torch's own default for convolutions
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.benchmark = True  # the fastest algorithms for shapes that stay
-        # Tensor cores and oneDNN take channels-last; float32 on a GPU uses neither.
-        usual = device.type == "cuda" and precision == "fp32"
-        self.memory_format = torch.contiguous_format if usual else torch.channels_last
+        self.memory_format = torch.contiguous_format
+        if device.type == "cuda" and precision != "fp32":  # tensor cores take channels-last
+            self.memory_format = torch.channels_last
         model.to(memory_format=self.memory_format)
-        self.batch_size, self.normalize = batch_size, normalize_weights
+        self.batch_size = batch_size
+        self.prepare = prepare_weights
         if batch_size:
-            # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
-            options = {"emulate_precision_casts": precision == "bf16"}  # rounds where eager does
-            if device.type == "cuda":  # BatchNorm's output: computed again, not written in float32
-                options |= {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 14,
-                            "realize_opcount_threshold": 100}
-            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True,
-                                         backend=backend, options=options)
-            self.compiled, self.normalize = compiled(forward_loss), compiled(normalize_weights)
-            warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it every time
+            self.compile(device, precision, backend)
         self.autocast = contextlib.nullcontext
         if precision == "bf16":
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
+        if precision != "fp32":
+            link_inputs(model)
 
-    def __call__(self, network, x, target):
-        return (self.compiled if len(x) == self.batch_size else forward_loss)(network, x, target)
+    def compile(self, device, precision, backend):
+        # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
+        options = {"emulate_precision_casts": precision == "bf16"}  # rounds where eager does
+        if device.type == "cuda":  # BatchNorm's output: computed again, not written in float32
+            options |= {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 14,
+                        "realize_opcount_threshold": 100}
+        compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True,
+                                     backend=backend, options=options)
+        self.compiled = compiled(forward_loss)
+        self.prepare = compiled(prepare_weights)
+        warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it every time
+
+    def __call__(self, model, images, target):
+        compiles = len(images) == self.batch_size
+        return (self.compiled if compiles else forward_loss)(model, images, target)
+
+    def backward(self, images, labels, bit_widths, loss, loss_scale=1.0):
+        """Call models.losses.any_precision_backward, computed this way."""
+        return any_precision_backward(
+            self.model, images, labels, bit_widths, loss, loss_scale, self.shared,
+            share_stem=not self.batch_size, forward=self, prepare=self.prepare,
+            autocast=self.autocast)
+
+    def sharing(self, images):
+        """Return the context in which bit-widths share what none of them changes."""
+        if not self.shared:
+            return contextlib.nullcontext()
+        return shared_computation(self.model, images, not self.batch_size, self.prepare)

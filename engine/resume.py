@@ -6,14 +6,14 @@ from engine import published
 from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, settle
 from engine.errors import UsageError, UserError, reading
 from engine.state import load_checkpoint, refuse_packed
-from models import MODELS, saved_bit_widths, zoo
+from models import MODELS, BitWidth, saved_bit_widths, zoo
 from utils import flag_text
 
 # What the same command may change: where and how fast a run computes, and what it tells.
 OF_THE_MACHINE = ("results_dir", "device", "compile", "workers", "timeout", "save_every",
                   "print_freq", "data_dir")
 # What an evaluation takes from its checkpoint where no flag sets it; the network's must agree.
-OF_NETWORK = {"model", "width", "all_conv"}
+OF_NETWORK = {"model", "width", "all_conv", "quantizer"}
 OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size",
                  "precision")
 NAMES = ("model_latest.pth.tar", "model_best.pth.tar")
@@ -109,8 +109,13 @@ def saved_arguments(flags, checkpoint):
                         f"{', '.join(MODELS)}")
     if content.get("arguments"):
         return content["arguments"], {}
-    told = {"model": model, "bit_width_list": saved_bit_widths(content["state_dict"])}
+    told = {"model": model, "bit_width_list": plain(saved_bit_widths(content["state_dict"]))}
     return told, {"dataset": published.DATASET.get(model, DEFAULTS["dataset"])}
+
+
+def plain(bit_widths):
+    """Return bit-widths as arguments hold them, and files."""
+    return [width.plain for width in bit_widths]
 
 
 def resolve_evaluation(flags, given):
@@ -126,13 +131,14 @@ def resolve_evaluation(flags, given):
         if changed:
             raise UsageError(f"{path} holds another network: {changed}; leave these flags out")
         trained = saved_bit_widths(checkpoint.content["state_dict"])
-        args = settle(flags, {**saved, "bit_width_list": trained}, guessed)
+        args = settle(flags, {**saved, "bit_width_list": plain(trained)}, guessed)
     if not trained:
         raise UserError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     if args.save_calibrated:
         refuse_packed(checkpoint.content, path, "save as a checkpoint")
-    stored = checkpoint.content.get("packed", {}).get("stored_bits", args.bit_width_list)
-    absent = [bits for bits in args.bit_width_list if bits not in stored]
+    stored = checkpoint.content.get("packed", {}).get("stored", args.bit_width_list)
+    absent = [width for width in args.bit_width_list
+              if width not in stored and BitWidth.of(width).weights not in stored]
     if absent:
         raise UserError(f"{flag_text(absent)} bits is not in the packed file {path}: choose from "
                         f"{flag_text(stored)}")

@@ -17,7 +17,8 @@ from tensorboardX import SummaryWriter
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
-from utils import one_line, write_json, write_text
+from models import BitWidth
+from utils import one_line, with_text_keys, write_json, write_text
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
@@ -123,7 +124,7 @@ class RunFolder:
 def write_metrics(path, records):
     """Write a metrics.jsonl, a line a record; UserError where that fails, as on a full disk."""
     try:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(path, "".join(json.dumps(with_text_keys(record)) + "\n" for record in records))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}): make room there") from None
 
@@ -135,7 +136,8 @@ def read_metrics(path):
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             for part in ("train", "val"):
-                record[part] = {int(bits): values for bits, values in record[part].items()}
+                record[part] = {BitWidth.of(width): values
+                                for width, values in record[part].items()}
             records.append(record)
     return records
 

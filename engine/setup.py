@@ -8,7 +8,7 @@ from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError, reading
 from engine.forward_pass import ForwardPass
 from engine.state import load_weights
-from models import build, fit_bit_widths, saved_bit_widths, zoo
+from models import add_missing_bit_widths, build, saved_bit_widths, zoo
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
@@ -42,14 +42,14 @@ def images_per_process(args):
 
 def make_model(args, bit_widths, num_classes):
     try:
-        return build(args.model, bit_widths, num_classes, args.width, args.all_conv)
+        return build(args.model, bit_widths, num_classes, args.width, args.all_conv, args.quantizer)
     except ValueError as error:
         if not zoo.is_torchvision(args.model):
             raise
         raise UsageError(f"--model {args.model}: {error}") from None
 
 
-def initialise(model, path, state_dict, bit_widths):
+def initialise(model, path, state_dict):
     """Load --pretrain, of this model or of the float network it was made from; return what to tell.
 
     Raises UserError where the state dict does not fit.
@@ -62,9 +62,9 @@ def initialise(model, path, state_dict, bit_widths):
         told += f"; of another size, so left new: {', '.join(left)}" if left else ""
     else:
         with reading(path):
-            state_dict, added = fit_bit_widths(state_dict, bit_widths)
-        copies = [f"{bits} bits (as those of {origin} bits)" for bits, origin in added.items()]
-        told += f": BatchNorms of {', '.join(copies)}" if added else ""
+            state_dict, added = add_missing_bit_widths(state_dict, model)
+        copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
+        told += f": BatchNorms and quantizers, {', '.join(copies)}" if added else ""
     load_weights(model, state_dict, path)
     return told
 

@@ -1,18 +1,33 @@
 """Any-precision networks by name, and the switch that sets their bit-width."""
+from collections.abc import Iterable
+
+from torch import nn
+
 from models import zoo
-from models.bit_widths import calibrate, fit_bit_widths, saved_bit_widths
+from models.bit_widths import (BITS, FULL_PRECISION, BitWidth, check_bit_widths, set_bit_width,
+                               trained_bit_widths)
+from models.calibration import add_missing_bit_widths, calibrate, saved_bit_widths
 from models.convert import convert
 from models.converted import layer_table
-from models.quan_ops import BIT_WIDTHS, check_bit_widths, set_bit_width, trained_bit_widths
-from models.resnet_quan import ResNet20 as resnet20q, ResNet50 as resnet50q
+from models.quantizers import QUANTIZERS, initialize_quantizers, set_quantizers
+from models.resnet_quan import ResNet20 as resnet20q
+from models.resnet_quan import ResNet50 as resnet50q
 from models.svhn_quan import SVHNNet as svhnq
 
 MODELS = {"resnet20q": resnet20q, "resnet50q": resnet50q, "svhnq": svhnq}
 DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}
 
 
-def build(name, bit_widths, num_classes, width=1, all_conv=False):
-    """Return a network of MODELS, or a converted one of torchvision; ValueError for another."""
+def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: int, width: int = 1,
+          all_conv: bool = False, quantizer: str = "dorefa") -> nn.Module:
+    """Return a network of MODELS, or a converted one of torchvision.
+
+    Raises ValueError for another name, and for bit-widths or a quantizer that do not exist.
+    """
     if name in MODELS:
-        return MODELS[name](bit_widths, num_classes, width, all_conv)
-    return convert(zoo.torchvision_network(name, num_classes), bit_widths)
+        model = MODELS[name](bit_widths, num_classes, width, all_conv)
+    else:
+        model = convert(zoo.torchvision_network(name, num_classes), bit_widths)
+    if quantizer != "dorefa":  # which layers have from the start
+        set_quantizers(model, quantizer, bit_widths)
+    return model

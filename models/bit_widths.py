@@ -1,60 +1,113 @@
-"""Bit-widths of saved weights: which there are, fitting them to others, calibrating those."""
+"""The bit-width of a network: a value that holds the bits of weights and of activations."""
+import functools
 import re
+from collections.abc import Iterable
 
-import torch
+from torch import nn
 
-from models.quan_ops import SwitchableBatchNorm2d, check_bit_widths, set_bit_width
+FULL_PRECISION = 32
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 
-BATCH_NORM_ENTRY = re.compile(r"(.*\bbn_dict\.)(\d+)(\..*)")
 
+@functools.total_ordering
+class BitWidth:
+    """Bits of weights and bits of activations, each 1 to 8, or 32 for full precision.
 
-def saved_bit_widths(state_dict):
-    """Return the bit-widths that a state dict has BatchNorms for, lowest first.
-
-    Raises ValueError where one of them does not exist.
+    Written `4` where both are equal, else `w2a4`; a BitWidth equals, and hashes as, the integer or
+    text that it is written as, so that `results[4]` and `results["w2a4"]` find it. It sorts by cost
+    (weight bits times activation bits), then by weight bits: the highest teaches the others.
     """
-    saved = {int(found[2]) for found in map(BATCH_NORM_ENTRY.fullmatch, state_dict) if found}
-    return sorted(check_bit_widths(saved)) if saved else []
+
+    def __init__(self, weights: int, activations: int | None = None):
+        self.weights = weights
+        self.activations = weights if activations is None else activations
+
+    @classmethod
+    def of(cls, value: "BitWidth | int | str") -> "BitWidth":
+        """Return the bit-width that 4, "4" or "w2a4" means; ValueError where there is none."""
+        if isinstance(value, cls):
+            return value
+        found = re.fullmatch(r"w(\d{1,2})a(\d{1,2})|(\d{1,2})", str(value))
+        if found and not isinstance(value, bool):
+            weights = int(found[1] or found[3])
+            activations = int(found[2] or found[3])
+            if weights in BITS and activations in BITS:
+                return cls(weights, activations)
+        raise ValueError(f"bit-width {value!r} does not exist: choose from 1 to 8 and 32, or of "
+                         "these one for weights and one for activations, such as w2a4")
+
+    @property
+    def plain(self) -> int | str:
+        """The integer or text that it is written as, for files."""
+        if self.weights == self.activations:
+            return self.weights
+        return f"w{self.weights}a{self.activations}"
+
+    def __str__(self):
+        return str(self.plain)
+
+    def __repr__(self):
+        return f"BitWidth({self.plain!r})"
+
+    def __format__(self, form):
+        return format(str(self), form)
+
+    def __eq__(self, other):
+        if isinstance(other, BitWidth):
+            return self.plain == other.plain
+        return self.plain == other if isinstance(other, int | str) else NotImplemented
+
+    def __hash__(self):
+        return hash(self.plain)
+
+    def __lt__(self, other):
+        other = BitWidth.of(other)
+        return self.cost < other.cost
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """What it is sorted by: weight bits times activation bits, then weight bits."""
+        return self.weights * self.activations, self.weights
+
+    @property
+    def is_full_precision(self) -> bool:
+        return self.weights == self.activations == FULL_PRECISION
+
+    def distance(self, other: "BitWidth") -> tuple[int, tuple[int, int]]:
+        """Return what the nearest of several has least of; of two as near, the higher is nearer."""
+        other = BitWidth.of(other)
+        apart = abs(self.weights - other.weights) + abs(self.activations - other.activations)
+        return apart, (-other.cost[0], -other.cost[1])
 
 
-def fit_bit_widths(state_dict, bit_widths):
-    """Return a state dict with BatchNorms for `bit_widths` alone, and {added: what it copies}.
+def check_bit_widths(bit_widths: Iterable[BitWidth | int | str]) -> tuple[BitWidth, ...]:
+    """Return bit-widths highest first; ValueError for unknown ones, repeated ones or none."""
+    widths = [BitWidth.of(value) for value in bit_widths]
+    if not widths:
+        raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4")
+    if len(set(widths)) < len(widths):
+        raise ValueError(f"bit-widths {','.join(map(str, widths))} repeat: list each once")
+    return tuple(sorted(widths, reverse=True))
 
-    A bit-width that is missing starts as a copy of the nearest; of two as near the higher, whose
-    quantization step is closer. All other entries stay.
+
+def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
+    """Switch every layer of the model that has bits: those with a method `switch_bit_width`.
+
+    Raises ValueError where the model was not built for that bit-width, and changes nothing.
     """
-    saved = saved_bit_widths(state_dict)
-    source = {bits: min(saved, key=lambda other: (abs(other - bits), -other))
-              for bits in bit_widths if saved}
-    fitted = {}
-    for key, value in state_dict.items():
-        found = BATCH_NORM_ENTRY.fullmatch(key)
-        if not found:
-            fitted[key] = value
-        for bits, origin in source.items() if found else ():
-            if origin == int(found[2]):
-                fitted[f"{found[1]}{bits}{found[3]}"] = value
-    return fitted, {bits: origin for bits, origin in source.items() if bits != origin}
+    bit_width = BitWidth.of(bit_width)
+    trained = trained_bit_widths(model)
+    if trained and bit_width not in trained:
+        raise ValueError(f"{bit_width}-bit was not trained; choose from "
+                         f"{', '.join(map(str, trained))}")
+    for layer in model.modules():
+        if hasattr(layer, "switch_bit_width"):
+            layer.switch_bit_width(bit_width)
 
 
-@torch.no_grad()
-def calibrate(model, bits, batches):
-    """Re-estimate one bit-width's BatchNorm statistics over batches of images (N, 3, H, W).
-
-    Each becomes the average over the batches. Nothing else changes, not even resnet20q's shared
-    shortcut BatchNorm. Leaves the model in evaluation mode at that bit-width.
-    """
-    model.eval()
-    set_bit_width(model, bits)
-    layers = [layer.bn_dict[str(bits)] for layer in model.modules()
-              if isinstance(layer, SwitchableBatchNorm2d)]
-    momentum = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average, in torch's convention
-        layer.train()
-    for images in batches:
-        model(images)
-    for layer, value in zip(layers, momentum):
-        layer.momentum = value
-        layer.eval()
+def trained_bit_widths(model: nn.Module) -> list[BitWidth]:
+    """Return the bit-widths that the model has BatchNorms for, lowest first."""
+    for layer in model.modules():
+        if hasattr(layer, "bn_dict"):
+            return sorted(map(BitWidth.of, layer.bn_dict))
+    return []

@@ -5,10 +5,10 @@ import warnings
 from torch import fx, nn
 
 from models import graph as graphs
+from models.bit_widths import check_bit_widths, set_bit_width
 from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
-                             set_bit_width)
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 
 
 def convert(network, bit_widths, keep=()):
@@ -32,13 +32,12 @@ def convert(network, bit_widths, keep=()):
         warnings.warn(note, stacklevel=2)
     why = full_precision(network, graph, keep)
     replace_modules(network, bit_widths, why, activations=graph is None)
-    stem, body = None, call
+    run = call
     if graph:
         graphs.replace_activations(graph, network, why)
-        stem, body = (part and type(fx.GraphModule(network, part)).forward
-                      for part in graphs.split(graph, dict(network.named_modules())))
-    model = AnyPrecisionNetwork(network, stem, body, describe(network, graph, why), note)
-    set_bit_width(model, max(bit_widths))
+        run = type(fx.GraphModule(network, graph)).forward
+    model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note)
+    set_bit_width(model, bit_widths[0])
     return model.train(training)
 
 
@@ -106,6 +105,7 @@ def replacement(layer, bit_widths, why, activations):
         layer.__class__ = BatchNorm2d
     elif kind is nn.Conv2d and not why:
         layer.__class__ = Conv2dQ
+        layer.add_quantizer()
     elif kind is nn.BatchNorm2d and not why:
         switchable = SwitchableBatchNorm2d(layer.num_features, bit_widths).to(layer.weight)
         for own in switchable.bn_dict.values():

@@ -23,23 +23,19 @@ class Layer(NamedTuple):
 class AnyPrecisionNetwork(nn.Module):
     """A converted network: its layers stand in `network`, by the names that they had.
 
-    stem, body: what comes before the first quantizer and what then comes, functions of (network,
-    x); stem None: nothing does. layers: a Layer each. note: what could not be seen, or "".
+    run: its forward pass, a function of (network, x). layers: a Layer each. note: what could not be
+    seen, or "".
     """
 
-    def __init__(self, network, stem, body, layers, note):
+    def __init__(self, network, run, layers, note):
         super().__init__()
-        self.network, self.layers, self.note = network, layers, note
-        self.run_stem, self.run_body, self.shares_stem = stem, body, stem is not None
+        self.network = network
+        self.run = run
+        self.layers = layers
+        self.note = note
 
     def forward(self, x):  # (N, 3, H, W) -> (N, classes)
-        return self.body(self.stem(x) if self.shares_stem else x)
-
-    def stem(self, x):
-        return self.run_stem(self.network, x)
-
-    def body(self, x):
-        return self.run_body(self.network, x)
+        return self.run(self.network, x)
 
 
 def describe(network, graph, why):

@@ -1,11 +1,12 @@
-"""What torch.fx sees of a network: its activations, what each convolution takes in, its stem.
+"""What torch.fx sees of a network: its activations, and what each convolution takes in.
 
 A graph's nodes are the calls of a forward pass, in order: of modules, functions and methods.
 """
 from torch import fx, nn
 from torch.nn import functional
 
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.float_layers import BatchNorm2d, Classifier
+from models.quan_ops import ActivationQ, QuantizedLayer, SwitchableBatchNorm2d
 
 RELU = {nn.ReLU: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
         nn.ReLU6: nn.ReLU6, functional.relu6: nn.ReLU6}  # and torch.relu and torch.relu_, by name
@@ -20,9 +21,49 @@ MAKERS = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average 
           "adaptive_avg_pool2d": "an average pool", "mean": "an average pool",
           "mul": "a product", "imul": "a product", "Conv2dQ": "a convolution",
           "SwitchableBatchNorm2d": "a BatchNorm without activation"}
-# What changes from one bit-width, or one call, to the next.
-CHANGING = (Conv2dQ, SwitchableBatchNorm2d, ActivationQ, nn.BatchNorm2d,
-            nn.modules.dropout._DropoutNd)
+
+
+LAYERS = (QuantizedLayer, ActivationQ, SwitchableBatchNorm2d, BatchNorm2d, Classifier)
+
+
+class Tracer(fx.Tracer):
+    """Traces a network down to its layers, torch's and ours."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
+
+
+def link_inputs(model: nn.Module) -> None:
+    """Let each quantized layer know the quantizer of its input, where torch.fx can see it.
+
+    Layers use it to make operands of low precision exact, and give the same output without it.
+    """
+    modules = dict(model.named_modules())
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # of torch.fx, or of the network's own code
+        return
+    sources = {}
+    for node in graph.nodes:
+        layer = module_of(node, modules)
+        if isinstance(layer, QuantizedLayer):
+            sources.setdefault(layer, set()).add(activation_before(node.args[0], modules))
+    for layer, found in sources.items():
+        source = found.pop() if len(found) == 1 else None
+        quantizer = source.quantizer if source and source.rounding else None
+        object.__setattr__(layer, "input_quantizer", quantizer)  # it is no submodule of the layer
+
+
+def activation_before(node, modules):
+    """Return the ActivationQ whose values a node's output holds; None where there is none."""
+    while isinstance(node, fx.Node):
+        layer = module_of(node, modules)
+        if isinstance(layer, ActivationQ):
+            return layer
+        if name_of(node, modules) not in KEEPING or not node.args:
+            return None
+        node = node.args[0]
+    return None
 
 
 class IsTraining(nn.Module):
@@ -164,38 +205,3 @@ def image_layers(graph, modules):
         if is_behind or isinstance(layer, (nn.Conv2d, nn.Linear)):
             behind.add(node)
     return found
-
-
-def split(graph, modules):
-    """Return the graphs of what comes before the first quantizer, and after; None, graph if none.
-
-    Where more than one tensor goes from one to the other there is no such split.
-    """
-    changing, crossing = set(), set()
-    for node in graph.nodes:
-        layer = module_of(node, modules)
-        if isinstance(layer, (*CHANGING, IsTraining)) or any(
-                source in changing for source in node.all_input_nodes):
-            changing.add(node)
-            crossing |= {source for source in node.all_input_nodes
-                         if source not in changing and source.op != "get_attr"}
-    cut = crossing.pop() if len(crossing) == 1 else None
-    if cut is None or cut.op == "placeholder" or any(
-            name_of(user, modules).startswith("i") or name_of(user, modules).endswith("_")
-            for user in cut.users if user.op != "call_module"):  # in place, on what is shared
-        return None, graph
-    before = [node for node in graph.nodes if node not in changing]
-    after = [node for node in graph.nodes
-             if node in changing or node is cut or node.op == "get_attr"]
-    return part(before, None, cut), part(after, cut, None)
-
-
-def part(nodes, start, end):
-    """Return a graph of some nodes, whose input is `start`, if any, and output `end`, if any."""
-    graph, copies = fx.Graph(), {}
-    for node in nodes:
-        copies[node] = (graph.placeholder("x") if node is start
-                        else graph.node_copy(node, copies.__getitem__))
-    if end is not None:
-        graph.output(copies[end])
-    return graph

@@ -1,89 +1,115 @@
-"""Levels of weights at several bit-widths, told by one number a weight.
+"""Levels of weights at several bit-widths, stored as one number a weight.
 
-A weight has a level at each bit-width, k of 0 to 2^bits - 1. The thresholds between levels cut
-[-1, 1] into intervals: at 1, 2, 4 and 8 bits into 256, as 255 is an odd multiple of 1, 3 and 15; at
-all of 1 to 8 bits into 472. Each is a combination of levels, a row of a table, and a weight is the
-number of its row: a byte, or a byte and a bit of a plane. Weights within rounding of a threshold,
-such as 0, may have other combinations. Those take rows that are left over, the most frequent first;
-what then has none is mended, by a list.
+A weight has a level at each bit-width, k of 0 to 2^bits - 1. Where all of them come from rounding
+one number, the thresholds between levels cut its range into intervals: at 1, 2, 4 and 8 bits into
+256, as 255 is an odd multiple of 1, 3 and 15; at all of 1 to 8 bits into 472. Each is a combination
+of levels, a row of a table, and a weight is the number of its row: a byte, or a byte and a bit of a
+plane of high bits. Weights within rounding of a threshold, such as 0, may have other combinations.
+Those take rows that are free, the most frequent first; what then has none is an exception, kept in
+a list.
+
+Several levels are joined to one number (a joint level), the first column's in the lowest bits.
 """
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SELDOM = 1e-3  # of the weights: where more are of combinations without a row, a bit is added
+MANY = 0.1  # of a layer's weights: where more are exceptions, its levels do not nest
+JOINT_BITS = 62  # that an int64 holds
 
 
-def combinations(layer, stored_bits):
-    """Return each weight's levels as one number, those at more bits in front: (weights,) int64."""
-    levels = []
-    for bits in stored_bits:
-        q, _ = layer.operand(bits, integers=True)  # (2 k - n) / 2^bits
-        exact = (q * 2**bits + 2**bits - 1) / 2  # but for float32's rounding
-        k = exact.round().clamp(0, 2**bits - 1)
-        if not (k - exact).abs().max() < 0.01:
-            raise ValueError(f"the weights at {bits} bits are not finite, or not {2**bits} even "
-                             "levels of [-E, E]: a packed file holds nothing else")
-        levels.append(k.flatten().long())
-    return join(levels, stored_bits)
+class Codes(NamedTuple):
+    """A layer's weights as numbers of rows.
 
-
-def intervals(stored_bits):
-    """Return the combination of each interval between all thresholds, from -E to E."""
-    thresholds = torch.cat([(torch.arange(2**bits - 1, dtype=torch.float64) + 0.5) / (2**bits - 1)
-                            for bits in stored_bits]).unique()
-    ends = torch.cat([torch.zeros(1), thresholds, torch.ones(1)])
-    middles = (ends[1:] + ends[:-1]) / 2
-    return join([((2**bits - 1) * middles).round().long() for bits in stored_bits], stored_bits)
-
-
-def encode(layers, stored_bits):
-    """Return the rows that the intervals' table lacks, (rows, widths), and {layer: its tensors}.
-
-    layers: {name: combinations}. tensors: `weight`, the low byte; `ninth`, the plane of the bits
-    above it; `mended`, indices of weights, and `mended_levels`.
+    low: (weights,) uint8; high_bits: the bits above, eight a byte, if any; exceptions: indices of
+    weights (n,) int32 whose levels, (n, columns) uint8, are exception_levels, if any.
     """
-    regular = intervals(stored_bits)
-    found, counts = torch.cat([torch.stack(numbers.unique(return_counts=True))
-                               for numbers in layers.values()], dim=1)
-    found, where = found.unique(return_inverse=True)
-    counts = torch.zeros_like(found).index_add_(0, where, counts)
-    other = ~torch.isin(found, regular)
-    wide = len(regular) > 256 or counts[other].sum() > SELDOM * counts.sum()
-    frequent = counts[other].sort(descending=True, stable=True).indices
-    rows = split(found[other][frequent[:(512 if wide else 256) - len(regular)]], stored_bits)
-    table = join(rows_of(rows, stored_bits).long().T, stored_bits)
-    packed = {}
-    for name, numbers in layers.items():
-        code = torch.searchsorted(table, numbers).clamp_(max=len(table) - 1)
-        packed[name] = parts = {"weight": code.to(torch.uint8)}
+    low: Tensor
+    high_bits: Tensor | None = None
+    exceptions: Tensor | None = None
+    exception_levels: Tensor | None = None
+
+
+def encode(layers: dict[str, Tensor], bits: tuple[int, ...]) -> tuple[Tensor, dict[str, Codes]]:
+    """Return rows that the table of intervals lacks, (rows, columns) uint8, and each layer's Codes.
+
+    layers: {name: joint levels (weights,) int64}. bits: of each column. Raises ValueError naming
+    a layer whose levels do not come from rounding one number.
+    """
+    regular = intervals(bits)
+    numbers, counts = torch.cat([torch.stack(levels.unique(return_counts=True))
+                                 for levels in layers.values()], dim=1)
+    numbers, where = numbers.unique(return_inverse=True)
+    counts = torch.zeros_like(numbers).index_add_(0, where, counts)
+    is_other = ~torch.isin(numbers, regular)
+    wide = len(regular) > 256 or counts[is_other].sum() > SELDOM * counts.sum()
+    most_frequent = counts[is_other].sort(descending=True, stable=True).indices
+    free = (512 if wide else 256) - len(regular)
+    others = split(numbers[is_other][most_frequent[:max(0, free)]], bits)
+    rows = join(table(others, bits).long().T, bits)
+    codes = {}
+    for name, levels in layers.items():
+        code = torch.searchsorted(rows, levels).clamp_(max=len(rows) - 1)
+        exceptions = (rows[code] != levels).nonzero().flatten()
+        if len(exceptions) > MANY * len(levels):
+            raise ValueError(f"layer {name}: its levels at {', '.join(map(str, bits))} bits do not "
+                             "come from rounding one number: pack one bit-width a file")
+        high_bits = None
         if wide:
             plane = nn.functional.pad(code >> 8, (0, -len(code) % 8)).view(-1, 8)
-            parts["ninth"] = (plane << torch.arange(8)).sum(1).to(torch.uint8)
-        mended = (table[code] != numbers).nonzero().flatten()
-        if len(mended):
-            parts["mended"] = mended.to(torch.int32)
-            parts["mended_levels"] = split(numbers[mended], stored_bits)
-    return rows, packed
+            high_bits = (plane << torch.arange(8)).sum(1).to(torch.uint8)
+        codes[name] = Codes(code.to(torch.uint8), high_bits)
+        if len(exceptions):
+            codes[name] = codes[name]._replace(exceptions=exceptions.to(torch.int32),
+                                               exception_levels=split(levels[exceptions], bits))
+    return others, codes
 
 
-def rows_of(others, stored_bits):
-    """Return the table of levels, (rows, widths) uint8, given those that are of no interval."""
-    numbers = torch.cat([intervals(stored_bits), join(others.long().T, stored_bits)])
-    return split(numbers.sort().values, stored_bits)
+def decode(codes: Codes, rows: Tensor, column: int) -> Tensor:
+    """Return the levels (weights,) uint8 of one column, given the table (rows, columns)."""
+    numbers = codes.low.long()
+    if codes.high_bits is not None:
+        eight = torch.arange(8, device=numbers.device)
+        high = (codes.high_bits[:, None] >> eight & 1).flatten()[:len(numbers)]
+        numbers = numbers + (high.long() << 8)
+    levels = rows[:, column][numbers]
+    if codes.exceptions is not None:
+        levels[codes.exceptions.long()] = codes.exception_levels[:, column]
+    return levels
 
 
-def join(levels, stored_bits):
-    """Return levels at each of stored_bits, (n,) int64, as combinations() has them."""
+def intervals(bits: tuple[int, ...]) -> Tensor:
+    """Return the joint level of each interval between all thresholds of a range, in order."""
+    thresholds = torch.cat([(torch.arange(2**b - 1, dtype=torch.float64) + 0.5) / (2**b - 1)
+                            for b in bits]).unique()
+    ends = torch.cat([torch.zeros(1), thresholds, torch.ones(1)])
+    middles = (ends[1:] + ends[:-1]) / 2
+    return join([((2**b - 1) * middles).round().long() for b in bits], bits)
+
+
+def table(others: Tensor, bits: tuple[int, ...]) -> Tensor:
+    """Return the table of levels, (rows, columns) uint8, given its rows that are of no interval."""
+    numbers = torch.cat([intervals(bits), join(others.long().T, bits)])
+    return split(numbers.sort().values, bits)
+
+
+def join(levels: list[Tensor] | Tensor, bits: tuple[int, ...]) -> Tensor:
+    """Return levels, a row (n,) int64 a column, as joint levels (n,) int64."""
+    if sum(bits) > JOINT_BITS:
+        raise ValueError(f"{len(bits)} bit-widths of {sum(bits)} bits together are more than a "
+                         f"packed file holds ({JOINT_BITS}): pack fewer")
     numbers = torch.zeros_like(levels[0])
-    for bits, k in reversed(list(zip(stored_bits, levels))):
-        numbers = numbers << bits | k
+    for b, k in reversed(list(zip(bits, levels, strict=True))):
+        numbers = numbers << b | k
     return numbers
 
 
-def split(numbers, stored_bits):
-    """Return the levels of join(): (n,) int64 -> (n, widths) uint8."""
+def split(numbers: Tensor, bits: tuple[int, ...]) -> Tensor:
+    """Return the levels of joint levels: (n,) int64 -> (n, columns) uint8."""
     columns = []
-    for bits in stored_bits:
-        columns.append(numbers & 2**bits - 1)
-        numbers = numbers >> bits
+    for b in bits:
+        columns.append(numbers & 2**b - 1)
+        numbers = numbers >> b
     return torch.stack(columns, dim=1).to(torch.uint8)

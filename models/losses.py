@@ -1,80 +1,101 @@
 """The any-precision step: who teaches whom (paper, Algorithm 1), and what is computed once."""
 import contextlib
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import quan_ops
+from models.bit_widths import BitWidth, check_bit_widths, set_bit_width
+from models.quan_ops import QuantizedLayer, WeightQuantizer
+from models.stem import SharedStem
 
-# Who teaches the next lower bit-width: (target, logits, labels) -> labels or probabilities.
-LOSSES = {
+# What the next lower bit-width learns from: (target, logits, labels) -> labels or probabilities.
+NEXT_TARGET = {
     "hard": lambda target, logits, labels: labels,
     "soft": lambda target, logits, labels: logits.softmax(1) if target is labels else target,
     "recursive": lambda target, logits, labels: logits.softmax(1),
 }
 
 
-def forward_loss(network, x, target):
+def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the batch mean of -sum(p log q), p or classes being the target, and the logits."""
-    logits = network(x)
+    logits = model(images)
     return torch.nn.functional.cross_entropy(logits, target), logits
 
 
-def normalize_weights(weights):
-    """Return normalize_weight of each; what that computes is computed again backward, not kept."""
-    return [checkpoint(quan_ops.normalize_weight, w, use_reentrant=False, preserve_rng_state=False)
-            for w in weights]
+def prepare_weights(layers: list[QuantizedLayer]) -> list[tuple[Tensor, ...]]:
+    """Return quantizer.prepare of each layer's weight, computed again backward rather than kept."""
+    return [checkpoint(layer.quantizer.prepare, layer.weight, use_reentrant=False,
+                       preserve_rng_state=False) for layer in layers]
 
 
-def any_precision_backward(model, images, labels, bit_widths, loss="recursive", weight=1.0,
-                           shared=True, forward=forward_loss, normalize=normalize_weights,
-                           autocast=contextlib.nullcontext):
+def any_precision_backward(
+        model: nn.Module, images: Tensor, labels: Tensor,
+        bit_widths: Iterable[BitWidth | int | str], loss: str = "recursive",
+        loss_scale: float = 1.0, shared: bool = True, share_stem: bool = True,
+        forward: Callable = forward_loss, prepare: Callable = prepare_weights,
+        autocast: Callable = contextlib.nullcontext) -> dict[BitWidth, tuple[Tensor, Tensor]]:
     """Add the gradients of all bit-widths, from high to low, to `.grad`.
 
-    The highest bit-width learns from the labels, a lower one from what LOSSES[loss] hands over.
-    images (N, 3, H, W); labels (N,) int64; weight multiplies every loss. shared=False computes
-    everything anew, the reference. forward and normalize: those, or compiled; autocast() is entered
-    for the forward passes. Returns {bits: (loss, logits (N, classes))}, highest first, detached.
-    Raises ValueError for an unknown loss, or a bit-width that the model was not built for.
+    The highest bit-width learns from the labels, a lower one from what NEXT_TARGET[loss] returns.
+
+    Args:
+        images: (N, 3, H, W). labels: (N,) int64.
+        loss_scale: multiplies every loss.
+        shared: False computes everything anew at each bit-width, the reference.
+        share_stem: False computes the stem anew.
+        forward, prepare: forward_loss and prepare_weights, or these compiled.
+        autocast: its context surrounds the forward passes.
+
+    Returns:
+        {bit-width: (loss, logits (N, classes))}, highest first, detached.
+
+    Raises:
+        ValueError: an unknown loss, or a bit-width that the model was not built for.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss {loss} does not exist: choose from {', '.join(LOSSES)}")
-    results, target = {}, labels
-    with shared_computation(model, images, autocast, shared, normalize) as (network, x):
-        for bits in quan_ops.check_bit_widths(bit_widths):
-            quan_ops.set_bit_width(model, bits)
+    if loss not in NEXT_TARGET:
+        raise ValueError(f"loss {loss} does not exist: choose from {', '.join(NEXT_TARGET)}")
+    results = {}
+    target = labels
+    sharing = contextlib.nullcontext()
+    if shared:
+        sharing = shared_computation(model, images, share_stem, prepare)
+    with sharing:
+        for bit_width in check_bit_widths(bit_widths):
+            set_bit_width(model, bit_width)
             with autocast():
-                value, logits = forward(network, x, target)
-            (weight * value).backward()  # here, so that one bit-width's graph is alive at a time
-            results[bits] = value.detach(), logits.detach()
-            target = LOSSES[loss](target, logits.detach(), labels)
+                value, logits = forward(model, images, target)
+            (loss_scale * value).backward()  # here, so that one bit-width's graph is alive at a time
+            logits = logits.detach()
+            results[bit_width] = value.detach(), logits
+            target = NEXT_TARGET[loss](target, logits, labels)
     return results
 
 
 @contextlib.contextmanager
-def shared_computation(model, images, autocast=contextlib.nullcontext, shared=True,
-                       normalize=normalize_weights):
-    """Compute once what no bit-width changes: normalized weights, and a stem in full precision.
+def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True,
+                       prepare: Callable = prepare_weights):
+    """Compute once what no bit-width changes: prepared weights, and the stem of these images.
 
-    Yields (network, x), where network(x) equals model(images) at the model's bit-width, and
-    gradients gather at what is shared, to go back through it once. Not shared: (model, images).
+    Set a bit-width before each use of the model within. Gradients gather at what is shared; those
+    of prepared weights and of the stem reach the parameters at the end.
     """
-    layers = [layer for layer in model.modules()  # without gradients they keep quantized weights
-              if isinstance(layer, quan_ops.Conv2dQ) and shared and torch.is_grad_enabled()]
-    normalized = normalize([layer.weight for layer in layers]) if layers else []
-    once = [part for v_and_scale in normalized for part in v_and_scale]
-    shares_stem = shared and getattr(model, "shares_stem", False)
-    if shares_stem:
-        with autocast():
-            once.append(model.stem(images))
-    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in once]
-    network, x = (model.body, leaves[-1]) if shares_stem else (model, images)
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)
+              and type(layer.quantizer).prepare is not WeightQuantizer.prepare]
+    for layer in layers:
+        layer.quantizer.bits = None  # so that a `prepare` that depends on it fails
+        layer.quantizer.width = None
+    prepared = prepare(layers)
+    outputs = []
     try:
-        for layer, v, scale in zip(layers, leaves[::2], leaves[1::2]):
-            layer.shared = v, scale
-        yield network, x
+        for layer, tensors in zip(layers, prepared, strict=True):
+            layer.prepared = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
+            outputs += zip(tensors, layer.prepared)
+        with SharedStem(model, images) if share_stem else contextlib.nullcontext():
+            yield
     finally:
         for layer in layers:
-            layer.shared = None
-    used = [(tensor, leaf) for tensor, leaf in zip(once, leaves) if leaf.grad is not None]
-    torch.autograd.backward([tensor for tensor, _ in used], [leaf.grad for _, leaf in used])
+            layer.prepared = None
+    outputs = [(tensor, leaf) for tensor, leaf in outputs if leaf.grad is not None]
+    torch.autograd.backward([tensor for tensor, _ in outputs], [leaf.grad for _, leaf in outputs])

@@ -1,129 +1,213 @@
 """The packed file: a network of every bit-width, with a byte (or nine bits) a quantized weight.
 
-It is a safetensors file: of each quantized layer E, and numbers of rows of a table of levels (see
-levels.py); the BatchNorms of its bit-widths; all else in float32; and one JSON text, with a
-SHA-256.
+It is a safetensors file: of each quantized layer numbers of rows of a table of levels (see
+levels.py), and the scale and grid of its integers at each bit-width; the BatchNorms, and what
+quantizers keep, of its bit-widths; all else in float32; and one JSON text, with a SHA-256.
 """
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import build, check_bit_widths, set_bit_width
-from models.bit_widths import BATCH_NORM_ENTRY
-from models.levels import combinations, encode, rows_of
-from models.quan_ops import FULL_PRECISION, Conv2dQ
+from models.bit_widths import FULL_PRECISION, BitWidth
+from models.calibration import ENTRY
+from models.levels import Codes, decode, encode, join, table
+from models.quan_ops import QuantizedLayer, WeightQuantizer
 
 KEY = "any_precision"  # the one metadata entry: several are written in another order each time
-FORMAT = 1
+FORMAT = 2
 ANY = (1, 2, 3, 4, 5, 6, 7, 8)
 COUNTED = ".num_batches_tracked"  # not stored: evaluation does not need it
+OPTIONAL = ("high_bits", "exceptions", "exception_levels")
+OLD_NAMES = {"ninth": "high_bits", "mended": "exceptions", "mended_levels": "exception_levels"}
 
 
-class PackedConv2dQ(Conv2dQ):
-    """A Conv2dQ of stored levels. Its weight, uint8, is the low byte of numbers into `levels`."""
+class PackedWeight(WeightQuantizer):
+    """The quantizer of a layer whose weight, uint8, is the low byte of numbers of rows.
 
-    def operand(self, bits, integers=False):
-        self.shared = self.normalized(bits)
-        try:
-            return super().operand(bits, integers)
-        finally:
-            self.shared = None
+    columns: {name of a bit-width, or bits: number of its column}. rows: the table. scale, grid:
+    of each column; an integer is grid[0] + grid[1] k, k being the level.
+    """
 
-    def normalized(self, bits):
-        """Return (v, E) of the levels k; v = 2 k / n - 1, which quantizing keeps, bit for bit."""
-        if bits not in self.stored_bits:
-            stored = ", ".join(map(str, self.stored_bits))
-            raise ValueError(f"{bits} bits is not in the packed file: choose from {stored}")
-        column = self.stored_bits.index(bits)
-        numbers = self.weight.contiguous().flatten().long()
-        if self.ninth is not None:
-            eight = torch.arange(8, device=numbers.device)
-            numbers += ((self.ninth[:, None] >> eight & 1).flatten()[:len(numbers)].long() << 8)
-        k = self.levels[:, column][numbers]
-        if self.mended is not None:
-            k[self.mended.long()] = self.mended_levels[:, column]
-        v = 2 * (k.to(self.scale.dtype) / (2**bits - 1)) - 1
-        # In the weight's layout, which a network in channels-last format convolves with.
-        like = torch.empty_like(self.weight, dtype=v.dtype)
-        return like.copy_(v.view(self.weight.shape)), self.scale
-
-    def pack(self, weight, scale, levels, stored_bits, ninth=None, mended=None,
-             mended_levels=None):
-        """Become a layer of these tensors, by the names that they have in a file."""
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.stored_bits = tuple(stored_bits)
-        self.register_buffer("levels", levels, persistent=False)  # one table for all layers
+    def __init__(self, columns: dict[str, int], rows: Tensor, scale: Tensor, grid: Tensor,
+                 high_bits: Tensor | None = None, exceptions: Tensor | None = None,
+                 exception_levels: Tensor | None = None):
+        super().__init__()
+        self.columns = columns
+        self.register_buffer("rows", rows, persistent=False)  # one table for many layers
         self.register_buffer("scale", scale)
-        self.register_buffer("ninth", ninth)
-        self.register_buffer("mended", mended)
-        self.register_buffer("mended_levels", mended_levels)
-        if (weight.dtype != torch.uint8 or levels.shape[1:] != (len(stored_bits),)
-                or ninth is None and int(weight.max()) >= len(levels)
-                or ninth is not None and 8 * len(ninth) < weight.numel()
-                or mended is not None and not 0 <= int(mended.min()) <= int(mended.max())
-                < weight.numel()):
+        self.register_buffer("grid", grid)
+        self.register_buffer("high_bits", high_bits)
+        self.register_buffer("exceptions", exceptions)
+        self.register_buffer("exception_levels", exception_levels)
+
+    def check(self, weight: Tensor) -> None:
+        """Raise ValueError where the tensors do not fit each other."""
+        count = len(self.columns)
+        weights = weight.numel()
+        indices = self.exceptions
+        if (weight.dtype != torch.uint8 or self.rows.shape[1:] != (count,)
+                or self.scale.shape[:1] != (count,) or self.grid.shape != (count, 2)
+                or self.high_bits is None and int(weight.max()) >= len(self.rows)
+                or self.high_bits is not None and 8 * len(self.high_bits) < weights
+                or indices is not None and not 0 <= int(indices.min()) <= int(indices.max())
+                < weights):
             raise ValueError("weights and their table do not fit each other")
 
+    def full_precision(self, w):
+        raise self.absent()
 
-def quantized_layers(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Conv2dQ)}
+    def integers(self, w):
+        column = self.columns.get(self.width, self.columns.get(str(self.bits)))
+        if column is None:
+            raise self.absent()
+        codes = Codes(w.contiguous().flatten(), self.high_bits, self.exceptions,
+                      self.exception_levels)
+        low, stride = self.grid[column]
+        levels = decode(codes, self.rows, column).to(self.scale.dtype)
+        return (low + stride * levels).view(w.shape), self.scale[column]
+
+    def absent(self) -> ValueError:
+        return ValueError(f"{self.width}-bit is not in the packed file: choose from "
+                          f"{', '.join(self.columns)}")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, QuantizedLayer)}
 
 
 # ---- write
 
 @torch.no_grad()
-def save(model, bit_widths, path, about, stored_bits=None):
-    """Write a model's weights at `stored_bits` (None: bit_widths) and BatchNorms of bit_widths.
+def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
+         about: dict, stored: Iterable[BitWidth | int | str] | None = None) -> None:
+    """Write a model's weights at the bit-widths `stored` (None: bit_widths), BatchNorms of those.
 
-    about: what to build it from (model, width, all_conv, classes), and what else to tell of it.
-    Raises ValueError where the model's quantizer gives weights that integers do not stand for.
+    about: what to build it from (model, width, all_conv, classes, quantizer), and what else to say
+    of it. Raises ValueError, naming the layer, where a quantizer gives what no integers stand for.
     """
-    bit_widths, stored_bits = sorted(bit_widths), sorted(stored_bits or bit_widths)
-    if FULL_PRECISION in (*bit_widths, *stored_bits):
-        raise ValueError("32 bits is not stored in a packed file, which holds integers: choose "
-                         "from 1 to 8, and keep the checkpoint for 32")
+    bit_widths = sorted(check_bit_widths(bit_widths))
+    stored = stored_bit_widths(model, bit_widths, stored)
     layers = quantized_layers(model)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()
-               if not key.endswith(COUNTED) and kept_entry(key, bit_widths)
-               and (key.rpartition(".")[0] not in layers or key.endswith(".bias"))}
-    others, packed = encode({name: combinations(layer, stored_bits)
-                             for name, layer in layers.items()}, stored_bits)
-    levels = rows_of(others, stored_bits)
-    for name, parts in packed.items():
-        layer = layers[name]
-        parts["scale"] = layer.operand(stored_bits[0])[1].clone()
-        parts["weight"] = parts["weight"].view(layer.weight.shape)
-        check(name, layer, {**parts, "levels": levels, "stored_bits": stored_bits})
-        tensors.update((f"{name}.{part}", value) for part, value in parts.items())
-    if len(others):
-        tensors["others"] = others
-    about = {**about, "format": FORMAT, "bit_widths": bit_widths, "stored_bits": stored_bits}
+               if is_kept(key, bit_widths, layers)}
+    groups = {}  # columns: {name of a layer: its Column of each}
+    for name, layer in layers.items():
+        columns = columns_of(name, layer, stored)
+        groups.setdefault(tuple((key, c.bits) for key, c in columns.items()), {})[name] = columns
+    named_columns = []
+    for number, (signature, members) in enumerate(groups.items()):
+        bits = tuple(b for _, b in signature)
+        joint = {name: join([column.levels for column in columns.values()], bits)
+                 for name, columns in members.items()}
+        others, codes = encode(joint, bits)
+        rows = table(others, bits)
+        if len(others):
+            tensors[f"rows.{number}"] = others
+        named_columns.append({"columns": list(signature), "layers": list(members)})
+        for name, columns in members.items():
+            quantizer = PackedWeight(
+                {key: place for place, key in enumerate(columns)}, rows,
+                torch.stack([column.scale for column in columns.values()]),
+                torch.tensor([column.grid for column in columns.values()], dtype=torch.int16),
+                *codes[name][1:])
+            weight = codes[name].low.view(layers[name].weight.shape)
+            check_is(name, layers[name], quantizer, weight, stored)
+            tensors[f"{name}.weight"] = weight
+            tensors.update({f"{name}.quantizer.{key}": value
+                            for key, value in quantizer.state_dict().items()})
+    set_bit_width(model, bit_widths[-1])
+    about = {**about, "format": FORMAT, "bit_widths": [width.plain for width in bit_widths],
+             "stored": [width.plain for width in stored], "groups": named_columns}
     about["sha256"] = digest(tensors, about)
     content = safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)})
     Path(path).write_bytes(content)
 
 
-def kept_entry(key, bit_widths):
-    """Return whether a state dict's entry is that of no bit-width, or of one of bit_widths."""
-    found = BATCH_NORM_ENTRY.fullmatch(key)
-    return not found or int(found[2]) in bit_widths
+def stored_bit_widths(model, bit_widths, stored):
+    """Return the bit-widths at which weights are stored; ValueError for 32 bits.
+
+    Where a quantizer keeps something per bit-width, there are those of the model alone.
+    """
+    stored = sorted(check_bit_widths({*bit_widths, *map(BitWidth.of, stored or ())}))
+    for width in stored:
+        if FULL_PRECISION in (width.weights, width.activations):
+            raise ValueError(f"{width} bits is not stored in a packed file, which holds integers: "
+                             "choose from 1 to 8, and keep the checkpoint for 32")
+    if any(keeps_per_width(layer) for layer in quantized_layers(model).values()):
+        return bit_widths
+    return stored
 
 
-def check(name, layer, parts):
+def keeps_per_width(layer):
+    return any(ENTRY.fullmatch(key) for key in layer.state_dict(prefix="."))
+
+
+def is_kept(key, bit_widths, layers):
+    """Return whether a state dict's entry is stored as it is."""
+    if key.endswith(COUNTED):
+        return False
+    owner, _, name = key.partition(".quantizer.")
+    if owner in layers and name or key.rpartition(".")[0] in layers and key.endswith(".weight"):
+        return False
+    entry = ENTRY.fullmatch(key)
+    return not entry or BitWidth.of(entry["width"]) in bit_widths
+
+
+class Column:
+    """A layer's weights at one bit-width: bits, levels (weights,) int64, scale and grid."""
+
+    def __init__(self, name, layer):
+        integers, scale = layer.integer_weight()
+        self.bits = layer.bits
+        self.scale = scale.to(torch.float32).clone()
+        n = 2**self.bits - 1
+        exact = integers.round()
+        if not torch.equal(integers, exact):
+            raise ValueError(f"layer {name} at {self.bits} bits: its quantizer's weights are not "
+                             "finite integers times a scale, which is what a packed file holds")
+        whole = exact.flatten().long()
+        if (whole.abs() <= n).all() and ((whole + n) % 2 == 0).all():
+            self.grid = (-n, 2)
+        else:
+            self.grid = (-2**(self.bits - 1), 1)
+        self.levels = (whole - self.grid[0]) // self.grid[1]
+        if self.levels.min() < 0 or self.levels.max() > n:
+            raise ValueError(f"layer {name} at {self.bits} bits: its quantizer's integers, "
+                             f"{whole.min()} to {whole.max()}, are not of {n + 1} levels")
+
+
+def columns_of(name, layer, stored):
+    """Return {name: Column} of a layer at the stored bit-widths: one for each that differs."""
+    per_width = keeps_per_width(layer)
+    columns = {}
+    for width in stored:
+        layer.switch_bit_width(width)
+        key = str(width) if per_width else str(layer.bits)
+        if key not in columns:
+            columns[key] = Column(name, layer)
+    return columns
+
+
+def check_is(name, layer, quantizer, weight, stored):
     """Raise ValueError unless a packed layer has the layer's own weights, to the last bit."""
-    packed = PackedConv2dQ(1, 1, 1)
-    packed.pack(**parts)
-    for bits in parts["stored_bits"]:
-        if not torch.equal(packed.operand(bits)[0], layer.operand(bits)[0]):
-            raise ValueError(f"{name} at {bits} bits cannot be packed: quantizing its "
-                             "quantized weights again changes them")
+    for width in stored:
+        layer.switch_bit_width(width)
+        quantizer.bits = layer.bits
+        quantizer.width = str(width)
+        found = quantizer.integers(weight)
+        if not all(map(torch.equal, found, layer.integer_weight())):
+            raise ValueError(f"layer {name} at {width} bits cannot be packed: the file would not "
+                             "hold its own weights")
 
 
-def digest(tensors, about):
+def digest(tensors: dict[str, Tensor], about: dict) -> str:
     """Return the SHA-256 of all that a file holds, but of the digest itself."""
     about = {name: value for name, value in about.items() if name != "sha256"}
     total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
@@ -135,7 +219,7 @@ def digest(tensors, about):
 
 # ---- read
 
-def is_packed(path):
+def is_packed(path: str | Path) -> bool:
     """Return whether a file begins as safetensors do: a length in 8 bytes, and JSON."""
     try:
         with open(path, "rb") as file:
@@ -144,10 +228,10 @@ def is_packed(path):
         return False
 
 
-def read(path):
-    """Return a packed file's {name: tensor} and what is told of it; ValueError where it is none.
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Return a packed file's {name: tensor} and what it says of itself, in this format's form.
 
-    Besides what the file has: `levels`, the table, and the state of BatchNorms that it leaves out.
+    Raises ValueError where the file is damaged, of a newer version, or not a packed one.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -158,46 +242,87 @@ def read(path):
                          "anew") from None
     try:
         about = json.loads(metadata[KEY])
-        version, told = about["format"], about["sha256"]
+        version, expected = about["format"], about["sha256"]
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{path} is a safetensors file of something else: give one that "
                          "export.py wrote") from None
-    if version != FORMAT:
+    if version not in (1, FORMAT):
         raise ValueError(f"{path} has packed format {version}, and this version of the project "
                          f"reads {FORMAT}: update it, or export the network anew")
-    if digest(tensors, about) != told:
+    if digest(tensors, about) != expected:
         raise ValueError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
                          "export it anew")
-    stored = about["stored_bits"]
-    others = tensors.pop("others", torch.zeros(0, len(stored), dtype=torch.uint8))
-    tensors["levels"] = rows_of(others, stored)
+    if version == 1:
+        tensors, about = from_format_1(tensors, about)
     tensors.update({f"{key.rpartition('.')[0]}{COUNTED}": torch.tensor(0)
                     for key in list(tensors) if key.endswith(".running_mean")})
     return tensors, about
 
 
-def read_checkpoint(path):
+def from_format_1(tensors, about):
+    """Return a file of format 1, DoReFa's levels with one E a layer, in the form of this one."""
+    stored = about["stored_bits"]
+    layers = [key.removesuffix(".weight") for key, value in tensors.items()
+              if key.endswith(".weight") and value.dtype == torch.uint8]
+    renamed = {}
+    for key, value in tensors.items():
+        layer, _, part = key.rpartition(".")
+        if key == "others":
+            renamed["rows.0"] = value
+        elif layer in layers and part == "scale":
+            n = torch.tensor([2**bits - 1 for bits in stored])
+            renamed[f"{layer}.quantizer.scale"] = torch.stack([value / int(m) for m in n])
+            renamed[f"{layer}.quantizer.grid"] = torch.stack([-n, torch.full_like(n, 2)], 1).short()
+        elif layer in layers and part in OLD_NAMES:
+            renamed[f"{layer}.quantizer.{OLD_NAMES[part]}"] = value
+        else:
+            renamed[key] = value
+    group = {"columns": [[str(bits), bits] for bits in stored], "layers": layers}
+    return renamed, {**about, "stored": stored, "groups": [group]}
+
+
+def read_checkpoint(path: str | Path) -> dict:
     """Return a packed file as the dict that a checkpoint holds; ValueError where it is none."""
     tensors, about = read(path)
     try:
+        groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
+                  for number, group in enumerate(about["groups"])]
         return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
-                "packed": {"levels": tensors.pop("levels"), "stored_bits": about["stored_bits"]},
-                "state_dict": tensors}
+                "packed": {"groups": groups, "stored": about["stored"]}, "state_dict": tensors}
     except KeyError as error:
-        raise ValueError(f"{path} does not tell its {error}: export it anew") from None
+        raise ValueError(f"{path} does not hold its {error}: export it anew") from None
 
 
-def install(model, tensors, levels, stored_bits):
-    """Turn the quantized layers of a model into packed ones, of the tensors that a file holds."""
-    optional = ("ninth", "mended", "mended_levels")
-    for name, layer in quantized_layers(model).items():
-        layer.__class__ = PackedConv2dQ  # in place, with its hooks and its name
-        parts = {part: tensors.get(f"{name}.{part}") for part in optional}
-        layer.pack(tensors[f"{name}.weight"], tensors[f"{name}.scale"], levels, stored_bits,
-                   **parts)
+def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) -> None:
+    """Give the quantized layers of a model packed weights, of the tensors that a file holds.
+
+    groups: the file's, with the rows of each as `others`. Raises KeyError and ValueError where
+    they do not fit.
+    """
+    layers = quantized_layers(model)
+    for group in groups:
+        bits = tuple(b for _, b in group["columns"])
+        others = group["others"]
+        if others is None:
+            others = torch.zeros(0, len(bits), dtype=torch.uint8)
+        rows = table(others, bits)
+        columns = {key: place for place, (key, _) in enumerate(group["columns"])}
+        for name in group["layers"]:
+            weight = tensors[f"{name}.weight"]
+            prefix = f"{name}.quantizer."
+            optional = (tensors.get(prefix + part) for part in OPTIONAL)
+            quantizer = PackedWeight(columns, rows, tensors[prefix + "scale"],
+                                     tensors[prefix + "grid"], *optional)
+            quantizer.check(weight)
+            layer = layers.pop(name)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.quantizer = quantizer
+            layer.switch_bit_width(BitWidth(FULL_PRECISION))
+    if layers:
+        raise ValueError(f"it lacks the weights of {next(iter(layers))}")
 
 
-def load(path):
+def load(path: str | Path) -> nn.Module:
     """Return the network of a packed file, in evaluation mode; set_bit_width switches it.
 
     At every stored bit-width its weights are those that were packed, bit for bit. Raises ValueError
@@ -205,21 +330,24 @@ def load(path):
     """
     tensors, about = read(path)
     try:
-        bit_widths, levels = check_bit_widths(about["bit_widths"]), tensors.pop("levels")
+        groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
+                  for number, group in enumerate(about["groups"])]
+        bit_widths = check_bit_widths(about["bit_widths"])
         model = build(about["model"], bit_widths, about["classes"], about["width"],
-                      about["all_conv"])
-        install(model, tensors, levels, about["stored_bits"])
+                      about["all_conv"], about.get("quantizer", "dorefa"))
+        install(model, tensors, groups)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{path} does not fit the networks of this project ({told})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} does not fit the networks of this project ({reason})") from None
+    set_bit_width(model, bit_widths[0])
     return model.eval()
 
 
 def load_runner(path, memory_format=torch.contiguous_format):
     """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) to logits (N, classes).
 
-    The usual memory format has the logits of the network that was packed, bit for bit.
+    The contiguous memory format has the logits of the network that was packed, bit for bit.
     """
     model = load(path).to(memory_format=memory_format)
 

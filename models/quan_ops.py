@@ -1,170 +1,279 @@
-"""Quantizers and the layers that use them: the only file that knows what a bit is.
+"""Quantizers and the layers that hold them.
 
 Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net's (1606.06160).
 Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
 and 32-bit weights pass through tanh too.
 """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d
-from models.weight_cache import CachingConv2d
-
-FULL_PRECISION = 32
-BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
-
 
 # ---- quantizers: a change here is one to training, evaluation, low precision and export
 
-def normalize_weight(w):
-    """Return tensors: v = tanh(w) / max |tanh(w)| in [-1, 1]; E = mean |w|, without gradient."""
-    t = torch.tanh(w)
-    return t / t.abs().amax(), w.abs().mean().detach()  # the maximum is not detached
+
+class Quantizer(nn.Module):
+    """Quantizes a tensor to integers times a scale.
+
+    The layer that holds it sets `bits`, 1 to 8 or 32, and `width`, the name of the network's
+    bit-width, under which a quantizer keeps what it has one of per bit-width: parameters in an
+    nn.ParameterDict whose name ends in `_dict`, as BatchNorms in `bn_dict`.
+    """
+
+    bits = FULL_PRECISION
+    width = str(FULL_PRECISION)
+
+    def initialize(self, *inputs: Tensor) -> None:
+        """Set parameters from the first batch; called at each bit-width before a new run."""
 
 
-def quantize(u, bits):
-    """Quantize u in [0, 1] to k / n, n = 2^bits - 1 (DoReFa-Net, eq. 5)."""
-    return RoundSTE.apply(u, 2**bits - 1)
+class WeightQuantizer(Quantizer):
+    """Quantizes the weight of a layer; a subclass defines `full_precision` and `integers`."""
+
+    def prepare(self, w: Tensor) -> tuple[Tensor, ...]:
+        """Return what no bit-width changes, which is computed once a step."""
+        return (w,)
+
+    def full_precision(self, *prepared: Tensor) -> Tensor:
+        """Return the weight at 32 bits."""
+        raise NotImplementedError
+
+    def integers(self, *prepared: Tensor) -> tuple[Tensor, Tensor]:
+        """Return integers, in floating point, and their scale: one, or one per output channel.
+
+        The integers are at most 2^bits in magnitude and, at each bit-width, evenly spaced.
+        """
+        raise NotImplementedError
 
 
-def quantize_weight(v, scale, bits):
-    """Quantize a weight, given v, scale = normalize_weight(w), to 2^bits values in [-E, E].
+class ActivationQuantizer(Quantizer):
+    """Quantizes activations; a subclass defines `full_precision` and `integers`."""
 
-        bits <= 8:  E (2 quantize(v / 2 + 1/2) - 1)        (DoReFa-Net, eq. 9, times E)
+    def full_precision(self, x: Tensor) -> Tensor:
+        """Return the activation function at 32 bits."""
+        raise NotImplementedError
+
+    def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor | float]:
+        """Return integers from 0 to 2^bits - 1, in floating point, and their scale, one number.
+
+        Without rounding the integers are clipped alone.
+        """
+        raise NotImplementedError
+
+    def step(self) -> Tensor | float | None:
+        """Return the scale of `integers`, without gradient; None where it depends on the input."""
+        return None
+
+
+class DoReFaWeight(WeightQuantizer):
+    """Quantizes w to 2^bits values of equal distance in [-E, E] (DoReFa-Net, eq. 9, times E).
+
+        v = tanh(w) / max |tanh(w)|;  E = mean |w|;  n = 2^bits - 1
+        bits <= 8:  E (2 round(n (v / 2 + 1/2)) / n - 1)
         bits = 32:  E v
     """
-    return scale * (v if bits == FULL_PRECISION else 2 * quantize(v / 2 + 0.5, bits) - 1)
+
+    def prepare(self, w):
+        t = torch.tanh(w)
+        v = t / t.abs().amax()  # the maximum is not detached
+        return v, w.abs().mean().detach()
+
+    def full_precision(self, v, e):
+        return e * v
+
+    def integers(self, v, e):
+        n = 2**self.bits - 1
+        return 2 * round_ste(n * (v / 2 + 0.5)) - n, e / n
 
 
-def quantize_activation(x, bits, rounding=True):
-    """Quantize activations x in (-inf, inf) to 2^bits values in [0, 1] (DoReFa-Net, section 2.4).
+class DoReFaActivation(ActivationQuantizer):
+    """Quantizes x to 2^bits values of equal distance in [0, 1] (DoReFa-Net, section 2.4).
 
-        bits <= 8:  quantize(clamp(x, 0, 1));  without rounding clamp(x, 0, 1)
-        bits = 32:  ReLU(x), in [0, inf)
+        bits <= 8:  round(n clamp(x, 0, 1)) / n;  n = 2^bits - 1
+        bits = 32:  ReLU(x)
     """
-    if bits == FULL_PRECISION:
+
+    def full_precision(self, x):
         return torch.relu(x)
-    a = ClampUnit.apply(x)
-    return quantize(a, bits) if rounding else a
+
+    def integers(self, x, rounding=True):
+        a = (2**self.bits - 1) * clamp(x, 0, 1)
+        return round_ste(a) if rounding else a, self.step()
+
+    def step(self):
+        return 1 / (2**self.bits - 1)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes unchanged (straight-through estimator)."""
+    return RoundSTE.apply(x)
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp; the gradient passes where low <= x <= high.
+
+    Both ends, on which low-bit sums often lie, are included, as in torch.clamp of some versions.
+    """
+    return Clamp.apply(x, low, high)
 
 
 class RoundSTE(torch.autograd.Function):
-    """round(n u) / n, half to even; the gradient passes unchanged (straight-through estimator)."""
-
     @staticmethod
-    def forward(ctx, u, n):
-        return (n * u).round_() / n  # torch 2.11 compiles an in-place end to a zero gradient
+    def forward(ctx, x):
+        return x.round()  # torch 2.11 compiles an in-place end to a zero gradient
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad
 
 
-class ClampUnit(torch.autograd.Function):
-    """clamp(x, 0, 1), whose gradient passes where 0 <= x <= 1: both ends, on which low-bit sums
-    often lie, are included, as in torch.clamp of some versions only."""
-
+class Clamp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, low, high):
         ctx.save_for_backward(x)
-        return x.clamp(0, 1)
+        ctx.low = low
+        ctx.high = high
+        return x.clamp(low, high)
 
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        limits = torch.finfo(x.dtype)  # hardtanh's gradient leaves its ends out: just outside
-        return torch.ops.aten.hardtanh_backward(grad, x, -limits.tiny, 1 + limits.eps)
+        # hardtanh's gradient leaves its ends out: just outside.
+        limits = torch.finfo(x.dtype)
+        low = ctx.low - max(abs(ctx.low) * limits.eps, limits.tiny)
+        high = ctx.high + max(abs(ctx.high) * limits.eps, limits.tiny)
+        return torch.ops.aten.hardtanh_backward(grad, x, low, high), None, None
 
 
 # ---- layers
 
-class Conv2dQ(CachingConv2d):
-    """A convolution whose weight is quantized to self.bits; its bias, if any, is not."""
+class QuantizedLayer:
+    """A mixin of Conv2dQ, and of any layer whose output is linear in its weight.
 
-    bits, shared = FULL_PRECISION, None  # (v, E), while losses.shared_computation holds them
+    Holds a `quantizer` of the weight; a bias is not quantized. bits: of the weight, whatever the
+    network's bit-width is; None: the bit-width's.
+    """
 
-    def forward(self, x):  # (N, C_in, H, W) -> (N, C_out, H', W')
-        integers = self.bits != FULL_PRECISION and low_precision(x)
-        w, scale = self.kept(self.operand, (self.bits, integers),
-                             normalize_weight, quantize_weight, quantize)
-        if not integers:
-            return self._conv_forward(x, w, self.bias)
-        # Integer operands: odd integers and k over 2^bits, which 16 bits and TF32 hold exactly.
-        # What that takes from each operand, n / 2^bits, goes with E to the output, in float32.
-        step = 1 - 2.0**-self.bits
-        y = self._conv_forward(x * step, w, None).to(scale.dtype) * (scale / step**2)
-        return y if self.bias is None else y + self.bias[:, None, None]
+    def __init__(self, *args, bits: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_quantizer(bits)
 
-    def operand(self, bits, integers=False):  # the quantized weight, or its integers; and E
-        v, scale = self.shared or normalize_weight(self.weight)
-        w = quantize_weight(v, 1.0 if integers else scale, bits)
-        return (w * (1 - 2.0**-bits) if integers else w), scale
+    def add_quantizer(self, bits: int | None = None) -> None:
+        """Become a quantized layer; for a float layer whose class was changed."""
+        self.own_bits = bits
+        self.quantizer = DoReFaWeight()
+        self.prepared = None  # what quantizer.prepare gives, while losses.shared_computation runs
+        self.input_quantizer = None  # an ActivationQuantizer, where link_inputs has found it
+        self.switch_bit_width(BitWidth(FULL_PRECISION))
+
+    def switch_bit_width(self, bit_width: BitWidth) -> None:
+        self.bits = self.own_bits or bit_width.weights
+        self.activation_bits = bit_width.activations
+        self.quantizer.bits = self.bits
+        self.quantizer.width = str(bit_width)
+
+    def prepared_weight(self) -> tuple[Tensor, ...]:
+        return self.prepared or self.quantizer.prepare(self.weight)
+
+    def integer_weight(self) -> tuple[Tensor, Tensor]:
+        """Return the quantized weight as integers, in floating point, and their scale."""
+        return self.quantizer.integers(*self.prepared_weight())
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight that the layer computes with."""
+        if self.bits == FULL_PRECISION:
+            return self.quantizer.full_precision(*self.prepared_weight())
+        integers, scale = self.integer_weight()
+        return integers * scale
+
+    def apply_quantized(self, x: Tensor, linear_map) -> Tensor:
+        """Return linear_map(x, weight, bias) with the quantized weight.
+
+        Where operands are rounded, by autocast or to TF32, they are integers over a power of two,
+        which 16 bits and TF32 hold exactly; their scales are applied to the output.
+        """
+        if self.bits == FULL_PRECISION or not low_precision(x):
+            return linear_map(x, self.quantized_weight(), self.bias)
+        integers, scale = self.integer_weight()
+        if scale.numel() > 1:
+            if scale.shape != (len(integers), *[1] * (integers.ndim - 1)):  # not of the output
+                return linear_map(x, integers * scale, self.bias)
+            scale = scale[:, 0]
+        weight_unit = 2.0**-self.bits
+        input_unit = self.input_unit()
+        y = linear_map(x / input_unit, integers * weight_unit, None)
+        y = y.to(scale.dtype) * (scale * (input_unit / weight_unit))
+        return y if self.bias is None else y + self.bias.view(-1, *[1] * (integers.ndim - 2))
+
+    def input_unit(self) -> Tensor | float:
+        """Return the number over which quantized activations are integers over a power of two.
+
+        Any number gives the same output; this one makes the operands exact. Where the quantizer of
+        the input is not known it is taken to be DoReFa's, at the network's bit-width.
+        """
+        if self.input_quantizer is None:
+            bits = self.activation_bits
+            step = 1 / (2**bits - 1)
+        else:
+            bits = self.input_quantizer.bits
+            step = self.input_quantizer.step()
+        return 1.0 if bits == FULL_PRECISION or step is None else step * 2.0**bits
 
 
-def low_precision(x):
-    """Return whether convolutions of x round their operands, by autocast or to TF32."""
-    return torch.is_autocast_enabled(x.device.type) or (
-        x.device.type == "cuda" and torch.backends.cudnn.allow_tf32)
+class Conv2dQ(QuantizedLayer, nn.Conv2d):
+    """A convolution with a quantized weight: (N, C_in, H, W) -> (N, C_out, H', W')."""
+
+    def forward(self, x):
+        return self.apply_quantized(x, self._conv_forward)
 
 
 class ActivationQ(nn.Module):
-    """The activation function: quantize_activation to self.bits; limit: at 32, as 6 of ReLU6."""
+    """The activation function, quantized.
 
-    bits = FULL_PRECISION
+    rounding: False clips alone. limit: at 32 bits, as 6 of ReLU6. bits: of its own, whatever the
+    network's bit-width is; None: the bit-width's.
+    """
 
-    def __init__(self, rounding=True, limit=None):
+    def __init__(self, rounding: bool = True, limit: float | None = None, bits: int | None = None):
         super().__init__()
-        self.rounding, self.limit = rounding, limit
+        self.rounding = rounding
+        self.limit = limit
+        self.own_bits = bits
+        self.quantizer = DoReFaActivation()
+        self.switch_bit_width(BitWidth(FULL_PRECISION))
+
+    def switch_bit_width(self, bit_width: BitWidth) -> None:
+        self.bits = self.own_bits or bit_width.activations
+        self.quantizer.bits = self.bits
+        self.quantizer.width = str(bit_width)
 
     def forward(self, x):
-        y = quantize_activation(x, self.bits, self.rounding)
-        return y.clamp(max=self.limit) if self.limit and self.bits == FULL_PRECISION else y
+        if self.bits != FULL_PRECISION:
+            integers, scale = self.quantizer.integers(x, self.rounding)
+            return integers * scale
+        y = self.quantizer.full_precision(x)
+        return y.clamp(max=self.limit) if self.limit else y
 
 
 class SwitchableBatchNorm2d(nn.Module):
-    """One BatchNorm2d per bit-width, chosen by self.bits: all that the bit-widths do not share."""
+    """One BatchNorm2d per bit-width: all that the published networks' bit-widths do not share."""
 
     def __init__(self, num_features, bit_widths):
         super().__init__()
+        bit_widths = check_bit_widths(bit_widths)
         self.bn_dict = nn.ModuleDict(
-            {str(bits): BatchNorm2d(num_features) for bits in sorted(bit_widths)})
-        self.bits = max(bit_widths)
+            {str(width): BatchNorm2d(num_features) for width in reversed(bit_widths)})
+        self.width = str(bit_widths[0])
+
+    def switch_bit_width(self, bit_width: BitWidth) -> None:
+        self.width = str(bit_width)
 
     def forward(self, x):
-        return self.bn_dict[str(self.bits)](x)
+        return self.bn_dict[self.width](x)
 
 
-# ---- the switch
-
-def check_bit_widths(bit_widths):
-    """Return bit_widths as a tuple, highest first; ValueError for unknown, repeated or none."""
-    bit_widths = tuple(bit_widths)
-    if not bit_widths:
-        raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4")
-    for bits in bit_widths:
-        if isinstance(bits, bool) or bits not in BIT_WIDTHS:
-            raise ValueError(f"bit-width {bits!r} does not exist: choose from 1 to 8 and 32")
-    if len(set(bit_widths)) < len(bit_widths):
-        raise ValueError(f"bit-widths {','.join(map(str, bit_widths))} repeat: list each once")
-    return tuple(sorted(map(int, bit_widths), reverse=True))
-
-
-def trained_bit_widths(model):
-    """Return the bit-widths that the model has BatchNorms for, lowest first."""
-    for layer in model.modules():
-        if isinstance(layer, SwitchableBatchNorm2d):
-            return sorted(map(int, layer.bn_dict))
-    return []
-
-
-def set_bit_width(model, bits):
-    """Switch the model to `bits` bits, by the attribute `bits` of every layer that has one.
-
-    Raises ValueError where the model was not built for that bit-width, and changes nothing.
-    """
-    allowed = trained_bit_widths(model) or BIT_WIDTHS
-    if bits not in allowed:
-        raise ValueError(f"{bits} bits was not trained; choose from {', '.join(map(str, allowed))}")
-    for layer in model.modules():
-        if hasattr(layer, "bits"):
-            layer.bits = bits
+def low_precision(x: Tensor) -> bool:
+    """Return whether convolutions of x round their operands, by autocast or to TF32."""
+    return torch.is_autocast_enabled(x.device.type) or (
+        x.device.type == "cuda" and torch.backends.cudnn.allow_tf32)

@@ -3,9 +3,9 @@ from functools import partial
 
 from torch import nn
 
+from models.bit_widths import check_bit_widths, set_bit_width
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
-                             set_bit_width)
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 
 
 class BasicBlock(nn.Module):
@@ -55,17 +55,10 @@ class ResNet20(nn.Module):
         self.bn = bn(in_channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = Classifier(in_channels, num_classes)
-        self.shares_stem = not all_conv
-        set_bit_width(self, max(bit_widths))
+        set_bit_width(self, bit_widths[0])
 
     def forward(self, x):  # (N, 3, H, W) -> (N, num_classes)
-        return self.body(self.stem(x))
-
-    def stem(self, x):  # the same at every bit-width, unless all_conv
-        return self.conv0(x)
-
-    def body(self, x):
-        x = self.bn(self.layers(x))
+        x = self.bn(self.layers(self.conv0(x)))
         return self.fc(self.pool(x).flatten(1))  # no activation before the pool, as published
 
 
@@ -128,15 +121,9 @@ class ResNet50(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        self.shares_stem = not all_conv
-        set_bit_width(self, max(bit_widths))
+        set_bit_width(self, bit_widths[0])
 
     def forward(self, x):  # (N, 3, H, W) -> (N, num_classes)
-        return self.body(self.stem(x))
-
-    def stem(self, x):  # the same at every bit-width, unless all_conv
-        return self.maxpool(self.conv1(x))
-
-    def body(self, x):
+        x = self.maxpool(self.conv1(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.pool(self.act(self.bn(x))).flatten(1))

@@ -3,9 +3,9 @@ from functools import partial
 
 from torch import nn
 
+from models.bit_widths import check_bit_widths, set_bit_width
 from models.float_layers import Classifier
-from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, check_bit_widths,
-                             set_bit_width)
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 
 
 class SVHNNet(nn.Module):
@@ -33,14 +33,7 @@ class SVHNNet(nn.Module):
             conv(16 * e, 64 * e, 5), ActivationQ(rounding=False),  # (N, 64e, 1, 1)
         )
         self.fc = Classifier(64 * e, num_classes)
-        self.shares_stem = not all_conv
-        set_bit_width(self, max(bit_widths))
+        set_bit_width(self, bit_widths[0])
 
     def forward(self, x):  # (N, 3, 40, 40) -> (N, num_classes)
         return self.fc(self.layers(x).flatten(1))
-
-    def stem(self, x):  # the same at every bit-width, unless all_conv
-        return self.layers[:2](x)
-
-    def body(self, x):
-        return self.fc(self.layers[2:](x).flatten(1))

@@ -1,0 +1,95 @@
+"""LSQ: a learned step per layer and bit-width (Esser et al., ICLR 2020, arXiv 1902.08153).
+
+At 1 bit, which the paper does not have, weights are -s and s, and s starts at mean |w|.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.bit_widths import FULL_PRECISION
+from models.quan_ops import (ActivationQuantizer, QuantizedLayer, Quantizer, WeightQuantizer, clamp,
+                             round_ste)
+
+
+def lsq(layer: nn.Module, bit_widths) -> Quantizer:
+    """Return the quantizer of a layer: of its weight, or of activations."""
+    if isinstance(layer, QuantizedLayer):
+        return LSQWeight(layer, bit_widths)
+    return LSQActivation(layer, bit_widths)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return x, whose gradient is multiplied by `factor`."""
+    return (x - x * factor).detach() + x * factor
+
+
+class LSQWeight(WeightQuantizer):
+    """round(clamp(w / s, -2^(bits - 1), 2^(bits - 1) - 1)) s;  at 32 bits w."""
+
+    def __init__(self, layer, bit_widths):
+        super().__init__()
+        steps = {}
+        for width in bit_widths:
+            bits = layer.own_bits or width.weights
+            if bits != FULL_PRECISION:
+                steps[str(width)] = initial_weight_step(layer.weight, bits)
+        self.step_dict = nn.ParameterDict(steps)
+
+    def initialize(self, w):
+        if self.bits != FULL_PRECISION:
+            self.step_dict[self.width].copy_(initial_weight_step(w, self.bits))
+
+    def full_precision(self, w):
+        return w
+
+    def integers(self, w):
+        largest = largest_weight(self.bits)
+        s = scale_gradient(self.step_dict[self.width].abs(), 1 / math.sqrt(w.numel() * largest))
+        if self.bits == 1:
+            return 2 * round_ste((clamp(w / s, -1, 1) + 1) / 2) - 1, s
+        return round_ste(clamp(w / s, -largest - 1, largest)), s
+
+
+class LSQActivation(ActivationQuantizer):
+    """round(clamp(x / s, 0, 2^bits - 1)) s;  at 32 bits ReLU(x)."""
+
+    def __init__(self, layer, bit_widths):
+        super().__init__()
+        steps = {}
+        for width in bit_widths:
+            bits = layer.own_bits or width.activations
+            if bits != FULL_PRECISION:
+                steps[str(width)] = torch.tensor(1 / (2**bits - 1))  # until there is a batch
+        self.step_dict = nn.ParameterDict(steps)
+
+    def initialize(self, x):
+        if self.bits != FULL_PRECISION and (x > 0).any():
+            self.step_dict[self.width].copy_(initial_step(torch.relu(x), 2**self.bits - 1))
+
+    def full_precision(self, x):
+        return torch.relu(x)
+
+    def integers(self, x, rounding=True):
+        largest = 2**self.bits - 1
+        features = x[0].numel()
+        s = scale_gradient(self.step_dict[self.width].abs(), 1 / math.sqrt(features * largest))
+        a = clamp(x / s, 0, largest)
+        return round_ste(a) if rounding else a, s
+
+    def step(self):
+        return self.step_dict[self.width].detach().abs()
+
+
+def largest_weight(bits: int) -> int:
+    """Return the largest integer of a signed weight; at 1 bit, of -1 and 1."""
+    return max(1, 2**(bits - 1) - 1)
+
+
+def initial_weight_step(w: Tensor, bits: int) -> Tensor:
+    w = w.detach()
+    return w.abs().mean() if bits == 1 else initial_step(w, largest_weight(bits))
+
+
+def initial_step(x: Tensor, largest: int) -> Tensor:
+    return 2 * x.detach().abs().mean() / math.sqrt(largest)  # section 2.1 of the paper

@@ -1,0 +1,76 @@
+"""The quantizers by name: --quantizer NAME."""
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from models.bit_widths import BitWidth, check_bit_widths, set_bit_width
+from models.lsq import lsq
+from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
+                             Quantizer)
+
+
+def dorefa(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
+    """Return the quantizer of a layer, the published one: of its weight, or of activations."""
+    return DoReFaWeight() if isinstance(layer, QuantizedLayer) else DoReFaActivation()
+
+
+# Each is called with a layer, a QuantizedLayer or an ActivationQ, and the network's bit-widths.
+QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer]] = {
+    "dorefa": dorefa,
+    "lsq": lsq,
+}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that hold a quantizer of their weight or of activations, by name."""
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, QuantizedLayer | ActivationQ)}
+
+
+def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | int | str]) -> None:
+    """Give every quantized layer of a model a quantizer of QUANTIZERS[name].
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in QUANTIZERS:
+        raise ValueError(f"quantizer {name!r} does not exist: choose from {', '.join(QUANTIZERS)}")
+    bit_widths = check_bit_widths(bit_widths)
+    for layer in quantized_layers(model).values():
+        layer.quantizer = QUANTIZERS[name](layer, bit_widths)
+    set_bit_width(model, bit_widths[0])
+
+
+@torch.no_grad()
+def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable[BitWidth]) -> None:
+    """Let quantizers set their parameters from a batch of images (N, 3, H, W).
+
+    Each bit-width runs in training mode, so BatchNorm has the batch's statistics; its running
+    statistics, and torch's random numbers, are afterwards what they were.
+    """
+    layers = [layer for layer in quantized_layers(model).values()
+              if type(layer.quantizer).initialize is not Quantizer.initialize]
+    if not layers:
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = [layer.register_forward_pre_hook(initialize_quantizer) for layer in layers]
+    training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng():
+            for width in check_bit_widths(bit_widths):
+                set_bit_width(model, width)
+                model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        model.train(training)
+
+
+def initialize_quantizer(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+    if isinstance(layer, QuantizedLayer):
+        layer.quantizer.initialize(layer.weight)
+    else:
+        layer.quantizer.initialize(*inputs)
