@@ -26,7 +26,7 @@ from engine.arguments import parse_flags  # noqa: E402
 from engine.errors import UsageError, run_program  # noqa: E402
 from engine.forward_pass import ForwardPass  # noqa: E402
 from engine.metrics import Metrics  # noqa: E402
-from models import quan_ops, weight_cache  # noqa: E402
+from models import quan_ops  # noqa: E402
 
 
 class ReferenceForwardPass(ForwardPass):
@@ -62,7 +62,6 @@ def patched():
     """Make the reference way of what train.py makes within this context."""
     with (patch.object(setup, "ForwardPass", ReferenceForwardPass),
           patch.object(quan_ops, "low_precision", lambda x: False),
-          patch.object(weight_cache, "can_keep", lambda layer, weight: False),
           patch.object(setup, "make_loader", partial(make_loader, in_memory=False)),
           patch.object(train, "make_optimizer", make_optimizer),
           patch.object(state, "Metrics", MetricsReadEveryStep)):
