@@ -16,6 +16,7 @@ from utils import one_line, replacing
 data_paths = {name: f"data/{name}" for name in (
     "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
 HALF = (0.5,) * 3
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # by PIL's names
 FASHION_MNIST_COPY = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 
 
@@ -66,14 +67,18 @@ def open_image_folder(root, split):
                         "name another root with --data-dir") from None
 
 
-def load_image(path):
-    """Read an image file of any mode as RGB; DataError naming the file where it cannot be read."""
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image file of any mode as RGB.
+
+    Its content must be of IMAGE_FORMATS, whatever its name: for some others PIL starts a program.
+    Raises DataError naming the file where it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} is not a readable image ({one_line(error)}): replace or remove it") from None
+        raise DataError(f"{path} is not a readable image of {', '.join(IMAGE_FORMATS)} "
+                        f"({one_line(error)}): replace or remove it") from None
 
 
 def open_downloadable(kind, root, **split):

@@ -4,7 +4,7 @@ import random
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -243,6 +243,30 @@ def test_image_folder_errors(tmp_path):
     (tmp_path / "imagenet" / "train" / "cat" / "1.JPEG").write_bytes(b"no image")
     with pytest.raises(DataError, match="cat/1.JPEG is not a readable image"):
         get_dataset("imagenet", "train", data_dir=tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", data_room.IMAGE_FORMATS)
+def test_formats_of_images(kind, tmp_path):
+    image = Image.fromarray(tiny_data.pixels(4, 5, 3))
+    image.save(tmp_path / "x.jpg", kind)
+    found = data_room.load_image(tmp_path / "x.jpg")
+    assert found.mode == "RGB" and found.size == (5, 4)
+    if kind not in ("JPEG", "WEBP"):
+        assert found.tobytes() == image.tobytes()
+
+
+def test_an_image_of_another_format_starts_no_program(tmp_path, monkeypatch):
+    """PIL has Ghostscript, `gs`, read an EPS, whatever the file is called."""
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (4, 4)).save(path, "EPS")
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(DataError, match="x.jpg is not a readable image of JPEG, PNG"):
+        data_room.load_image(path)
+    assert not (tmp_path / "started").exists()
 
 
 # ---- seeded batches
