@@ -101,7 +101,6 @@ class DataSet(NamedTuple):
     train: tuple = ()  # transforms of training images
     eval: tuple = ()  # of the others
     in_memory: bool = True  # small enough to be kept as arrays
-    padding: int | None = None  # where `train` is a random flip, and a crop of the padded image
 
 
 RESIZE_40 = (transforms.Resize(40),)
@@ -118,12 +117,12 @@ DATASETS = {
         open=lambda root, split: open_downloadable(datasets.CIFAR10, root, train=split == "train"),
         val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, image_size=32,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        train=FLIP_AND_CROP, padding=4),
+        train=FLIP_AND_CROP),
     "cifar100": DataSet(
         open=lambda root, split: open_downloadable(datasets.CIFAR100, root, train=split == "train"),
         val_split={"train": "test"}, num_classes=100, image_size=32,
         mean=(129.3 / 255, 124.1 / 255, 112.4 / 255), std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
-        train=FLIP_AND_CROP, padding=4),
+        train=FLIP_AND_CROP),
     "mnist": DataSet(
         open=lambda root, split: open_downloadable(datasets.MNIST, root, train=split == "train"),
         val_split={"train": "test"}, image_size=28, mean=(0.1307,) * 3, std=(0.3081,) * 3,

@@ -336,7 +336,7 @@ def test_batches_from_memory_are_those_of_the_per_sample_transforms(name, tmp_pa
     memory, single = (loader_of(name, tmp_path, in_memory) for in_memory in (True, False))
     assert isinstance(memory, InMemoryLoader if name != "imagenet" else WorkerLoader)
     assert isinstance(single, WorkerLoader)
-    if DATASETS[name].padding is None:
+    if name not in ("cifar10", "cifar100"):  # whose flips and crops are drawn in another way
         torch.testing.assert_close(epoch_of(memory, 3), epoch_of(single, 3), rtol=0, atol=0)
     for one, other in zip(epoch_of(memory, 1), epoch_of(single, 1), strict=True):
         assert torch.equal(one[1], other[1])
