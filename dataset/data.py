@@ -16,6 +16,7 @@ from utils import one_line, replacing
 data_paths = {name: f"data/{name}" for name in (
     "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
 HALF = (0.5,) * 3
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # by PIL's names
 FASHION_MNIST_COPY = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 
 
@@ -66,14 +67,18 @@ def open_image_folder(root, split):
                         "name another root with --data-dir") from None
 
 
-def load_image(path):
-    """Read an image file of any mode as RGB; DataError naming the file where it cannot be read."""
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image file of any mode as RGB.
+
+    Its content must be of IMAGE_FORMATS, whatever its name: for some others PIL starts a program.
+    Raises DataError naming the file where it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} is not a readable image ({one_line(error)}): replace or remove it") from None
+        raise DataError(f"{path} is not a readable image of {', '.join(IMAGE_FORMATS)} "
+                        f"({one_line(error)}): replace or remove it") from None
 
 
 def open_downloadable(kind, root, **split):
@@ -96,7 +101,6 @@ class DataSet(NamedTuple):
     train: tuple = ()  # transforms of training images
     eval: tuple = ()  # of the others
     in_memory: bool = True  # small enough to be kept as arrays
-    padding: int | None = None  # where `train` is a random flip, and a crop of the padded image
 
 
 RESIZE_40 = (transforms.Resize(40),)
@@ -113,12 +117,12 @@ DATASETS = {
         open=lambda root, split: open_downloadable(datasets.CIFAR10, root, train=split == "train"),
         val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, image_size=32,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        train=FLIP_AND_CROP, padding=4),
+        train=FLIP_AND_CROP),
     "cifar100": DataSet(
         open=lambda root, split: open_downloadable(datasets.CIFAR100, root, train=split == "train"),
         val_split={"train": "test"}, num_classes=100, image_size=32,
         mean=(129.3 / 255, 124.1 / 255, 112.4 / 255), std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
-        train=FLIP_AND_CROP, padding=4),
+        train=FLIP_AND_CROP),
     "mnist": DataSet(
         open=lambda root, split: open_downloadable(datasets.MNIST, root, train=split == "train"),
         val_split={"train": "test"}, image_size=28, mean=(0.1307,) * 3, std=(0.3081,) * 3,

@@ -1,11 +1,62 @@
 """Seeded batches on the device: from memory, or from workers that read and transform images."""
+import contextlib
 import functools
+import itertools
+import random
 import signal
+from typing import NamedTuple
 
+import numpy
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from torchvision import transforms
 
 from dataset.data import DATASETS, DataError, Transformed, get_transform
+
+FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
+
+
+class ImageSizeError(DataError):
+    """Images that come out of a row's transforms in another size than its image_size."""
+
+
+class InMemoryTransforms(NamedTuple):
+    """What is done to the images of a data set that is kept in memory."""
+    fixed: tuple = ()  # transforms applied once, when the arrays are read
+    flip: float = 0.0  # probability of a horizontal flip, drawn anew every epoch
+    padding: int = 0  # black pixels on each side, before a random crop of the image's own size
+
+
+def in_memory_transforms(name: str, train: bool) -> InMemoryTransforms | None:
+    """Return what a row's `train` or `eval` transforms are in memory.
+
+    That is FIXED ones and then, in `train`, a flip, a crop, or a flip and a crop. Returns None
+    where there is anything else, a subclass too: only calling the transforms can tell what they do.
+    """
+    row = DATASETS[name]
+    rest = list(row.train if train else row.eval)
+    fixed = tuple(itertools.takewhile(lambda transform: type(transform) in FIXED, rest))
+    del rest[:len(fixed)]
+    flip = 0.0
+    if train and rest and is_flip(rest[0]):
+        flip = rest.pop(0).p
+    padding = 0
+    if train and rest and is_crop(rest[0], row.image_size):
+        padding = rest.pop(0).padding
+    return None if rest else InMemoryTransforms(fixed, flip, padding)
+
+
+def is_flip(transform) -> bool:
+    return (type(transform) is transforms.RandomHorizontalFlip
+            and type(transform.p) in (int, float) and 0 <= transform.p <= 1)
+
+
+def is_crop(transform, size: int) -> bool:
+    """Return whether a transform crops images of size x size, padded with black, to their size."""
+    return (type(transform) is transforms.RandomCrop and transform.size == (size, size)
+            and type(transform.padding) is int and transform.padding > 0
+            and transform.padding_mode == "constant" and transform.fill == 0
+            and not transform.pad_if_needed)
 
 
 def ignore_stop_signals(worker=None):
@@ -19,25 +70,70 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
     """Return the batches of a get_dataset without transform, as float32 (n, 3, H, W) on the device.
 
     batch_size: images over all processes where train, else of this one. Training batches are
-    shuffled and augmented, as the loader's batch_sampler says, a ShuffledBatches. in_memory=False
-    reads and transforms images one by one, the reference.
+    shuffled and augmented, as the loader's batch_sampler says, a ShuffledBatches. What is not
+    small enough for memory, or has transforms that are not reproduced there, is read and
+    transformed image by image; in_memory=False does so always, the reference. Raises DataError
+    where an image cannot be read or, now or in a later batch, is not of the row's image_size.
     """
     batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
-    if in_memory and DATASETS[name].in_memory:  # random transforms are drawn on the device
-        still = Transformed(dataset, get_transform(name, train=False, normalized=False))
-        images, labels = read_arrays(still, workers)
-        return InMemoryLoader(images.to(device), labels.to(device), name, batches, batch_size, rank,
-                              world_size, memory_format)
-    kind, kwargs = SeededSamples, {"batch_sampler": batches}
-    if not train:
-        order = range(rank, len(dataset), world_size)
-        kind, kwargs = Transformed, {"batch_size": batch_size, "sampler": order}
+    if in_memory and DATASETS[name].in_memory:
+        arrays = read_into_memory(dataset, name, train, workers)
+        if arrays:
+            images, labels = arrays
+            return InMemoryLoader(images.to(device), labels.to(device), name, batches, batch_size,
+                                  rank, world_size, memory_format)
+    if train:
+        order = {"batch_sampler": batches}
+    else:  # a seed per image, so that an evaluation gives the same again whatever `eval` draws
+        own = range(rank, len(dataset), world_size)
+        order = {"batch_size": batch_size, "sampler": [(index, index) for index in own]}
     # A generator of its own: making an iterator must not draw from the training's random numbers.
     return WorkerLoader(
         name, device, memory_format, generator=torch.Generator(), num_workers=workers,
-        dataset=kind(dataset, get_transform(name, train, normalized=False)),
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals, **kwargs)
+        dataset=SeededSamples(dataset, get_transform(name, train, normalized=False)),
+        collate_fn=collate_of(name, train), pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_stop_signals, **order)
+
+
+def read_into_memory(dataset, name, train, workers):
+    """Return a data set's images and labels as read_arrays does, after the row's fixed transforms.
+
+    Returns None where memory cannot give what the row's transforms do.
+    """
+    known = in_memory_transforms(name, train)
+    if known is None:
+        return None
+    fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
+    try:
+        return read_arrays(Transformed(dataset, fixed), workers, collate_of(name, train))
+    except ImageSizeError:
+        if known.padding:  # the crop, then, is not of the image's own size
+            return None
+        raise
+
+
+def collate_of(name, train):
+    """Return the function that makes a batch of a row's samples."""
+    part = "train" if train else "eval"
+    return functools.partial(collate, name=name, part=part, size=DATASETS[name].image_size)
+
+
+def collate(samples, name, part, size):
+    """Return samples of (uint8 (3, size, size), label) as (n, 3, size, size) and (n,) int64.
+
+    Raises ImageSizeError where an image is of another shape after the row's `part` transforms.
+    """
+    shapes = sorted({tuple(image.shape) for image, _ in samples})
+    if shapes != [(3, size, size)]:
+        found = [" x ".join(map(str, shape)) for shape in shapes]
+        more = f" and {len(found) - 4} more sizes" if len(found) > 4 else ""
+        raise ImageSizeError(
+            f"images of {name} come out of the row's {part} transforms as {', '.join(found[:4])}"
+            f"{more} (channels x height x width), not all as 3 x {size} x {size}: add "
+            f"Resize({size}) and CenterCrop({size}) to these transforms, and Grayscale(3) for "
+            "images of one channel, or correct the row's image_size")
+    return default_collate(samples)
 
 
 def count_classes(name, *parts):
@@ -68,9 +164,25 @@ class SeededSamples(Transformed):
 
     def __getitem__(self, key):
         index, seed = key
+        with seeded(seed):
+            return super().__getitem__(index)
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Within it torch, Python and NumPy draw from the seed; later the first two go on as before.
+
+    NumPy goes on from the seed: to restore its state takes longer than to flip and crop an image.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            return super().__getitem__(index)
+            yield
+    finally:
+        random.setstate(state)
 
 
 class ShuffledBatches:
@@ -114,55 +226,72 @@ class ShuffledBatches:
             yield list(zip(indices.tolist(), seeds.tolist()))
 
 
-def read_arrays(dataset, workers=0):
+def read_arrays(dataset, workers=0, collate_fn=None):
     """Read samples of (uint8 (3, H, W), label) into images (N, H, W, 3) and labels (N,) int64."""
     images = torch.empty(len(dataset), *dataset[0][0].shape[1:], 3, dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.int64)
-    batches = DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator())
+    batches = DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator(),
+                         collate_fn=collate_fn)
     for batch, image_part, label_part in zip(batches, images.split(256), labels.split(256)):
         image_part.copy_(batch[0].permute(0, 2, 3, 1))
         label_part.copy_(batch[1])
     return images, labels
 
 
-def flipped_crops(images, indices, seeds, padding):
-    """Flip images[indices] and crop them from a black padding, as seeds (n,) say: (n, H, W, 3)."""
+def flipped_crops(images, indices, seeds, padding, flip=0.5):
+    """Flip images[indices] with probability `flip`, and crop them from a black padding.
+
+    images: (N, H, W, 3) uint8; indices: (n,); seeds: (n,) int64 below 2^62, which say what is
+    drawn; padding: pixels on each side. Returns (n, H, W, 3).
+    """
     height, width = images.shape[1:3]
-    shifts, device = 2 * padding + 1, images.device
-    flip, top, left = seeds % 2 == 1, seeds // 2 % shifts, seeds // (2 * shifts) % shifts
+    shifts = 2 * padding + 1
+    draws = (1 - seeds % 2) * 2**23 + (seeds >> 39)  # 24 bits, the seed's lowest one first
+    flips = draws < round(flip * 2**24)
+    top = seeds // 2 % shifts
+    left = seeds // (2 * shifts) % shifts
     padded = torch.nn.functional.pad(images[indices], (0, 0, *[padding] * 4))
-    rows = top[:, None] + torch.arange(height, device=device)  # (n, H)
-    columns = left[:, None] + torch.arange(width, device=device)  # of the flipped image
-    columns = torch.where(flip[:, None], width + 2 * padding - 1 - columns, columns)
-    each = torch.arange(len(indices), device=device)[:, None, None]
+    rows = top[:, None] + torch.arange(height, device=images.device)  # (n, H)
+    columns = left[:, None] + torch.arange(width, device=images.device)  # of the flipped image
+    columns = torch.where(flips[:, None], width + 2 * padding - 1 - columns, columns)
+    each = torch.arange(len(indices), device=images.device)[:, None, None]
     return padded[each, rows[:, :, None], columns[:, None, :]]
 
 
 class InMemoryLoader:
     """Batches of images (N, H, W, 3) uint8 and labels (N,) that lie in a device's memory.
 
-    batch_sampler, a ShuffledBatches, tells order and augmentation; without one all samples come in
-    order, and a process gets every world_size-th.
+    The images are those that the row's fixed transforms give. batch_sampler, a ShuffledBatches,
+    tells order and augmentation; without one all samples come in order, and a process gets every
+    world_size-th.
     """
 
     def __init__(self, images, labels, name, batch_sampler=None, batch_size=1, rank=0, world_size=1,
                  memory_format=torch.channels_last):
-        self.images, self.labels, self.name = images, labels, name
-        self.batch_sampler, self.memory_format = batch_sampler, memory_format
+        self.images = images
+        self.labels = labels
+        self.name = name
+        self.batch_sampler = batch_sampler
+        self.memory_format = memory_format
         own = torch.arange(len(images), device=images.device)[rank::world_size]
         self.indices = own.split(batch_size) if len(own) else ()
+        self.drawn = InMemoryTransforms()
+        if batch_sampler:
+            self.drawn = in_memory_transforms(name, train=True)
 
     def __len__(self):
         return len(self.batch_sampler or self.indices)
 
     def __iter__(self):
-        batches, padding = ((indices, None) for indices in self.indices), None
+        batches = ((indices, None) for indices in self.indices)
         if self.batch_sampler:
             batches = self.batch_sampler.batches(self.images.device)
-            padding = DATASETS[self.name].padding
         for indices, seeds in batches:
-            images = (flipped_crops(self.images, indices, seeds, padding) if padding
-                      else self.images[indices])
+            if self.drawn.flip or self.drawn.padding:
+                images = flipped_crops(
+                    self.images, indices, seeds, self.drawn.padding, self.drawn.flip)
+            else:
+                images = self.images[indices]
             images = normalize(images.permute(0, 3, 1, 2), self.name, self.memory_format)
             yield images, self.labels[indices]
 
