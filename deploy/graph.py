@@ -4,10 +4,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from models.bit_widths import FULL_PRECISION, set_bit_width
+from models.bit_widths import FULL_PRECISION
 from models.float_layers import BatchNorm2d, Classifier
 from models.graph import Tracer
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 # What stands in a graph as a function or a method of tensors, by name.
 FUNCTIONS = {"add": "add", "iadd": "add", "add_": "add", "flatten": "flatten", "cat": "cat",

@@ -206,13 +206,11 @@ class Writer:
 @contextlib.contextmanager
 def at_bits(layer, bits):
     """Let a layer have these bits."""
-    before = layer.bits
-    layer.bits = bits
+    before = layer.quantizer.bits
     layer.quantizer.bits = bits
     try:
         yield
     finally:
-        layer.bits = before
         layer.quantizer.bits = before
 
 

@@ -3,8 +3,6 @@ import functools
 import re
 from collections.abc import Iterable
 
-from torch import nn
-
 FULL_PRECISION = 32
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 
@@ -88,26 +86,3 @@ def check_bit_widths(bit_widths: Iterable[BitWidth | int | str]) -> tuple[BitWid
     if len(set(widths)) < len(widths):
         raise ValueError(f"bit-widths {','.join(map(str, widths))} repeat: list each once")
     return tuple(sorted(widths, reverse=True))
-
-
-def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
-    """Switch every layer of the model that has bits: those with a method `switch_bit_width`.
-
-    Raises ValueError where the model was not built for that bit-width, and changes nothing.
-    """
-    bit_width = BitWidth.of(bit_width)
-    trained = trained_bit_widths(model)
-    if trained and bit_width not in trained:
-        raise ValueError(f"{bit_width}-bit was not trained; choose from "
-                         f"{', '.join(map(str, trained))}")
-    for layer in model.modules():
-        if hasattr(layer, "switch_bit_width"):
-            layer.switch_bit_width(bit_width)
-
-
-def trained_bit_widths(model: nn.Module) -> list[BitWidth]:
-    """Return the bit-widths that the model has BatchNorms for, lowest first."""
-    for layer in model.modules():
-        if hasattr(layer, "bn_dict"):
-            return sorted(map(BitWidth.of, layer.bn_dict))
-    return []

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from models.bit_widths import BitWidth, set_bit_width, trained_bit_widths
-from models.quan_ops import SwitchableBatchNorm2d
+from models.bit_widths import BitWidth
+from models.quan_ops import SwitchableBatchNorm2d, set_bit_width, trained_bit_widths
 
 # What there is one of per bit-width: BatchNorms, in bn_dict, and what quantizers keep in such dicts.
 ENTRY = re.compile(r"(?P<start>.*\b(?P<dict>\w+_dict)\.)(?P<width>\d+|w\d+a\d+)(?P<end>\..*)?")

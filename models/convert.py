@@ -5,10 +5,10 @@ import warnings
 from torch import fx, nn
 
 from models import graph as graphs
-from models.bit_widths import check_bit_widths, set_bit_width
+from models.bit_widths import check_bit_widths
 from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 
 def convert(network, bit_widths, keep=()):

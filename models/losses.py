@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.bit_widths import BitWidth, check_bit_widths, set_bit_width
-from models.quan_ops import QuantizedLayer, WeightQuantizer
+from models.bit_widths import BitWidth, check_bit_widths
+from models.quan_ops import QuantizedLayer, WeightQuantizer, set_bit_width
 from models.stem import SharedStem
 
 # What the next lower bit-width learns from: (target, logits, labels) -> labels or probabilities.

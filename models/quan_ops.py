@@ -21,8 +21,8 @@ class Quantizer(nn.Module):
     nn.ParameterDict whose name ends in `_dict`, as BatchNorms in `bn_dict`.
     """
 
-    bits = FULL_PRECISION
-    width = str(FULL_PRECISION)
+    bits = None
+    width = None
 
     def initialize(self, *inputs: Tensor) -> None:
         """Set parameters from the first batch; called at each bit-width before a new run."""
@@ -167,10 +167,14 @@ class QuantizedLayer:
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs has found it
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
+    @property
+    def bits(self) -> int:
+        """Bits of the weight."""
+        return self.quantizer.bits
+
     def switch_bit_width(self, bit_width: BitWidth) -> None:
-        self.bits = self.own_bits or bit_width.weights
         self.activation_bits = bit_width.activations
-        self.quantizer.bits = self.bits
+        self.quantizer.bits = self.own_bits or bit_width.weights
         self.quantizer.width = str(bit_width)
 
     def prepared_weight(self) -> tuple[Tensor, ...]:
@@ -243,9 +247,13 @@ class ActivationQ(nn.Module):
         self.quantizer = DoReFaActivation()
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
+    @property
+    def bits(self) -> int:
+        """Bits of the activations."""
+        return self.quantizer.bits
+
     def switch_bit_width(self, bit_width: BitWidth) -> None:
-        self.bits = self.own_bits or bit_width.activations
-        self.quantizer.bits = self.bits
+        self.quantizer.bits = self.own_bits or bit_width.activations
         self.quantizer.width = str(bit_width)
 
     def forward(self, x):
@@ -277,3 +285,35 @@ def low_precision(x: Tensor) -> bool:
     """Return whether convolutions of x round their operands, by autocast or to TF32."""
     return torch.is_autocast_enabled(x.device.type) or (
         x.device.type == "cuda" and torch.backends.cudnn.allow_tf32)
+
+
+# ---- the switch
+
+def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
+    """Switch every layer of the model that has a method `switch_bit_width`.
+
+    Raises ValueError where the model was not built for that bit-width, or a layer has `bits` and no
+    such method, and changes nothing.
+    """
+    bit_width = BitWidth.of(bit_width)
+    trained = trained_bit_widths(model)
+    if trained and bit_width not in trained:
+        raise ValueError(f"{bit_width}-bit was not trained; choose from "
+                         f"{', '.join(map(str, trained))}")
+    layers = []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "switch_bit_width"):
+            layers.append(layer)
+        elif hasattr(layer, "bits") and not isinstance(layer, Quantizer):
+            raise ValueError(f"layer {name or 'of the network'} ({type(layer).__name__}) has bits "
+                             "that cannot be switched: give it a method switch_bit_width(bit_width)")
+    for layer in layers:
+        layer.switch_bit_width(bit_width)
+
+
+def trained_bit_widths(model: nn.Module) -> list[BitWidth]:
+    """Return the bit-widths that the model has BatchNorms for, lowest first."""
+    for layer in model.modules():
+        if isinstance(layer, SwitchableBatchNorm2d):
+            return sorted(map(BitWidth.of, layer.bn_dict))
+    return []

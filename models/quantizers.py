@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from models.bit_widths import BitWidth, check_bit_widths, set_bit_width
+from models.bit_widths import BitWidth, check_bit_widths
 from models.lsq import lsq
 from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
-                             Quantizer)
+                             Quantizer, set_bit_width)
 
 
 def dorefa(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:

@@ -3,9 +3,9 @@ from functools import partial
 
 from torch import nn
 
-from models.bit_widths import check_bit_widths, set_bit_width
+from models.bit_widths import check_bit_widths
 from models.float_layers import Classifier
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 
 class SVHNNet(nn.Module):

@@ -23,7 +23,7 @@ from engine.forward_pass import ForwardPass
 from engine.run_folder import read_metrics
 from engine.setup import synchronize_batch_norm
 from engine.state import load_checkpoint
-from models.losses import LOSSES
+from models.losses import NEXT_TARGET
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def found(checks):
     return torch.load(checks / "found.pt")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", NEXT_TARGET)
 def test_two_processes_equal_one_that_averages_the_gradients_of_the_halves(loss, found):
     halves = [slice(0, None, 2), slice(1, None, 2)]
     alone = process_checks.alone(process_checks.model(), loss, 6, halves)
@@ -58,9 +58,9 @@ def test_two_processes_equal_one_that_averages_the_gradients_of_the_halves(loss,
 def test_one_exchange_a_step_and_two_small_ones_an_epoch(found):
     """Of all gradients at once; at the end metrics, twice."""
     parameters = sum(value.numel() for value in process_checks.model().parameters())
-    steps = len(LOSSES) * process_checks.STEPS
+    steps = len(NEXT_TARGET) * process_checks.STEPS
     assert [size for size in found["exchanges"] if size > 100] == [parameters] * steps
-    assert len(found["exchanges"]) == steps + 2 * len(LOSSES)
+    assert len(found["exchanges"]) == steps + 2 * len(NEXT_TARGET)
 
 
 def test_synchronised_batch_norm_is_torchs_on_gpus_and_refused_elsewhere():

@@ -1,9 +1,9 @@
 """What bit-widths share, low precision and torch.compile, against the reference way."""
 import copy
-import functools
 
 import pytest
 import torch
+from quantized import quantize_activation, quantize_weight
 from torch.nn.functional import conv2d, cosine_similarity
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,11 +13,10 @@ from engine.errors import UserError
 from engine.evaluation import evaluate
 from engine.forward_pass import PRECISIONS, ForwardPass, check_precision
 from engine.metrics import Metrics
-from models import BIT_WIDTHS, MODELS, quan_ops
+from models import BITS, MODELS, BitWidth
 from models.float_layers import BatchNorm2d
-from models.losses import LOSSES, any_precision_backward
-from models.quan_ops import (ClampUnit, Conv2dQ, normalize_weight, quantize, quantize_activation,
-                             quantize_weight)
+from models.losses import NEXT_TARGET, any_precision_backward
+from models.quan_ops import Clamp, Conv2dQ, DoReFaWeight, round_ste
 from models.resnet_quan import BasicBlock, Bottleneck
 
 CPU = torch.device("cpu")
@@ -57,7 +56,7 @@ def relative(found, expected):
 # reference.fill gives BatchNorms random shifts: those of a new network are 0, and where a channel's
 # inputs are all alike its outputs lie on the clamp's end, on either side by the order of sums.
 @pytest.mark.parametrize("name, all_conv, loss", [
-    *(("resnet20q", False, loss) for loss in LOSSES), *(("svhnq", False, loss) for loss in LOSSES),
+    *(("resnet20q", False, loss) for loss in NEXT_TARGET), *(("svhnq", False, loss) for loss in NEXT_TARGET),
     ("resnet20q", True, "recursive"), ("svhnq", True, "recursive"),
     ("resnet50q", False, "recursive"), ("resnet50q", True, "recursive")])
 def test_shared_equals_everything_anew(name, all_conv, loss):
@@ -75,14 +74,14 @@ def test_shared_equals_everything_anew(name, all_conv, loss):
 
 
 def test_a_scale_with_a_gradient_has_it_shared_too(monkeypatch):
-    """As where a researcher takes the detach() out of normalize_weight."""
-    def normalize(w):
+    """As where a researcher takes the detach() out of DoReFaWeight.prepare."""
+    def prepare(self, w):
         t = torch.tanh(w)
         return t / t.abs().amax(), w.abs().mean()
 
     images, labels = batch("resnet20q")
     detached = gradients(reference.fill(network("resnet20q").double(), seed=0), images, labels)[1]
-    monkeypatch.setattr(quan_ops, "normalize_weight", normalize)
+    monkeypatch.setattr(DoReFaWeight, "prepare", prepare)
     found, expected = (gradients(reference.fill(network("resnet20q").double(), seed=0),
                                  images, labels, shared=shared)[1] for shared in (True, False))
     assert relative(found, expected) < 1e-9 < relative(found, detached)
@@ -92,8 +91,13 @@ def test_what_is_shared_is_computed_once_a_step(monkeypatch):
     model = network("resnet20q", widths=[1, 8, 32]).double()
     images, labels = batch("resnet20q")
     calls = []
-    stem, tanh = model.conv0.forward, torch.tanh
-    monkeypatch.setattr(model.conv0, "forward", lambda x: calls.append("stem") or stem(x))
+    convolve, tanh = torch.nn.Conv2d.forward, torch.tanh
+
+    def forward(self, x):
+        calls.append("stem" if self is model.conv0 else "another")
+        return convolve(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
     monkeypatch.setattr(torch, "tanh", lambda w: calls.append("tanh") or tanh(w))
     any_precision_backward(model, images, labels, [1, 8, 32])
     layers = [layer for layer in model.modules() if isinstance(layer, Conv2dQ)]
@@ -101,15 +105,17 @@ def test_what_is_shared_is_computed_once_a_step(monkeypatch):
     assert calls.count("tanh") == 2 * 18  # on the way there, and anew on the way back
     any_precision_backward(model, images, labels, [1, 8, 32], shared=False)
     assert calls.count("stem") == 4 and calls.count("tanh") == 5 * 18
-    assert not any(layer.shared for layer in layers)
+    assert not any(layer.prepared for layer in layers)
+    assert "forward" not in vars(model.conv0)
 
 
 def test_an_error_within_a_step_leaves_nothing_shared():
     model = network("resnet20q")
     images, labels = batch("resnet20q", dtype=torch.float32)
-    with pytest.raises(ValueError, match="3 bits was not trained"):
+    with pytest.raises(ValueError, match="3-bit was not trained"):
         any_precision_backward(model, images, labels, [32, 3])  # 32 comes first
-    assert not any(layer.shared for layer in model.modules() if isinstance(layer, Conv2dQ))
+    assert not any(layer.prepared for layer in model.modules() if isinstance(layer, Conv2dQ))
+    assert "forward" not in vars(model.conv0)
 
 
 def test_evaluation_shares_and_gives_the_same():
@@ -146,7 +152,8 @@ class Operands(TorchDispatchMode):
 def test_operands_in_16_bits_are_the_integers(bits):
     torch.manual_seed(0)
     conv = Conv2dQ(16, 8, 3, bias=False)
-    conv.bits, n = bits, 2**bits - 1
+    conv.switch_bit_width(BitWidth(bits))
+    n = 2**bits - 1
     x = quantize_activation(1.5 * torch.rand(2, 16, 8, 8), bits)
     with torch.autocast("cpu", torch.bfloat16), Operands() as operands:
         conv(x)
@@ -154,18 +161,18 @@ def test_operands_in_16_bits_are_the_integers(bits):
     assert a.dtype == w.dtype == torch.bfloat16
     k, odd = a.double() * 2**bits, w.double() * 2**bits
     assert torch.equal(k, (n * x.double()).round())
-    v, _ = normalize_weight(conv.weight.double())
-    assert torch.equal(odd, n * quantize_weight(v, 1.0, bits).mul(n).round().div(n))
+    levels = quantize_weight(conv.weight.double(), bits) / conv.weight.double().abs().mean()
+    assert torch.equal(odd, (n * levels).round())
     assert set(odd.abs().unique().tolist()) <= set(range(1, n + 1, 2))
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_integer_operands_give_the_same_values_and_gradients(bits, bias, monkeypatch):
     torch.manual_seed(0)
     conv = Conv2dQ(3, 4, 3, bias=bias).double()
     x = quantize_activation(torch.rand(2, 3, 8, 8, dtype=torch.float64), bits).requires_grad_()
-    conv.bits = bits
+    conv.switch_bit_width(BitWidth(bits))
     upstream = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     results = []
     for low in (False, True):
@@ -186,7 +193,7 @@ def test_low_precision_costs_the_quantizer_nothing(bits, rounded, error, monkeyp
     """A convolution of rounded operands is exact with integers, and not on the published grid."""
     torch.manual_seed(0)
     conv = Conv2dQ(64, 8, 3, bias=False).double()
-    conv.bits = bits
+    conv.switch_bit_width(BitWidth(bits))
     x = quantize_activation(torch.rand(4, 64, 10, 10, dtype=torch.float64), bits)
     exact = conv(x)
     monkeypatch.setattr(conv, "_conv_forward",
@@ -262,7 +269,7 @@ def test_memory_format_is_channels_last_where_the_hardware_takes_it(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = network("svhnq")
     for device, precision, channels_last in (
-            ("cpu", "fp32", True), ("cuda", "fp32", False), ("cuda", "tf32", True),
+            ("cpu", "fp32", False), ("cpu", "bf16", False), ("cuda", "fp32", False), ("cuda", "tf32", True),
             ("cuda", "bf16", True)):
         found = ForwardPass(model, torch.device(device), precision).memory_format
         assert (found == torch.channels_last) == channels_last
@@ -322,8 +329,8 @@ def compiler_works():
 
 
 @pytest.mark.parametrize("function", [
-    ClampUnit.apply, functools.partial(quantize, bits=4),
-    lambda x: quantize_weight(x, torch.tensor(0.3), 4), lambda x: quantize_activation(x, 4)])
+    lambda x: Clamp.apply(x, 0, 1), round_ste, lambda x: quantize_weight(x, 4),
+    lambda x: quantize_activation(x, 4)])
 def test_compiled_quantizers_have_their_gradients(function):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -346,7 +353,7 @@ def test_compiled_equals_eager(name, precision):
         model = network(name, widths=[8])
         forward = ForwardPass(model, CPU, precision, batch_size)
         results, grads = gradients(model, images, labels, widths=[8], forward=forward,
-                                   normalize=forward.normalize, autocast=forward.autocast)
+                                   prepare=forward.prepare, share_stem=False, autocast=forward.autocast)
         found[batch_size] = results[8][1], grads
     (logits, grads), (expected_logits, expected) = found[4], found[None]
     # Not to the last digits: where a fused sum crosses a rounding threshold a level changes.
@@ -362,7 +369,7 @@ def test_no_recompilation_after_the_first_step():
     """Nine bit-widths, training and evaluation: one graph each, and one of all weights; odd
     batches go uncompiled."""
     torch._dynamo.reset()
-    widths = list(BIT_WIDTHS)
+    widths = list(BITS)
     model = network("svhnq", widths=widths)
     forward = ForwardPass(model, CPU, batch_size=4, backend="eager")
     images, labels = batch("svhnq", dtype=torch.float32)
@@ -370,7 +377,7 @@ def test_no_recompilation_after_the_first_step():
     def train_and_evaluate(count):
         model.train()
         any_precision_backward(model, images[:count], labels[:count], widths, forward=forward,
-                               normalize=forward.normalize)
+                               prepare=forward.prepare, share_stem=False)
         validation = [(images, labels), (images[:3], labels[:3])]
         evaluate(model, forward, validation, widths, CPU)
 
@@ -378,7 +385,7 @@ def test_no_recompilation_after_the_first_step():
     before = counters["unique_graphs"]
     train_and_evaluate(4)
     graphs = counters["unique_graphs"]
-    assert graphs - before == 2 * len(BIT_WIDTHS) + 1
+    assert graphs - before == 2 * len(BITS) + 1
     with torch._dynamo.config.patch(error_on_recompile=True):
         for count in (4, 3, 4):
             train_and_evaluate(count)

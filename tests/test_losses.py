@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from models.losses import LOSSES, any_precision_backward
+from models.losses import NEXT_TARGET, any_precision_backward
 
 WIDTHS = [1, 2, 4, 32]  # given in another order than they are run
 LABELS = torch.tensor([0, 2, 1])
@@ -21,6 +21,9 @@ class Stub(nn.Module):
             str(bits): nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for bits in WIDTHS})
         self.visited = []
 
+    def switch_bit_width(self, bit_width):
+        self.bits = bit_width
+
     def forward(self, images):
         self.visited.append(self.bits)
         return 1 * self.table[str(self.bits)]
@@ -36,7 +39,7 @@ TEACHER = {  # of each bit-width; None: the labels
     "recursive": {32: None, 4: 32, 2: 4, 1: 2}}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", NEXT_TARGET)
 def test_who_teaches_whom(loss):
     model = Stub()
     results = any_precision_backward(model, None, LABELS, WIDTHS, loss)
@@ -52,7 +55,7 @@ def test_who_teaches_whom(loss):
         assert not value.requires_grad and not returned.requires_grad
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", NEXT_TARGET)
 def test_one_bit_width_learns_from_the_labels(loss):
     model = Stub()
     any_precision_backward(model, None, LABELS, [2], loss)
@@ -74,6 +77,9 @@ def test_shared_weights_get_the_sum_over_bit_widths():
 
     class Shared(nn.Module):
         bits = 32
+
+        def switch_bit_width(self, bit_width):
+            self.bits = bit_width.weights
 
         def forward(self, images):
             return shared * self.bits

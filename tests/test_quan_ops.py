@@ -4,17 +4,16 @@ import math
 
 import pytest
 import torch
+from quantized import quantize_activation, quantize_weight
 from torch.testing import assert_close
 
 import reference
 from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
 from models import MODELS, calibrate, quan_ops, set_bit_width
-from models.float_layers import BatchNorm2d
+from models.bit_widths import BITS, BitWidth, check_bit_widths
 from models.losses import any_precision_backward
-from models.quan_ops import (BIT_WIDTHS, ActivationQ, Conv2dQ, SwitchableBatchNorm2d,
-                             check_bit_widths, normalize_weight, quantize_activation,
-                             quantize_weight)
+from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 
 CPU = torch.device("cpu")
 LEVELS = {  # bits: n, and by hand round(n * 0.6), round(n * 0.5) half to even, round(n * 0.75)
@@ -24,10 +23,6 @@ LEVELS = {  # bits: n, and by hand round(n * 0.6), round(n * 0.5) half to even, 
 
 def double(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
-
-
-def quantized(w, bits):
-    return quantize_weight(*normalize_weight(w), bits)
 
 
 @pytest.mark.parametrize("bits", LEVELS)
@@ -40,7 +35,7 @@ def test_activation_by_hand(bits):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounding", [True, False])
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", BITS)
 def test_activation_gradient_passes_from_0_to_1_both_ends_included(bits, rounding, dtype):
     x = torch.tensor([-0.1, -1e-30, -0.0, 0.0, 0.3, 1.0, 1.1], dtype=dtype).requires_grad_()
     upstream = torch.tensor([1, 2, 3, 4, 5, 6, 7], dtype=dtype)
@@ -63,33 +58,33 @@ def test_weight_by_hand(bits):
     w = double(math.atanh(0.8), -math.atanh(0.8), math.atanh(0.4), 0)  # u = 1, 0, 0.75, 0.5
     scale = (2 * math.atanh(0.8) + math.atanh(0.4)) / 4
     levels = double(1, -1, 2 * three_quarters / n - 1, 2 * half / n - 1)
-    assert_close(quantized(w, bits), scale * levels)
+    assert_close(quantize_weight(w, bits), scale * levels)
 
 
 def test_weight_at_32_bits_by_hand():
     w = double(math.atanh(0.8), -math.atanh(0.4), 0)
     scale = (math.atanh(0.8) + math.atanh(0.4)) / 3
-    assert_close(quantized(w, 32), scale * double(1, -0.5, 0))
+    assert_close(quantize_weight(w, 32), scale * double(1, -0.5, 0))
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", BITS)
 def test_weight_gradient_by_hand(bits):
     """E (1 - t^2) / m of the upstream one; the largest weight also takes -E sum(g t) / m^2."""
     w = double(math.atanh(0.8), math.atanh(0.4), 0).requires_grad_()
     scale = (math.atanh(0.8) + math.atanh(0.4)) / 3
-    quantized(w, bits).backward(double(1, 2, 3))
+    quantize_weight(w, bits).backward(double(1, 2, 3))
     largest = 0.36 * (1 / 0.8 - (1 * 0.8 + 2 * 0.4) / 0.64)
     assert_close(w.grad, scale * double(largest, 2 * 0.84 / 0.8, 3 / 0.8))
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
-def test_weight_is_the_single_equation_of_the_paper_bit_for_bit(bits):
+@pytest.mark.parametrize("bits", BITS)
+def test_weight_is_the_single_equation_of_the_paper(bits):
     torch.manual_seed(0)
-    w = torch.randn(1000)
+    w = torch.randn(1000, dtype=torch.float64)
     t, n, scale = torch.tanh(w), 2**bits - 1, w.abs().mean()
     u = t / t.abs().max() / 2 + 0.5
     expected = t / t.abs().max() if bits == 32 else 2 * (torch.round(n * u) / n) - 1
-    assert torch.equal(quantized(w, bits), scale * expected)
+    assert_close(quantize_weight(w, bits), scale * expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("bits", LEVELS)
@@ -104,64 +99,26 @@ def test_quantized_values_are_at_most_2_to_the_bits(bits):
 def test_convolution_quantizes_its_weight_and_not_its_bias():
     conv = Conv2dQ(2, 3, 3, padding=1).double()
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
-    for bits in BIT_WIDTHS:
-        conv.bits = bits
-        expected = torch.nn.functional.conv2d(x, quantized(conv.weight, bits), conv.bias, padding=1)
+    for bits in BITS:
+        conv.switch_bit_width(BitWidth(bits))
+        expected = torch.nn.functional.conv2d(x, quantize_weight(conv.weight, bits), conv.bias, padding=1)
         assert_close(conv(x), expected, rtol=0, atol=0)
 
 
 def test_activation_layer():
     for rounding in (True, False):
         layer, x = ActivationQ(rounding), torch.randn(50)
-        layer.bits = 2
+        layer.switch_bit_width(BitWidth(2))
         assert_close(layer(x), quantize_activation(x, 2, rounding))
 
 
 # ---- BatchNorm
 
-def normalized(layer, x, upstream):
-    """Return a BatchNorm's output, gradients and statistics after two batches."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    layer(2 * x)
-    out = layer(x)
-    gradients = torch.autograd.grad(out, [x, layer.weight, layer.bias], upstream)
-    return out, *gradients, *layer.buffers()
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_batch_norm_in_channels_last_is_torchs(momentum, dtype, tolerance):
-    torch.manual_seed(0)
-    x, upstream = (torch.randn(4, 6, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
-                   for _ in "ab")
-    layers = [kind(6, momentum=momentum).to(dtype) for kind in (torch.nn.BatchNorm2d, BatchNorm2d)]
-    expected, found = (normalized(layer, x, upstream) for layer in layers)
-    assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert found[0].is_contiguous(memory_format=torch.channels_last)
-    assert_close(layers[1].eval()(x), layers[0].eval()(x))
-
-
-def test_batch_norm_of_even_backgrounds_is_accurate_in_channels_last():
-    torch.manual_seed(0)
-    digit = torch.rand(64, 1, 18, 18) < 0.4
-    x = torch.where(digit, torch.randn(64, 16, 18, 18) + 3, torch.randn(1, 16, 1, 1))
-    exact, layer = BatchNorm2d(16).double(), BatchNorm2d(16)
-    upstream = torch.rand_like(x)
-    found = normalized(layer, x.contiguous(memory_format=torch.channels_last), upstream)
-    expected = normalized(exact, x.double(), upstream.double())
-    bounds = {"output": 5e-6, "gradient": 5e-6, "weight's": 1e-3, "bias's": 5e-6,
-              "running mean": 5e-6, "variance": 5e-6}
-    # The weight's gradient is a small difference of large sums.
-    for index, (name, bound) in enumerate(bounds.items()):
-        error = (found[index] - expected[index]).abs().max() / expected[index].abs().max()
-        assert error < bound, name  # torch's own: 5e-5 and more, and 1e-2 of the weight
-
-
 def test_only_the_active_batch_norm_moves():
     layer = SwitchableBatchNorm2d(3, [2, 32])
-    assert layer.bits == 32 and list(layer.bn_dict) == ["2", "32"]
+    assert layer.width == "32" and list(layer.bn_dict) == ["2", "32"]
     before = {key: value.clone() for key, value in layer.state_dict().items()}
-    layer.bits = 2
+    layer.switch_bit_width(BitWidth(2))
     layer(torch.randn(4, 3, 5, 5) + 1).sum().backward()
     after = layer.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
@@ -197,7 +154,7 @@ def calibrated(model, images, labels):
 def compiled(model):
     torch._dynamo.reset()
     forward = ForwardPass(model, CPU, batch_size=4, backend="eager")
-    return {"forward": forward, "normalize": forward.normalize}
+    return {"forward": forward, "prepare": forward.prepare, "share_stem": False}
 
 
 def bf16(model):
@@ -210,26 +167,41 @@ PATHS = {"shared": trained(lambda model: {}),
          "compiled": trained(compiled), "evaluate": evaluated, "calibrate": calibrated}
 
 
-@pytest.mark.parametrize("quantizer", ["quantize_weight", "quantize_activation"])
+@pytest.mark.parametrize("quantizer", ["DoReFaWeight", "DoReFaActivation"])
 @pytest.mark.parametrize("path", PATHS)
 def test_another_quantizer_changes_every_loss_below_32_bits(path, quantizer, monkeypatch):
-    original = getattr(quan_ops, quantizer)
+    kind = getattr(quan_ops, quantizer)
+    original = kind.integers
 
-    def halved(x, *args, **kwargs):
-        bits = args[-1] if quantizer == "quantize_weight" else args[0]
-        out = original(x, *args, **kwargs)
-        return out if bits == 32 else out * torch.where(x > 0.3, 0.5, 1.0)
+    def halved(self, x, *args):
+        integers, scale = original(self, x, *args)
+        return integers * torch.where(x > 0.3, 0.5, 1.0), scale
 
+    assert_every_loss_changes(path, lambda: monkeypatch.setattr(kind, "integers", halved))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_edited_layer_changes_every_loss(path, monkeypatch):
+    forward = Conv2dQ.forward
+
+    def scaled(self, x):
+        return forward(self, x) * torch.linspace(0.5, 1.5, self.out_channels)[:, None, None]
+
+    assert_every_loss_changes(path, lambda: monkeypatch.setattr(Conv2dQ, "forward", scaled), (32,))
+
+
+def assert_every_loss_changes(path, change, also=()):
+    """Assert that a change is one to every loss below 32 bits, and at 32 as `also` says."""
     torch.manual_seed(0)
     images, labels = torch.randn(4, 3, 40, 40), torch.arange(4)
     losses = []
-    for replacement in (original, halved):
-        monkeypatch.setattr(quan_ops, quantizer, replacement)
+    for edit in (lambda: None, change):
+        edit()
         model = reference.fill(MODELS["svhnq"](WIDTHS, width=1).double(), seed=0).float()
         model.layers[19].p = 0  # no dropout
         losses.append(PATHS[path](model, images, labels))
     before, after = losses
-    assert before[32] == after[32]
+    assert (before[32] != after[32]) == (32 in also)
     assert all(before[bits] != after[bits] for bits in (1, 2, 4, 8)), (before, after)
 
 
@@ -250,17 +222,66 @@ def test_a_forward_hook_on_every_module_fires_once_a_forward_pass(name, path):
     assert sorted(fired) == sorted(expected)
 
 
-# ---- lists of bit-widths
+def test_a_layer_that_cannot_be_switched_is_named():
+    class Own(torch.nn.Linear):
+        bits = 32
+
+    model = torch.nn.Sequential(Conv2dQ(3, 4, 3), Own(4, 2))
+    with pytest.raises(ValueError, match=r"layer 1 \(Own\) has bits that cannot be switched"):
+        set_bit_width(model, 4)
+    assert model[0].bits == 32
+
+
+def test_a_layer_keeps_bits_of_its_own():
+    conv, x = Conv2dQ(3, 4, 3, bits=8), torch.randn(2, 3, 6, 6)
+    activation = ActivationQ(bits=2)
+    for width in (1, "w2a4", 8, 32):
+        set_bit_width(torch.nn.Sequential(conv, activation), width)
+        assert conv.bits == 8 and activation.bits == 2
+        expected = torch.nn.functional.conv2d(x, quantize_weight(conv.weight, 8), conv.bias)
+        assert_close(conv(x), expected)
+        assert_close(activation(x), quantize_activation(x, 2))
+
+
+def test_weights_and_activations_have_bits_of_their_own():
+    model = torch.nn.Sequential(ActivationQ(), Conv2dQ(3, 4, 3))
+    set_bit_width(model, "w2a4")
+    x = torch.randn(2, 3, 6, 6)
+    a = quantize_activation(x, 4)
+    assert_close(model(x), torch.nn.functional.conv2d(a, quantize_weight(model[1].weight, 2),
+                                                      model[1].bias))
+
+
+def test_a_quantizer_that_is_put_in_place_has_no_bits_until_it_is_switched():
+    conv = Conv2dQ(3, 4, 3)
+    conv.quantizer = quan_ops.DoReFaWeight()
+    with pytest.raises(TypeError):
+        conv(torch.randn(2, 3, 6, 6))
+
+
+# ---- bit-widths
 
 @pytest.mark.parametrize("wrong, message", [
     ([], "no bit-width given"), ([0], "bit-width 0 does not exist: choose from 1 to 8 and 32"),
     ([4, 9], "bit-width 9 does not exist"), ([16], "bit-width 16"), ([33], "bit-width 33"),
     ([-1], "bit-width -1"), (["four"], "bit-width 'four'"), ([True], "bit-width True"),
-    ([2, 4, 2], "bit-widths 2,4,2 repeat")])
+    (["w2"], "bit-width 'w2'"), (["w9a4"], "bit-width 'w9a4'"), (["w2a16"], "bit-width 'w2a16'"),
+    ([2, 4, 2], "bit-widths 2,4,2 repeat"), (["4", "w4a4"], "bit-widths 4,4 repeat")])
 def test_wrong_bit_widths(wrong, message):
     with pytest.raises(ValueError, match=message):
         check_bit_widths(wrong)
 
 
 def test_bit_widths_come_highest_first():
+    """By weight bits times activation bits, then by weight bits."""
     assert check_bit_widths([4, 1, 32, 8]) == (32, 8, 4, 1)
+    widths = check_bit_widths(["w2a4", "w4a2", 8, 3, "w1a8", "w8a1", "w4a32", 32, "4"])
+    assert list(map(str, widths)) == [
+        "32", "w4a32", "8", "4", "3", "w8a1", "w4a2", "w2a4", "w1a8"]
+
+
+def test_a_bit_width_is_found_by_what_it_is_written_as():
+    found = {BitWidth(4): "four", BitWidth(2, 4): "mixed"}
+    assert found[4] == "four" and found["w2a4"] == "mixed" and 4 in found and 2 not in found
+    assert BitWidth.of("w4a4") == 4 and str(BitWidth.of("w4a4")) == "4"
+    assert f"{BitWidth(2, 4):>6}" == "  w2a4" and BitWidth(8) > 4 and max(2, BitWidth(4)) == 4

@@ -1,12 +1,12 @@
 """The published implementation's numbers, in float64 to 1e-6: quantizers, networks, steps."""
 import pytest
 import torch
+from quantized import quantize_activation, quantize_weight
 from torch.testing import assert_close
 
 import reference
-from models import MODELS, set_bit_width
+from models import BITS, MODELS, set_bit_width
 from models.losses import any_precision_backward
-from models.quan_ops import BIT_WIDTHS, normalize_weight, quantize_activation, quantize_weight
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-9}
 RECORDS = sorted(path.stem for path in reference.FOLDER.glob("*q_*.json"))
@@ -16,13 +16,13 @@ def tensor(numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("bits", BITS)
 def test_quantizers(bits):
     record = reference.load("quantizers")
     expected = record[str(bits)]
 
     w = tensor(record["weight"]).requires_grad_()
-    quantized = quantize_weight(*normalize_weight(w), bits)
+    quantized = quantize_weight(w, bits)
     quantized.backward(tensor(record["upstream_grad"]))
     assert_close(quantized.detach(), tensor(expected["weight_q"]), **TOLERANCE)
     assert_close(w.grad, tensor(expected["weight_grad"]), **TOLERANCE)
