@@ -1,4 +1,6 @@
 """The parts of a run, made as the arguments say."""
+from argparse import Namespace
+
 import torch
 from torch.utils.data import Subset
 
@@ -83,8 +85,27 @@ def make_forward_pass(args, model, device):
                        images_per_process(args) if args.compile else None)
 
 
-def make_optimizer(args, parameters):
+def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
+    """Return the optimizer's groups: one of all parameters. Edit this to train some differently.
+
+    Each is a dict of "params" and, where they are not to be --lr and --weight-decay, of "lr" and
+    "weight_decay". The schedule multiplies each group's own learning rate.
+    """
+    return [{"params": list(model.parameters())}]
+
+
+def make_optimizer(args: Namespace, parameters) -> torch.optim.Optimizer:
+    """Return the optimizer of --optimizer; parameters: groups, or an iterable of parameters.
+
+    Each of its groups holds its learning rate before any schedule, as "initial_lr".
+    """
     kwargs = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, **kwargs)
-    return torch.optim.SGD(parameters, momentum=0.9, **kwargs)
+        optimizer = torch.optim.Adam(parameters, **kwargs)
+    elif args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, **kwargs)
+    else:
+        optimizer = torch.optim.SGD(parameters, momentum=0.9, **kwargs)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
