@@ -22,7 +22,8 @@ from utils import flag_text, one_line, replacing, write_text
 NOT_SETTINGS = {"dataset", "model", "evaluate", "loss", "bit_width_list", "calibrate", "seed",
                 "results_dir", "resume", "start_epoch", "device", "workers", "timeout",
                 "print_freq", "save_every", "data_dir", "save_calibrated", "compile"}
-NOT_OF_EVALUATION = {"pretrain", "train_fraction", "sync_bn", *OF_SCHEDULE}
+NOT_OF_EVALUATION = {"pretrain", "train_fraction", "sync_bn", "schedule", "widths_per_step",
+                     *OF_SCHEDULE}
 EPOCHS = {  # of --epoch: what is told of it, and its values per bit-width
     "last": ("last epoch", lambda history: history[-1]["val"]),
     "checkpoint": ("best checkpoint", lambda history: best_record(history)["val"]),
@@ -65,7 +66,8 @@ def load_run(folder):
         raise UserError(f"{folder} has no finished epoch yet: leave it out, or let it go on")
     told = NOT_SETTINGS | (NOT_OF_EVALUATION if arguments["evaluate"] else set())
     settings = {argument: flag_text(value) for argument, value in sorted(arguments.items())
-                if value is not None and value is not False and argument not in told}
+                if value is not None and value is not False and value != []
+                and argument not in told}
     kind = arguments["dataset"], arguments["model"], arguments["evaluate"]
     return Run(str(folder), kind, name, flag_text(bit_widths) if len(bit_widths) > 1 else "all",
                settings, arguments["seed"], history)

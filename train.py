@@ -10,27 +10,32 @@ Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20
 """
 import bisect
+import math
+import random
 import shlex
 import sys
 import time
+from argparse import Namespace
 from functools import partial
 
 import torch
 
 from dataset.loader import count_classes
 from engine import published
-from engine.arguments import OF_SCHEDULE, flag_name, parse_flags, run_name
+from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, parse_flags, run_name
 from engine.console import Console
 from engine.device import choose_device, describe
-from engine.distributed import (any_process, exchange_gradients, one_at_a_time_per_machine,
-                                processes, rank, world_size)
+from engine.distributed import (any_process, broadcast_buffers, broadcast_parameters,
+                                exchange_gradients, one_at_a_time_per_machine, processes, rank,
+                                world_size)
 from engine.errors import Stopped, StopRequest, reading, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
 from engine.resume import resolve
 from engine.run_folder import RunFolder, log
-from engine.setup import (initialise, make_forward_pass, make_model, make_optimizer,
-                          make_train_loader, make_val_loader, open_data, synchronize_batch_norm)
+from engine.setup import (initialize_model, load_pretrained, make_forward_pass, make_model,
+                          make_optimizer, make_train_loader, make_val_loader, open_data, parameter_groups,
+                          synchronize_batch_norm)
 from engine.state import TrainingState, load_checkpoint, refuse_packed
 from models import check_bit_widths, layer_table
 from models.converted import AnyPrecisionNetwork
@@ -48,14 +53,15 @@ def main(flags):
         torch.manual_seed(args.seed)
         if args.evaluate:
             return evaluate_checkpoint(args, checkpoint, device)
-        unset = [name for name in OF_SCHEDULE if name not in {**vars(flags), **flags.recipe}]
+        unset = [name for name in OF_SCHEDULE if name not in {**vars(flags), **flags.recipe}
+                 and getattr(args, name) == DEFAULTS[name]]  # not so of a cosine's --lr_decay
         return train(args, checkpoint, device, () if checkpoint else unset)
 
 
 def train(args, checkpoint, device, unset=()):
     """Train, from a Checkpoint if any; tell the `unset` arguments; return the results folder."""
     state, forward_pass, train_loader, val_loader = prepare(args, checkpoint, device)
-    told = start(state, args, checkpoint)
+    told = start(state, args, checkpoint, forward_pass, train_loader)
     in_place = checkpoint is not None and checkpoint.in_place
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
@@ -69,22 +75,25 @@ def train(args, checkpoint, device, unset=()):
         try:
             with StopRequest() as stop:
                 for epoch in range(state.epoch, args.epochs):
-                    lr = learning_rate(args.lr, args.lr_decay, epoch)
+                    factor = learning_rate_factor(args, epoch)
                     for group in state.optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = group["initial_lr"] * factor
                     train_metrics, speed = train_one_epoch(
                         state, train_loader, forward_pass, args.loss, console, run, stop)
+                    broadcast_buffers(state.model)
                     if world_size() > 1:
-                        run.save(state)  # they do not stop in the validation; shares statistics
+                        run.save(state)  # they do not stop in the validation
                     val_metrics = evaluate(state.model, forward_pass, val_loader, state.bit_widths,
                                            device, f"epoch {epoch + 1}, validation", stop)
                     improved = state.finish_epoch(val_metrics)
-                    record = {"epoch": epoch + 1, "lr": lr, "images_per_second": speed,
-                              "train": train_metrics, "val": val_metrics}
+                    record = {"epoch": epoch + 1, "lr": args.lr * factor,
+                              "images_per_second": speed, "train": train_metrics,
+                              "val": val_metrics}
                     run.log_epoch(record)
                     console.row(record)
                     run.save(state, best=improved)
         except Stopped as stopped:
+            broadcast_buffers(state.model)
             run.save(state)
             command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
             where = f"after step {state.metrics.steps} of {len(train_loader)}; to go on: {command}"
@@ -100,13 +109,16 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     """
     model, optimizer, metrics = state.model, state.optimizer, state.metrics
     batches, parameters = loader.batch_sampler, list(state.model.parameters())
+    settings = state.arguments
     model.train()
     batches.epoch, batches.start = state.epoch, metrics.steps
     began = time.perf_counter()
     for images, labels in loader:
         share = len(labels) / batches.size(metrics.steps)  # of the batch of all processes
         optimizer.zero_grad()
-        results = forward_pass.backward(images, labels, state.bit_widths, loss, share)
+        bit_widths = choose_bit_widths(state.bit_widths, settings["widths_per_step"],
+                                       settings["seed"], state.epoch, metrics.steps)
+        results = forward_pass.backward(images, labels, bit_widths, loss, share)
         exchange_gradients(parameters)
         optimizer.step()
         metrics.add(results, labels)
@@ -120,6 +132,7 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
             if asked:
                 raise Stopped(stop.signal)
             if due:
+                broadcast_buffers(model)
                 run.save(state)
         began = time.perf_counter()
     totals = metrics.state_dict()
@@ -139,14 +152,20 @@ def prepare(args, checkpoint, device):
     forward_pass = make_forward_pass(args, model, device)
     train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
-    state = TrainingState(model, make_optimizer(args, model.parameters()),
-                          sorted(check_bit_widths(args.bit_width_list)), device, vars(args),
+    optimizer = make_optimizer(args, parameter_groups(model, args))
+    bit_widths = sorted(check_bit_widths(args.bit_width_list))
+    state = TrainingState(model, optimizer, bit_widths, device, vars(args),
                           train_loader.batch_sampler.num_samples)
     return state, forward_pass, train_loader, val_loader
 
 
-def start(state, args, checkpoint):
-    """Restore the checkpoint, or load --pretrain; return what to tell of the latter."""
+def start(state, args, checkpoint, forward_pass, train_loader):
+    """Restore the checkpoint, or load --pretrain; return what to tell of the latter.
+
+    All processes begin with rank 0's network, should its values depend on the data or the process.
+    """
+    told = None
+    quantizers_are_new = not checkpoint
     if checkpoint:
         state.restore(checkpoint.path, checkpoint.content, checkpoint.in_place)
     elif args.pretrain:
@@ -154,7 +173,12 @@ def start(state, args, checkpoint):
             path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
         content = load_checkpoint(path)
         refuse_packed(content, path, "train")
-        return initialise(state.model, path, content["state_dict"])
+        told, quantizers_are_new = load_pretrained(state.model, path, content["state_dict"])
+    if quantizers_are_new:
+        initialize_model(state.model, forward_pass, train_loader, state.bit_widths)
+    broadcast_parameters(state.model)
+    broadcast_buffers(state.model)
+    return told
 
 
 def tell_beginning(args, device, state, run, told, unset):
@@ -178,9 +202,29 @@ def tell_beginning(args, device, state, run, told, unset):
         log.info(f"writing to {run.path}")
 
 
-def learning_rate(lr, decay_epochs, epoch):
-    """Return the rate of epoch 0, 1, ...: of the epoch alone, so no resumed run is out of step."""
-    return lr * 0.1 ** bisect.bisect_right(decay_epochs, epoch)
+def learning_rate_factor(args: Namespace, epoch: int) -> float:
+    """Return what multiplies the learning rates in epoch 0, 1, ...
+
+    It is of the epoch alone, so that no resumed run is out of step. A cosine's is above 0 in the
+    last epoch, too.
+    """
+    if args.schedule == "cosine":
+        return (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    return 0.1 ** bisect.bisect_right(args.lr_decay, epoch)
+
+
+def choose_bit_widths(bit_widths: list, count: int | None, seed: int, epoch: int,
+                      step: int) -> list:
+    """Return the bit-widths that a step visits: the highest, the lowest, count - 2 between them.
+
+    count: None for all. They are a function of the arguments alone: the same on all processes and
+    in a resumed run, whose other random numbers they leave as they are.
+    """
+    if count is None or count >= len(bit_widths):
+        return list(bit_widths)
+    lowest, *between, highest = sorted(bit_widths)
+    generator = random.Random(f"{seed} {epoch} {step}")
+    return [lowest, *generator.sample(between, count - 2), highest]
 
 
 def finish(run, name):

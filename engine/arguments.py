@@ -115,11 +115,17 @@ def add_training(add):
     add("--epochs", type=number(int, 1), default=30, help="passes over the split")
     add("--start-epoch", type=number(int, 0), default=0, help="epochs taken as done by --lr_decay")
     add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
-    add_choice("--optimizer", ("adam", "sgd"), "adam", " (momentum 0.9)")
+    add_choice("--optimizer", ("adam", "adamw", "sgd"), "adam", " (momentum 0.9)")
     add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, help="learning rate")
+    add_choice("--schedule", ("step", "cosine"), "step",
+               ", of the learning rate: --lr_decay, or half a cosine over --epochs")
     add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
         help='epochs after which the learning rate is divided by 10; "" for never')
-    add("--weight-decay", type=number(float, 0, 1e30), default=0.0, help="L2 penalty; 0 is off")
+    add("--weight-decay", type=number(float, 0, 1e30), default=0.0,
+        help="L2 penalty, adamw's decoupled; 0 is off")
+    add("--widths-per-step", type=number(int, 2), metavar="N",
+        help="bit-widths that a step visits: the highest, the lowest and N - 2 of those between, "
+        "drawn by the seed; unset: all")
     add_choice("--precision", PRECISIONS, "fp32", ": of the convolutions' operands")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, data and dropout")
 
@@ -196,6 +202,11 @@ def settle(flags, saved=None, guessed=None):
     args = Namespace(**{**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given})
     args.train_split = args.train_split or next(iter(DATASETS[args.dataset].val_split))
     args.width = args.width or DEFAULT_WIDTH.get(args.model, 1)
+    if args.schedule == "cosine":
+        if given.get("lr_decay"):
+            raise UsageError(f"--lr_decay {flag_text(args.lr_decay)} goes with --schedule step: "
+                             'leave it out, or "", with --schedule cosine')
+        args.lr_decay = []  # whatever a recipe or the default says
     check_settings(args)
     return args
 
@@ -242,8 +253,9 @@ def flag_name(name):
 
 
 def run_name(args):
-    """Name a run by what sets it apart: data, model, bit-widths, loss, seed."""
+    """Name a run by what sets it apart: data, model, bit-widths, loss, widths per step, seed."""
     parts = [args.dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
     parts += [args.loss] * (len(args.bit_width_list) > 1) + ["allconv"] * args.all_conv
     parts += [args.quantizer] * (args.quantizer != DEFAULTS["quantizer"])
+    parts += [f"{args.widths_per_step}perstep"] if args.widths_per_step else []
     return "_".join([*parts, f"seed{args.seed}"])

@@ -44,9 +44,14 @@ class Console:
                      f"{'images/s':>8} {'left':>8}")
         self.rows += 1
         left = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
-        train, val = (" ".join(f"{record[part][bits]['top1']:6.2f}" for bits in self.bit_widths)
-                      for part in ("train", "val"))
+        train = self.cells(record["train"])
+        val = self.cells(record["val"])
         epoch = f"{record['epoch']}/{self.epochs}"
         log.info(f"{epoch:>7} {record['lr']:7.2g} {mean_loss(record['train']):7.4f} | train {train}"
                  f" | val {val} | {record['images_per_second']:8.0f} "
                  f"{datetime.timedelta(seconds=round(left))!s:>8}")
+
+    def cells(self, averages):
+        """Return the top-1 of each bit-width, aligned; "-" where it has seen no image."""
+        return " ".join(f"{averages[bits]['top1']:6.2f}" if bits in averages else f"{'-':>6}"
+                        for bits in self.bit_widths)

@@ -89,19 +89,45 @@ def wait():
         dist.barrier()
 
 
-def exchange_gradients(parameters):
+def exchange_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sum the gradients over the processes, in place, by one exchange.
 
     Each process weights its loss by its share of the batch: the sum is the gradient of the mean.
+    A gradient that is absent (None) counts as zero; absent on all processes it stays absent, so
+    that an optimizer passes over it as in a single process. Waits where one is absent here.
     """
-    exchange([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if world_size() == 1 or not trained:
+        return
+    absent = [index for index, parameter in enumerate(trained) if parameter.grad is None]
+    gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                 for parameter in trained]
+    present = gradients[0].new_ones(len(trained))
+    for index in absent:
+        present[index].zero_()  # on the device, without waiting
+    exchange([*gradients, present], dist.all_reduce)
+    if absent:
+        counts = present.tolist()  # of the processes that have it; synchronises
+        for index in absent:
+            if counts[index] > 0:
+                trained[index].grad = gradients[index]
 
 
-def share_buffers(model):
+def broadcast_parameters(model: torch.nn.Module) -> None:
+    """Give every process rank 0's parameters."""
+    exchange(list(model.parameters()), broadcast)
+
+
+def broadcast_buffers(model: torch.nn.Module) -> None:
     """Give every process rank 0's BatchNorm statistics, as in the published multi-GPU training."""
     for integers in (False, True):  # the counts of batches, which cannot be joined with the rest
         exchange([buffer for buffer in model.buffers() if buffer.is_floating_point() != integers],
-                 lambda flat: dist.broadcast(flat, 0))
+                 broadcast)
+
+
+def broadcast(tensor):
+    """Overwrite a tensor with rank 0's."""
+    dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()

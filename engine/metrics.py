@@ -6,25 +6,36 @@ from engine.errors import UserError
 
 
 class Metrics:
-    """Sums of loss and of top-1 and top-5 hits per bit-width, on the device until they are read."""
+    """Sums of loss and of top-1 and top-5 hits per bit-width, on the device until they are read.
+
+    A step may leave bit-widths out: each is averaged over the images that it has seen.
+    """
 
     def __init__(self, bit_widths, device):
         self.sums = torch.zeros(len(bit_widths), 3, dtype=torch.float64, device=device)
         self.bit_widths = sorted(bit_widths)
+        self.counts = dict.fromkeys(self.bit_widths, 0)  # images that each has seen
         self.count = 0  # images seen
         self.steps = 0
         self.seconds = 0.0  # spent on them
-        self.unread = []  # the (bit_widths,) losses since the last check_finite
+        self.unread = []  # a step's (bit-widths, losses), since the last check_finite
 
-    def add(self, results, labels):
+    def add(self, results: dict, labels: torch.Tensor) -> None:
         """Add a batch: {bits: (mean loss, logits (N, classes))} and labels (N,). Does not wait."""
-        losses, logits = zip(*(results[bits] for bits in self.bit_widths))
-        losses, logits = torch.stack(losses), torch.stack(logits)  # logits (bit_widths, N, classes)
+        visited = [bits for bits in self.bit_widths if bits in results]
+        losses = torch.stack([results[bits][0] for bits in visited])
+        logits = torch.stack([results[bits][1] for bits in visited])  # (visited, N, classes)
         k = min(5, logits.shape[2])  # with fewer than 5 classes top-5 is always right
-        hits = logits.topk(k, dim=2).indices == labels[:, None]  # (bit_widths, N, k)
-        sums = losses * len(labels), hits[..., 0].sum(1), hits.sum((1, 2))
-        self.sums += torch.stack(sums, dim=1)
-        self.unread.append(losses)
+        hits = logits.topk(k, dim=2).indices == labels[:, None]  # (visited, N, k)
+        sums = torch.stack((losses * len(labels), hits[..., 0].sum(1), hits.sum((1, 2))), dim=1)
+        if len(visited) == len(self.bit_widths):
+            self.sums += sums
+        else:
+            for bits, row in zip(visited, sums):
+                self.sums[self.bit_widths.index(bits)] += row
+        for bits in visited:
+            self.counts[bits] += len(labels)
+        self.unread.append((visited, losses))
         self.count += len(labels)
         self.steps += 1
 
@@ -32,37 +43,51 @@ class Metrics:
         """Raise UserError naming `what` and the first loss that is not finite. Waits."""
         if not self.unread:
             return
-        finite = torch.stack(self.unread).isfinite().tolist()  # synchronises
-        first = self.steps - len(self.unread) + 1
+        unread = self.unread
         self.unread = []
-        for step, row in enumerate(finite, start=first):
-            for bits, good in reversed(list(zip(self.bit_widths, row))):  # as they are run
-                if not good:
+        losses = torch.cat([losses for _, losses in unread])
+        good = iter(losses.isfinite().tolist())  # synchronises
+        for step, (visited, _) in enumerate(unread, start=self.steps - len(unread) + 1):
+            found = [(bits, next(good)) for bits in visited]
+            for bits, is_finite in reversed(found):  # as they are run
+                if not is_finite:
                     raise UserError(
                         f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or "
                         "look at the data; the last good checkpoint is kept")
 
     def averages(self):
-        """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent. Waits."""
+        """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent. Waits.
+
+        A bit-width that has seen no image is left out.
+        """
         totals = self.state_dict()
-        table = (totals["sums"] / totals["count"]).tolist()
-        return {bits: {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
-                for bits, (loss, top1, top5) in zip(self.bit_widths, table)}
+        averages = {}
+        for bits, sums, count in zip(self.bit_widths, totals["sums"].tolist(), totals["counts"]):
+            if count:
+                loss, top1, top5 = (value / count for value in sums)
+                averages[bits] = {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+        return averages
 
     def state_dict(self):
-        """Return the sums and count over all processes, each of which must ask. Waits."""
-        counted = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])])
-        total = sum_over_processes(counted)
-        return {"sums": total[:-1].view_as(self.sums), "count": int(total[-1]),
-                "steps": self.steps, "seconds": self.seconds}
+        """Return the sums and counts over all processes, each of which must ask. Waits."""
+        counted = self.sums.new_tensor([*self.counts.values(), self.count])
+        total = sum_over_processes(torch.cat([self.sums.flatten(), counted]))
+        sums, counts, count = total.split([self.sums.numel(), len(self.counts), 1])
+        return {"sums": sums.view_as(self.sums), "counts": list(map(int, counts.tolist())),
+                "count": int(count), "steps": self.steps, "seconds": self.seconds}
 
     def load_state_dict(self, state):
         """Restore saved sums, on rank 0; other processes have counted none of them."""
-        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.steps = state["steps"]
+        self.seconds = state["seconds"]
         if rank() == 0:
             self.sums.copy_(state["sums"])
             self.count = state["count"]
+            # Where none are saved, as by older versions, every step has visited all bit-widths.
+            counts = state.get("counts", [self.count] * len(self.bit_widths))
+            self.counts = dict(zip(self.bit_widths, counts, strict=True))
 
 
-def mean_loss(averages):
+def mean_loss(averages: dict) -> float:
+    """Return the mean loss over the bit-widths that are there."""
     return sum(values["loss"] for values in averages.values()) / len(averages)

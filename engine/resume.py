@@ -16,6 +16,8 @@ OF_THE_MACHINE = ("results_dir", "device", "compile", "workers", "timeout", "sav
 OF_NETWORK = {"model", "width", "all_conv", "quantizer"}
 OF_EVALUATION = (*OF_NETWORK, "dataset", "train_split", "data_dir", "loss", "seed", "batch_size",
                  "precision")
+# Flags that came later: a run that was saved without them had the default.
+NEWER = {name: DEFAULTS[name] for name in ("quantizer", "schedule", "widths_per_step")}
 NAMES = ("model_latest.pth.tar", "model_best.pth.tar")
 
 
@@ -61,7 +63,10 @@ def resolve_resumed(flags, source, checkpoint):
         if untold:
             raise UsageError(f"--resume {source} does not tell how it was trained: give "
                              f"{', '.join(untold)}, or start a new run from it with --pretrain")
-        changed = differences(saved, given, ("resume", "epochs", "start_epoch"))
+        free = ["resume", "start_epoch"]
+        if saved.get("schedule") != "cosine":  # which --epochs stretches
+            free.append("epochs")
+        changed = differences(saved, given, free)
         if changed:
             raise UsageError(f"--resume {source} goes on with the run as it was started, but "
                              f"{changed}: leave these flags out, or start a new run from it with "
@@ -108,7 +113,7 @@ def saved_arguments(flags, checkpoint):
         raise UserError(f"{checkpoint.path} is of model {model!r}: choose a checkpoint of "
                         f"{', '.join(MODELS)}")
     if content.get("arguments"):
-        return content["arguments"], {}
+        return {**NEWER, **content["arguments"]}, {}
     told = {"model": model, "bit_width_list": plain(saved_bit_widths(content["state_dict"]))}
     return told, {"dataset": published.DATASET.get(model, DEFAULTS["dataset"])}
 

@@ -1,4 +1,6 @@
 """The parts of a run, made as the arguments say."""
+from argparse import Namespace
+
 import torch
 from torch.utils.data import Subset
 
@@ -8,7 +10,8 @@ from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError, reading
 from engine.forward_pass import ForwardPass
 from engine.state import load_weights
-from models import add_missing_bit_widths, build, saved_bit_widths, zoo
+from models import (add_missing_bit_widths, build, initialize_quantizers, saved_bit_widths,
+                    sets_parameters, zoo)
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
@@ -49,10 +52,11 @@ def make_model(args, bit_widths, num_classes):
         raise UsageError(f"--model {args.model}: {error}") from None
 
 
-def initialise(model, path, state_dict):
-    """Load --pretrain, of this model or of the float network it was made from; return what to tell.
+def load_pretrained(model, path, state_dict):
+    """Load --pretrain, of this model or of the float network it was made from.
 
-    Raises UserError where the state dict does not fit.
+    Returns a message, and whether the quantizers' parameters are new: those of a checkpoint that
+    has none. Raises UserError where the state dict does not fit.
     """
     told = f"initialised from {path}"
     if isinstance(model, AnyPrecisionNetwork) and not saved_bit_widths(state_dict):
@@ -65,8 +69,23 @@ def initialise(model, path, state_dict):
             state_dict, added = add_missing_bit_widths(state_dict, model)
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
         told += f": BatchNorms and quantizers, {', '.join(copies)}" if added else ""
+    own = model.state_dict()
+    new = [key for key in own if ".quantizer." in key and key not in state_dict]
+    are_new = not any(".quantizer." in key for key in state_dict)
+    if new and are_new:
+        state_dict = {**state_dict, **{key: own[key] for key in new}}
+        told += f"; {len(new)} parameters of quantizers are new"
     load_weights(model, state_dict, path)
-    return told
+    return told, are_new
+
+
+def initialize_model(model, forward_pass, loader, bit_widths):
+    """Let quantizers set their parameters from the first training batch of rank 0."""
+    if not sets_parameters(model) or rank() > 0:
+        return
+    images, _ = next(iter(loader))
+    with forward_pass.autocast():
+        initialize_quantizers(model, images, bit_widths)
 
 
 def synchronize_batch_norm(model, device):
@@ -83,8 +102,27 @@ def make_forward_pass(args, model, device):
                        images_per_process(args) if args.compile else None)
 
 
-def make_optimizer(args, parameters):
+def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
+    """Return the optimizer's groups: one of all parameters. Edit this to train some differently.
+
+    Each is a dict of "params" and, where they are not to be --lr and --weight-decay, of "lr" and
+    "weight_decay". The schedule multiplies each group's own learning rate.
+    """
+    return [{"params": list(model.parameters())}]
+
+
+def make_optimizer(args: Namespace, parameters) -> torch.optim.Optimizer:
+    """Return the optimizer of --optimizer; parameters: groups, or an iterable of parameters.
+
+    Each of its groups holds its learning rate before any schedule, as "initial_lr".
+    """
     kwargs = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, **kwargs)
-    return torch.optim.SGD(parameters, momentum=0.9, **kwargs)
+        optimizer = torch.optim.Adam(parameters, **kwargs)
+    elif args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, **kwargs)
+    else:
+        optimizer = torch.optim.SGD(parameters, momentum=0.9, **kwargs)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer

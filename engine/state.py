@@ -5,7 +5,7 @@ import warnings
 import numpy
 import torch
 
-from engine.distributed import gather, rank, share_buffers, wait
+from engine.distributed import gather, rank, wait
 from engine.errors import UserError, reading
 from engine.metrics import Metrics
 from models import packed
@@ -24,6 +24,9 @@ class TrainingState:
         self.epoch = arguments["start_epoch"]  # epochs done
         self.best = -math.inf  # top-1 (%) of the highest bit-width
         self.metrics = Metrics(bit_widths, device)  # of the epoch under way
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:  # torch's own key, by which a resumed run compares
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
 
     def finish_epoch(self, val_metrics):
         """Count an epoch as done; return whether its top-1 of the highest bit-width is the best."""
@@ -36,14 +39,14 @@ class TrainingState:
     def save(self, folder, best=False):
         """Write model_latest.pth.tar, and model_best.pth.tar where best, whole or not at all.
 
-        All processes call it, and return when it is written. Raises UserError for losses or
-        weights that are not finite, or where it cannot be written: the files before are kept.
+        All processes call it, and return when it is written; of the network rank 0's is. Raises
+        UserError for losses or weights that are not finite, or where it cannot be written: the
+        files before are kept.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are "
                             "not finite: lower --lr; the last good checkpoint is kept")
-        share_buffers(self.model)
         on_gpu = self.device.type == "cuda"
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best,
@@ -64,7 +67,8 @@ class TrainingState:
         in_place: in the same results folder, whose best checkpoint stays.
         """
         load_weights(self.model, content["state_dict"], path)
-        load_optimizer(self.optimizer, content["optimizer"], path)
+        load_optimizer(self.optimizer, content["optimizer"], path,
+                       published="arguments" not in content)
         with reading(path):
             self.epoch = content["epoch"]
             if in_place:
@@ -152,23 +156,53 @@ def load_weights(model, state_dict, path):
     model.load_state_dict(state_dict)
 
 
-def load_optimizer(optimizer, state, path):
-    """Load an optimizer's state; UserError where it is another optimizer's or network's."""
-    computing = ("lr", "fused", "foreach", "capturable")  # of this run, not of what was learnt
+# Settings of an optimizer's group that are of this run, not of what was learnt.
+OF_THIS_RUN = ("lr", "initial_lr", "param_names", "fused", "foreach", "capturable")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path,
+                   published: bool = False) -> None:
+    """Load an optimizer's state; UserError where it is of another optimizer, network or grouping.
+
+    published: a published checkpoint's, whose learning rate a run need not have.
+    """
     try:
-        groups = [{**group, **{name: own[name] for name in computing if name in own}}
-                  for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)]
-        optimizer.load_state_dict({**state, "param_groups": groups})
-        for parameter, values in optimizer.state.items():
-            for name, value in values.items():  # fused optimizers need one memory format
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter).copy_(value)
-        odd = [name for group in optimizer.param_groups
-               for name in optimizer.defaults.keys() - group.keys()]
-        odd += [f"--weight-decay {group['weight_decay']}" for group in optimizer.param_groups
-                if group["weight_decay"] != optimizer.defaults["weight_decay"]]
+        difference = group_difference(state["param_groups"], optimizer.param_groups, published)
+        if difference is None:
+            groups = [{**saved, **{name: own[name] for name in OF_THIS_RUN if name in own}}
+                      for saved, own in zip(state["param_groups"], optimizer.param_groups)]
+            optimizer.load_state_dict({**state, "param_groups": groups})
+            for parameter, values in optimizer.state.items():
+                for name, value in values.items():  # fused optimizers need one memory format
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        values[name] = torch.empty_like(parameter).copy_(value)
+            missing = [name for group in optimizer.param_groups
+                       for name in sorted(optimizer.defaults.keys() - group.keys())]
+            difference = f"without {missing[0]}" if missing else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        odd = [one_line(error)]
-    if odd:
-        raise UserError(f"{path} holds another optimizer's state ({odd[0]}): check --optimizer and "
-                        "--weight-decay")
+        difference = one_line(error)
+    if difference:
+        raise UserError(f"{path} holds another optimizer's state ({difference}): check "
+                        "--optimizer, --weight-decay and parameter_groups in engine/setup.py")
+
+
+def group_difference(saved: list[dict], own: list[dict], published: bool = False) -> str | None:
+    """Return where an optimizer's saved groups first differ from its own; None where nowhere."""
+    if len(saved) != len(own):
+        return f"parameter groups were {len(saved)} and are now {len(own)}"
+    for index, (before, now) in enumerate(zip(saved, own)):
+        if len(before["params"]) != len(now["params"]):
+            return (f"group {index}: parameters were {len(before['params'])} and are now "
+                    f"{len(now['params'])}")
+        own_names = now.get("param_names", ())
+        names = before.get("param_names", own_names)  # older versions saved none
+        for number, (was, name) in enumerate(zip(names, own_names)):
+            if was != name:
+                return f"group {index}: parameter {number} was {was} and is now {name}"
+        compared = before.keys() & now.keys() - {"params", *OF_THIS_RUN}
+        if not published:
+            compared |= before.keys() & now.keys() & {"initial_lr"}
+        for name in sorted(compared):
+            if before[name] != now[name]:
+                return f"group {index}: {name} was {before[name]} and is now {now[name]}"
+    return None

@@ -9,7 +9,8 @@ from models.calibration import add_missing_bit_widths, calibrate, saved_bit_widt
 from models.convert import convert
 from models.converted import layer_table
 from models.quan_ops import set_bit_width, trained_bit_widths
-from models.quantizers import QUANTIZERS, initialize_quantizers, set_quantizers
+from models.quantizers import (QUANTIZERS, initialize_quantizers, set_quantizers,
+                               sets_parameters)
 from models.resnet_quan import ResNet20 as resnet20q
 from models.resnet_quan import ResNet50 as resnet50q
 from models.svhn_quan import SVHNNet as svhnq

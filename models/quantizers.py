@@ -41,6 +41,12 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
     set_bit_width(model, bit_widths[0])
 
 
+def sets_parameters(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose quantizers set their parameters from a batch."""
+    return [layer for layer in quantized_layers(model).values()
+            if type(layer.quantizer).initialize is not Quantizer.initialize]
+
+
 @torch.no_grad()
 def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable[BitWidth]) -> None:
     """Let quantizers set their parameters from a batch of images (N, 3, H, W).
@@ -48,10 +54,7 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
     Each bit-width runs in training mode, so BatchNorm has the batch's statistics; its running
     statistics, and torch's random numbers, are afterwards what they were.
     """
-    layers = [layer for layer in quantized_layers(model).values()
-              if type(layer.quantizer).initialize is not Quantizer.initialize]
-    if not layers:
-        return
+    layers = sets_parameters(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [layer.register_forward_pre_hook(initialize_quantizer) for layer in layers]
     training = model.training

@@ -5,6 +5,7 @@
 Writes what it found to FOLDER/found.pt, and trains FOLDER/digits and FOLDER/imagenet. Importing
 torch once for all of them saves most of the time.
 """
+import copy
 import os
 import socket
 import sys
@@ -32,10 +33,12 @@ from engine.forward_pass import ForwardPass  # noqa: E402
 from engine.metrics import Metrics  # noqa: E402
 from engine.setup import make_val_loader  # noqa: E402
 from models import resnet20q  # noqa: E402
-from models.losses import LOSSES, any_precision_backward  # noqa: E402
+from models.losses import NEXT_TARGET, any_precision_backward  # noqa: E402
 
 CPU = torch.device("cpu")
 WIDTHS = [2, 8, 32]
+MANY = [1, 2, 4, 8, 32]
+PER_STEP = 3  # of MANY
 STEPS = 3
 
 DIGITS = ["--dataset", "digits", "--model", "svhnq", "--width", "1", "--bit_width_list", "2,32",
@@ -46,8 +49,8 @@ IMAGENET = ["--dataset", "imagenet", "--model", "resnet20q", "--width", "1", "--
             "2,32", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
 
 
-def model():
-    return reference.fill(resnet20q(WIDTHS, width=1).double(), seed=0)
+def model(bit_widths=WIDTHS):
+    return reference.fill(resnet20q(bit_widths, width=1).double(), seed=0)
 
 
 def batch(step, size):
@@ -63,16 +66,19 @@ def parameters_of(net):
     return {key: value.detach().clone() for key, value in net.named_parameters()}
 
 
-def alone(net, loss, size, shares):
-    """Take STEPS steps in one process, which works on each batch's shares (slices) in turn."""
+def alone(net, loss, size, shares, widths_of=lambda step: WIDTHS):
+    """Take STEPS steps in one process, which works on each batch's shares (slices) in turn.
+
+    widths_of: the bit-widths of a step.
+    """
     optimizer = optimizer_of(net)
     for step in range(STEPS):
         images, labels = batch(step, size)
         optimizer.zero_grad()
         for share in shares:
             part = len(labels[share]) / size
-            any_precision_backward(net, images[share], labels[share], WIDTHS, loss, part,
-                                   shared=False)
+            any_precision_backward(net, images[share], labels[share], widths_of(step), loss,
+                                   part, shared=False)
         optimizer.step()
     return parameters_of(net)
 
@@ -97,10 +103,11 @@ class Sampler:
         return self.batch_size
 
 
-def together(net, loss, size):
+def together(net, loss, size, bit_widths=WIDTHS, per_step=None):
     """Take the same steps by train.py's own loop, on every process."""
-    state = SimpleNamespace(model=net, optimizer=optimizer_of(net), bit_widths=WIDTHS, device=CPU,
-                            metrics=Metrics(WIDTHS, CPU), epoch=0)
+    state = SimpleNamespace(model=net, optimizer=optimizer_of(net), bit_widths=bit_widths,
+                            device=CPU, metrics=Metrics(bit_widths, CPU), epoch=0,
+                            arguments={"widths_per_step": per_step, "seed": 0})
     console = SimpleNamespace(print_freq=50, step=lambda epoch, metrics: None)
     run = SimpleNamespace(save_is_due=lambda: False)
     train.train_one_epoch(state, Batches(size), ForwardPass(net, CPU), loss, console, run,
@@ -123,9 +130,58 @@ def counted_exchanges():
 def steps():
     """Train with every loss, and count the exchanges."""
     sizes = counted_exchanges()
-    found = {("own statistics", loss): together(model(), loss, 6) for loss in LOSSES}
+    found = {("own statistics", loss): together(model(), loss, 6) for loss in NEXT_TARGET}
     found["exchanges"] = list(sizes)
     return found
+
+
+def some_bit_widths():
+    """Train with PER_STEP of MANY bit-widths a step."""
+    return {"widths per step": together(model(MANY), "recursive", 6, MANY, PER_STEP)}
+
+
+def widths_of(rank):
+    """Return the bit-widths that a process visits in `gradients`: 1 and 4 are no one's."""
+    return [[2, 32], [8, 32]][rank]
+
+
+def gradients_of(net, rank):
+    """Return net with the gradients of a process's part of a batch, at its bit-widths."""
+    images, labels = batch(0, 6)
+    share = slice(rank, None, 2)
+    any_precision_backward(net, images[share], labels[share], widths_of(rank), loss_scale=0.5)
+    return net
+
+
+def gradients():
+    """Exchange the gradients of different bit-widths; return them by name."""
+    net = gradients_of(model(MANY), distributed.rank())
+    net.layers[0].conv0.weight.grad = None
+    net.fc.bias.requires_grad_(False)
+    net.fc.bias.grad = None
+    distributed.exchange_gradients(list(net.parameters()))
+    return {"gradients": distributed.gather(
+        {name: parameter.grad for name, parameter in net.named_parameters()})}
+
+
+def initial_values(folder):
+    """Begin a run whose network depends on the process, then save one whose statistics do."""
+    args = settle(parse_flags(DIGITS))
+    state, *_ = train.prepare(args, None, CPU)
+    add_rank(state.model.state_dict().values())
+    train.start(state, args, None)
+    found = {"started": distributed.gather(copy.deepcopy(state.model.state_dict()))}
+    add_rank(state.model.buffers())
+    state.save(folder / "statistics")
+    found["saved"] = distributed.gather(copy.deepcopy(state.model.state_dict()))
+    distributed.broadcast_buffers(state.model)
+    return {**found, "shared": distributed.gather(state.model.state_dict())}
+
+
+@torch.no_grad()
+def add_rank(tensors):
+    for tensor in tensors:
+        tensor += distributed.rank()
 
 
 def images():
@@ -153,7 +209,8 @@ def evaluation():
 
 def check(folder):
     with distributed.processes(CPU, 120):
-        found = {**steps(), **evaluation()}
+        found = {**steps(), **some_bit_widths(), **gradients(), **initial_values(folder),
+                 **evaluation()}
         if distributed.rank() == 0:
             torch.save(found, folder / "found.pt")
     return 0

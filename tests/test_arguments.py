@@ -1,5 +1,7 @@
 """The command line and the recipes: what they mean, and what is told of a wrong one."""
+import itertools
 import os
+import random
 import subprocess
 import sys
 
@@ -67,10 +69,45 @@ def test_flags_come_before_a_checkpoint_it_before_the_recipe_and_that_before_the
         0.1, 3, "hard", "cifar10", 4, 128)
 
 
-def test_learning_rate_against_a_table_by_hand():
-    expected = [0.5, 0.5, 0.05, 0.05, 0.005, 0.0005, 0.0005]
-    assert [train.learning_rate(0.5, [2, 4, 5], epoch) for epoch in range(7)] == (
-        pytest.approx(expected))
+@pytest.mark.parametrize("flags, expected", [
+    (["--lr_decay", "2,4,5"], [1, 1, 0.1, 0.1, 0.01, 0.001]),
+    (["--schedule", "cosine"], [1, 0.933012702, 0.75, 0.5, 0.25, 0.066987298])])
+def test_learning_rate_against_a_table_by_hand(flags, expected):
+    args = arguments(["--epochs", "6", *flags])
+    found = [train.learning_rate_factor(args, epoch) for epoch in range(6)]
+    assert found == pytest.approx(expected)
+
+
+def test_a_cosine_takes_no_epochs_of_decay_of_a_recipe():
+    args = arguments(["--schedule", "cosine", "--recipe", "--lr_decay", "3"])
+    assert (args.schedule, args.lr_decay) == ("cosine", [])
+
+
+# ---- bit-widths per step
+
+def test_a_step_visits_the_highest_the_lowest_and_some_between():
+    widths = [8, 1, 32, 4, 2]
+    drawn = [train.choose_bit_widths(widths, 4, 0, 1, step) for step in range(100)]
+    assert all(found[0] == 1 and found[-1] == 32 and len(found) == 4 for found in drawn)
+    assert {tuple(found[1:-1]) for found in drawn} == {
+        pair for pair in itertools.permutations([2, 4, 8], 2)}
+    assert train.choose_bit_widths(widths, 2, 0, 1, 0) == [1, 32]
+    for count in (None, 5, 9):
+        assert sorted(train.choose_bit_widths(widths, count, 0, 1, 0)) == [1, 2, 4, 8, 32]
+
+
+def test_bit_widths_of_a_step_are_of_seed_epoch_and_step_alone():
+    def drawn(seed, epoch):
+        return [train.choose_bit_widths(list("abcdef"), 3, seed, epoch, step)
+                for step in range(20)]
+
+    torch.manual_seed(0)
+    random.seed(0)
+    states = torch.get_rng_state(), random.getstate()
+    assert drawn(0, 0) == drawn(0, 0)
+    assert drawn(0, 0) != drawn(1, 0) and drawn(0, 0) != drawn(0, 1)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert [found[1] for found in drawn(0, 0)[:6]] == list("dbeccc")  # older runs go on
 
 
 # ---- recipes
@@ -183,6 +220,9 @@ BAD_ARGUMENTS = [
     (["--lr", "1e38"], "'1e38'", "at most 1e+30"),
     (["--lr_decay", "20,10"], "'20,10'", "rising epochs"),
     (["--lr_decay", "soon"], "'soon'", "rising epochs"),
+    (["--schedule", "cosine", "--lr_decay", "20"], "--lr_decay 20 goes with --schedule step",
+     "leave it out"),
+    (["--widths-per-step", "1"], "'1' is not allowed", "from 2 up"),
     (["--weight-decay", "-1"], "'-1'", "from 0 up"),
     (["--train-fraction", "1.5"], "'1.5'", "above 0, at most 1"),
     (["--width", "0"], "'0'", "from 1 up"),

@@ -29,7 +29,8 @@ def test_a_published_run_resumed_by_a_recipe(trained, tmp_path, tiny_cifar10, ca
     recipe = ["--recipe", "--train_split", "train", "--loss", "hard", "--batch-size", 8, "--lr",
               0.01, "--lr_decay", "2", "--epochs", 200, "--optimizer", "sgd"]
     assert run([*argv, *recipe, "--weight-decay", 0.1]) == 1
-    assert_one_line(capsys, "another optimizer's state (--weight-decay 0.5)", "check --optimizer")
+    assert_one_line(capsys, "another optimizer's state (group 0: weight_decay was 0.5 and is now "
+                            "0.1): check --optimizer, --weight-decay")
     assert run([*argv, *recipe, "--weight-decay", 0.5]) == 0
     arguments = json.loads((tmp_path / "r" / "config.json").read_text())["arguments"]
     names = ("epochs", "batch_size", "optimizer", "lr", "lr_decay", "weight_decay", "dataset")

@@ -15,6 +15,7 @@ from runs import ROOT, assert_same, evaluation, load, run
 from torch.testing import assert_close
 
 import process_checks
+import train
 from dataset.data import DataError
 from dataset.loader import InMemoryLoader, ShuffledBatches
 from engine.errors import UserError
@@ -55,11 +56,54 @@ def test_two_processes_equal_one_that_averages_the_gradients_of_the_halves(loss,
     assert not torch.allclose(alone["conv0.weight"], start["conv0.weight"], rtol=1e-3)
 
 
+def test_steps_that_leave_bit_widths_out_equal_those_of_one_process(found):
+    """By name, and a BatchNorm that no process has used is not moved, not by momentum either."""
+    many, halves = process_checks.MANY, [slice(0, None, 2), slice(1, None, 2)]
+
+    def widths_of(step):
+        return train.choose_bit_widths(many, process_checks.PER_STEP, 0, 0, step)
+
+    assert len({tuple(widths_of(step)) for step in range(process_checks.STEPS)}) > 1
+    alone = process_checks.alone(process_checks.model(many), "recursive", 6, halves, widths_of)
+    assert_close(found["widths per step"], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_other_bit_widths_are_summed_by_name_and_stay_absent_where_all_lack_them(
+        found):
+    """Of the two processes one has visited 2 and 32 bits, the other 8 and 32."""
+    parts = [dict(process_checks.gradients_of(process_checks.model(process_checks.MANY), rank)
+                  .named_parameters()) for rank in range(2)]
+    for grads in found["gradients"]:
+        for name, grad in grads.items():
+            present = [part[name].grad for part in parts if part[name].grad is not None]
+            if name in ("layers.0.conv0.weight", "fc.bias") or not present:
+                assert grad is None, name
+            else:
+                assert_close(grad, sum(present), rtol=1e-12, atol=1e-12)
+        assert grads["bn.bn_dict.2.weight"] is not None
+        assert grads["bn.bn_dict.8.weight"] is not None
+        assert grads["bn.bn_dict.4.weight"] is None
+
+
+def test_processes_begin_with_the_network_of_the_first(found):
+    first, second = found["started"]
+    assert_same(first, second)
+
+
+def test_statistics_are_shared_by_their_own_call_and_not_by_a_save(checks, found):
+    first, second = found["saved"]
+    key = next(key for key in first if key.endswith("bn_dict.2.running_mean"))
+    assert_same(second[key], first[key] + 1)
+    assert_same(load(checks / "statistics")["state_dict"], first)
+    assert_same(found["shared"], [first, first])
+
+
 def test_one_exchange_a_step_and_two_small_ones_an_epoch(found):
-    """Of all gradients at once; at the end metrics, twice."""
-    parameters = sum(value.numel() for value in process_checks.model().parameters())
+    """Of all gradients at once, and which of them there are; at the end metrics, twice."""
+    parameters = list(process_checks.model().parameters())
+    size = sum(parameter.numel() for parameter in parameters) + len(parameters)
     steps = len(NEXT_TARGET) * process_checks.STEPS
-    assert [size for size in found["exchanges"] if size > 100] == [parameters] * steps
+    assert [found for found in found["exchanges"] if found > 100] == [size] * steps
     assert len(found["exchanges"]) == steps + 2 * len(NEXT_TARGET)
 
 
@@ -125,9 +169,15 @@ def test_one_process_tells_and_the_other_is_silent(checks):
     assert told.count(" | val ") == 4 and ", 2 processes" in told and silence == ""
 
 
-def test_jpeg_files_in_two_processes(checks):
-    assert load(checks / "imagenet")["epoch"] == 1
+def test_jpeg_files_in_two_processes(checks, tmp_path):
+    """Both validate with rank 0's statistics, though nothing is saved within the epoch."""
+    folder = checks / "imagenet"
+    assert load(folder)["epoch"] == 1
     assert len(list((checks / "data").rglob("*.JPEG"))) == 16
+    assert run(["--evaluate", "--pretrain", folder, "--results-dir", tmp_path / "e"]) == 0
+    (record,) = read_metrics(folder / "metrics.jsonl")
+    assert evaluation(tmp_path / "e") == {
+        str(bits): pytest.approx(values, rel=1e-5) for bits, values in record["val"].items()}
 
 
 def test_a_checkpoint_does_not_know_how_many_made_it(undisturbed, tmp_path):

@@ -41,7 +41,7 @@ def test_activation_gradient_passes_from_0_to_1_both_ends_included(bits, roundin
     upstream = torch.tensor([1, 2, 3, 4, 5, 6, 7], dtype=dtype)
     quantize_activation(x, bits, rounding).backward(upstream)
     expected = [0, 0, 0, 0, 5, 6, 7] if bits == 32 else [0, 0, 3, 4, 5, 6, 0]
-    assert x.grad.tolist() == expected
+    assert_close(x.grad, torch.tensor(expected, dtype=dtype))
 
 
 def test_activation_at_32_bits_is_relu():
@@ -93,7 +93,7 @@ def test_quantized_values_are_at_most_2_to_the_bits(bits):
     x = torch.randn(20_000, dtype=torch.float64)
     assert len(quantize_activation(x, bits).unique()) == 2**bits
     # The two outer weight levels take half an interval: at 8 bits a draw may miss some.
-    assert len(quantized(x, bits).unique()) <= 2**bits
+    assert len(quantize_weight(x, bits).unique()) <= 2**bits
 
 
 def test_convolution_quantizes_its_weight_and_not_its_bias():
@@ -214,7 +214,8 @@ def test_a_forward_hook_on_every_module_fires_once_a_forward_pass(name, path):
     expected = []
     for key, module in model.named_modules():
         other_width = "bn_dict." in key and not key.endswith(".4")
-        if not isinstance(module, torch.nn.ModuleDict) and not other_width:
+        called = not isinstance(module, torch.nn.ModuleDict | quan_ops.Quantizer)
+        if called and not other_width:
             expected.append(key)
         module.register_forward_hook(lambda module, inputs, out, key=key: fired.append(key))
     with path():

@@ -1,6 +1,9 @@
 """Going on: by --resume, by the same command, after a kill; and starting from other weights."""
+import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from runs import ROOT, assert_one_line, assert_same, load, run, snapshot, tiny
 
+import train
 from engine.run_folder import read_metrics
 from models import MODELS
 
@@ -57,9 +61,11 @@ def assert_same_run(folder, other):
 
 # ---- --resume
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adamw"])
 def test_resume_continues_as_if_never_stopped(optimizer, trained, tmp_path, tiny_cifar10):
     flags, whole = ["--optimizer", optimizer], trained
+    if optimizer == "adamw":
+        flags += ["--weight-decay", 0.5]
     if optimizer != "adam":
         whole = tmp_path / "whole"
         assert run(tiny(tiny_cifar10, whole, *flags)) == 0
@@ -68,6 +74,110 @@ def test_resume_continues_as_if_never_stopped(optimizer, trained, tmp_path, tiny
     assert_same_run(tmp_path / "parts", whole)
     log = next((tmp_path / "parts").glob("log_*.txt")).read_text()
     assert " 1/1 " in log and " 3/3 " in log  # continued, not begun anew
+
+
+def stop_after(steps, monkeypatch):
+    """Let a run get SIGTERM in that step of it, counted from 1."""
+    count, exchange_gradients = itertools.count(1), train.exchange_gradients
+
+    def exchange(parameters):
+        exchange_gradients(parameters)
+        if next(count) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "exchange_gradients", exchange)
+
+
+def assert_resumes(argv, folder, monkeypatch):
+    """Assert that a run of 9 steps ends alike where it is stopped after 5; return its folder."""
+    assert run([*argv, "--results-dir", folder / "whole"]) == 0
+    with monkeypatch.context() as stopping:
+        stop_after(5, stopping)
+        assert run([*argv, "--results-dir", folder / "parts"]) == 128 + signal.SIGTERM
+    assert load(folder / "parts")["step"] == 2
+    assert run(["--resume", folder / "parts"]) == 0
+    assert_same_run(folder / "parts", folder / "whole")
+    return folder / "whole"
+
+
+def without_decay(argv):
+    return [word for flag, word in zip([None, *argv], argv) if "--lr_decay" not in (flag, word)]
+
+
+def test_a_cosine_resumes_in_step(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    argv = without_decay(tiny(tiny_cifar10, tmp_path))
+    whole = assert_resumes([*argv, "--schedule", "cosine", "--optimizer", "adamw",
+                            "--weight-decay", 0.1], tmp_path, monkeypatch)
+    records = read_metrics(whole / "metrics.jsonl")
+    assert [record["lr"] for record in records] == pytest.approx([0.001, 0.00075, 0.00025])
+    assert load(whole)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.00025)
+    capsys.readouterr()
+    assert run(["--resume", whole, "--epochs", 4]) == 2
+    assert_one_line(capsys, "--epochs was 3 and is now 4")
+
+
+def test_bit_widths_per_step_resume_in_an_epoch(tmp_path, tiny_cifar10, monkeypatch):
+    argv = tiny(tiny_cifar10, tmp_path, "--bit_width_list", "1,2,4,8,32", "--widths-per-step", 3)
+    seen = []
+    choose = train.choose_bit_widths
+
+    def watched(*args):
+        seen.append(choose(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(train, "choose_bit_widths", watched)
+    assert_resumes(argv, tmp_path, monkeypatch)
+    whole, parts = seen[:9], seen[9:]
+    assert whole == parts and len({tuple(widths) for widths in whole}) > 1
+
+
+def two_groups(lr=0.1, weight_decay=0.2, names=("bn",)):
+    """Return a parameter_groups of BatchNorms by themselves; the others are without decay."""
+    def parameter_groups(model, args):
+        named = list(model.named_parameters())
+        own = [value for name, value in named if any(part in name for part in names)]
+        others = [value for name, value in named if not any(part in name for part in names)]
+        return [{"params": others, "weight_decay": 0.0},
+                {"params": own, "lr": lr, "weight_decay": weight_decay}]
+
+    return parameter_groups
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_groups_keep_their_own_learning_rates_and_decays(optimizer, tmp_path, tiny_cifar10,
+                                                         monkeypatch):
+    monkeypatch.setattr(train, "parameter_groups", two_groups())
+    argv = tiny(tiny_cifar10, tmp_path, "--weight-decay", 0.3, "--optimizer", optimizer)
+    whole = assert_resumes(argv, tmp_path, monkeypatch)
+    groups = load(whole)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.0001, 0.01])
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
+    lrs = [record["lr"] for record in read_metrics(whole / "metrics.jsonl")]
+    assert lrs == pytest.approx([0.001, 0.001, 0.0001])
+
+
+def two_groups_in_another_order(model, args):
+    groups = two_groups()(model, args)
+    groups[0]["params"].reverse()
+    return groups
+
+
+@pytest.mark.parametrize("groups, told", [
+    (two_groups(weight_decay=0.5), "group 1: weight_decay was 0.2 and is now 0.5"),
+    (two_groups(lr=0.5), "group 1: initial_lr was 0.1 and is now 0.5"),
+    (two_groups(names=("fc",)), "group 0: parameters were "),
+    (two_groups_in_another_order, "group 0: parameter 0 was conv0.weight and is now fc.bias"),
+    (lambda model, args: [{"params": list(model.parameters())}],
+     "parameter groups were 2 and are now 1")])
+def test_other_groups_than_were_saved_are_refused(groups, told, tmp_path, tiny_cifar10,
+                                                  monkeypatch, capsys):
+    with monkeypatch.context() as saving:
+        saving.setattr(train, "parameter_groups", two_groups())
+        assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    monkeypatch.setattr(train, "parameter_groups", groups)
+    capsys.readouterr()
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 1
+    assert_one_line(capsys, "holds another optimizer's state", told, "parameter_groups")
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -81,6 +191,8 @@ def test_resume_continues_as_if_never_stopped(optimizer, trained, tmp_path, tiny
     (["--lr", "0.1"], "--lr was 0.001"),
     (["--precision", "bf16"], "--precision was fp32 and is now bf16"),
     (["--lr_decay", "1"], "--lr-decay was 2 and is now 1"),
+    (["--schedule", "cosine"], "--schedule was step and is now cosine"),
+    (["--widths-per-step", "2"], "--widths-per-step was None and is now 2"),
     (["--weight-decay", "0.5"], "--weight-decay was 0.0")])
 def test_resume_with_other_flags_is_refused(flags, told, trained, capsys):
     assert run(["--resume", trained, *flags]) == 2
@@ -158,15 +270,22 @@ def test_what_cannot_be_resumed(changes, code, told, trained, tmp_path, capsys):
     assert_one_line(capsys, told)
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(begun, trained, tmp_path):
+def test_a_checkpoint_of_an_older_version_goes_on(begun, trained, tmp_path, capsys):
     """One that knows of arguments and parts which there were, and not of one that came later."""
     folder = shutil.copytree(begun, tmp_path / "r")
     checkpoint = load(folder)
     older = {"plain": False, "resume": str(folder), "start_epoch": 1}
     arguments = {**checkpoint["arguments"], **older}
-    del arguments["sync_bn"]
+    for name in ("sync_bn", "schedule", "widths_per_step"):
+        del arguments[name]
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    for name in ("initial_lr", "param_names"):
+        del group[name]
+    del checkpoint["metrics"]["counts"]
     torch.save({**checkpoint, "scaler": {}, "arguments": arguments},
                folder / "ckpt" / "model_latest.pth.tar")
+    assert run(["--resume", folder, "--schedule", "cosine"]) == 2
+    assert_one_line(capsys, "--schedule was step and is now cosine")
     assert run(["--resume", folder]) == 0
     assert_same_run(folder, trained)
 

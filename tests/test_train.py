@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import random
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from runs import ROOT, assert_one_line, assert_same, load, run, tiny
 from tensorboardX.proto.event_pb2 import Event
 
+import report
 import train
 from dataset.data import DATASETS, get_dataset, get_transform
 from engine.errors import UserError
@@ -171,8 +173,8 @@ def test_unreadable_image_is_named(workers, capsys, tmp_path):
 @pytest.mark.parametrize("save_every", [(), ("--save-every", "1e-9")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
         save_every, capsys, tmp_path, tiny_cifar10, monkeypatch):
-    monkeypatch.setattr(train, "learning_rate",
-                        lambda lr, decay_epochs, epoch: (0.1, math.inf, 1e30)[epoch])
+    monkeypatch.setattr(train, "learning_rate_factor",
+                        lambda args, epoch: (100, math.inf, 1e33)[epoch])
     sgd = ("--optimizer", "sgd")
     assert run(tiny(tiny_cifar10, tmp_path / "good", *sgd, "--epochs", 1)) == 0
     assert run(tiny(tiny_cifar10, tmp_path / "r", *sgd, *save_every)) == 1
@@ -195,6 +197,69 @@ def test_the_step_that_is_named_is_the_first_bad_one():
     told = "epoch 7, training: the 1-bit loss is not finite at step 4"
     with pytest.raises(UserError, match=told):
         metrics.check_finite("epoch 7, training")
+
+
+def batch_results(loss, hits, count=4):
+    """Return a mean loss and logits of `count` images of label 0, of which `hits` are right."""
+    logits = torch.zeros(count, 10)
+    logits[:hits, 0] = 1
+    logits[hits:, 1:7] = 1
+    return torch.tensor(loss), logits
+
+
+def test_each_bit_width_is_averaged_over_the_images_that_it_has_seen():
+    metrics = Metrics([1, 4, 8, 32], "cpu")
+    for results in ({1: batch_results(1.0, 0), 32: batch_results(2.0, 4)},
+                    {1: batch_results(3.0, 2), 32: batch_results(4.0, 3)},
+                    {4: batch_results(7.0, 1), 32: batch_results(6.0, 2)}):
+        metrics.add(results, torch.zeros(4, dtype=torch.int64))
+    assert metrics.averages() == {
+        1: {"loss": 2.0, "top1": 25.0, "top5": 25.0},
+        4: {"loss": 7.0, "top1": 25.0, "top5": 25.0},
+        32: {"loss": 4.0, "top1": 75.0, "top5": 75.0}}  # 8 bits was not seen
+    assert metrics.state_dict()["counts"] == [8, 4, 0, 12] and metrics.state_dict()["count"] == 12
+
+    restored = Metrics([1, 4, 8, 32], "cpu")
+    restored.load_state_dict(metrics.state_dict())
+    assert restored.averages() == metrics.averages()
+
+
+def test_a_bit_width_that_steps_leave_out_is_named_where_its_loss_is_not_finite():
+    metrics = Metrics([1, 4, 32], "cpu")
+    for middle, loss in ((1, 1.0), (4, 1.0), (4, math.nan), (1, 1.0)):
+        results = {middle: batch_results(loss, 1), 32: batch_results(1.0, 1)}
+        metrics.add(results, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match="training: the 4-bit loss is not finite at step 3"):
+        metrics.check_finite("training")
+
+
+def test_metrics_that_an_older_version_saved():
+    """A count of images for all bit-widths together."""
+    metrics = Metrics([2, 32], "cpu")
+    metrics.load_state_dict({"sums": torch.tensor([[8.0, 2, 4], [4.0, 3, 4]]), "count": 4,
+                             "steps": 1, "seconds": 2.0})
+    metrics.add({32: batch_results(3.0, 4)}, torch.zeros(4, dtype=torch.int64))
+    assert metrics.averages() == {2: {"loss": 2.0, "top1": 50.0, "top5": 100.0},
+                                  32: {"loss": 2.0, "top1": 87.5, "top5": 100.0}}
+
+
+def test_a_run_whose_steps_leave_bit_widths_out(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    """Console, metrics.jsonl, TensorBoard and report.py do without one that no step has visited."""
+    monkeypatch.setattr(random.Random, "sample", lambda self, population, k: [4])
+    folder = tmp_path / "r"
+    assert run(tiny(tiny_cifar10, folder, "--bit_width_list", "1,2,4,32", "--widths-per-step", 3,
+                    "--print-freq", 2, "--epochs", 1)) == 0
+    out = capsys.readouterr().out
+    header, row = [line for line in out.splitlines() if " | val " in line]
+    assert len(header) == len(row) and row.split("train")[1].split()[1] == "-"
+    text = (folder / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)
+    assert list(record["train"]) == ["1", "4", "32"]
+    assert list(record["val"]) == ["1", "2", "4", "32"]
+    tags = {tag for tag, _ in summary_values(folder / "summary")}
+    assert "val_loss_2" in tags and "train_loss_2" not in tags and "train_loss_4" in tags
+    report.main(report.parse_args([str(folder), "--output", str(tmp_path / "table")]))
+    assert "| any, recursive |" in capsys.readouterr().out
 
 
 def test_fewer_than_five_classes():
