@@ -97,7 +97,8 @@ def load_network(args, checkpoint, bit_widths, classes):
     with reading(path):
         model = make_model(args, bit_widths, classes)
         if "packed" in content:
-            packed.install(model, content["state_dict"], content["packed"]["groups"])
+            packed.install(model, content["state_dict"], content["packed"]["groups"],
+                           content["packed"]["own_bits"])
         state_dict, added = add_missing_bit_widths(content["state_dict"], model)
     load_weights(model, state_dict, path)
     return model, added

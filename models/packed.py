@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import build, check_bit_widths, set_bit_width
+from models import build, check_bit_widths, quantizers, set_bit_width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY
 from models.levels import Codes, decode, encode, join, table
@@ -124,7 +124,9 @@ def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str
                             for key, value in quantizer.state_dict().items()})
     set_bit_width(model, bit_widths[-1])
     about = {**about, "format": FORMAT, "bit_widths": [width.plain for width in bit_widths],
-             "stored": [width.plain for width in stored], "groups": named_columns}
+             "stored": [width.plain for width in stored], "groups": named_columns,
+             "own_bits": {name: layer.own_bits for name, layer in quantizers.quantized_layers(
+                 model).items() if layer.own_bits}}
     about["sha256"] = digest(tensors, about)
     content = safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)})
     Path(path).write_bytes(content)
@@ -288,17 +290,21 @@ def read_checkpoint(path: str | Path) -> dict:
         groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
                   for number, group in enumerate(about["groups"])]
         return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
-                "packed": {"groups": groups, "stored": about["stored"]}, "state_dict": tensors}
+                "packed": {"groups": groups, "stored": about["stored"],
+                           "own_bits": about.get("own_bits", {})}, "state_dict": tensors}
     except KeyError as error:
         raise ValueError(f"{path} does not hold its {error}: export it anew") from None
 
 
-def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) -> None:
+def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
+            own_bits: dict[str, int] | None = None) -> None:
     """Give the quantized layers of a model packed weights, of the tensors that a file holds.
 
-    groups: the file's, with the rows of each as `others`. Raises KeyError and ValueError where
-    they do not fit.
+    groups: the file's, with the rows of each as `others`. own_bits: of layers that have some.
+    Raises KeyError, AttributeError and ValueError where they do not fit.
     """
+    for name, bits in (own_bits or {}).items():
+        model.get_submodule(name).own_bits = bits
     layers = quantized_layers(model)
     for group in groups:
         bits = tuple(b for _, b in group["columns"])
@@ -335,7 +341,7 @@ def load(path: str | Path) -> nn.Module:
         bit_widths = check_bit_widths(about["bit_widths"])
         model = build(about["model"], bit_widths, about["classes"], about["width"],
                       about["all_conv"], about.get("quantizer", "dorefa"))
-        install(model, tensors, groups)
+        install(model, tensors, groups, about.get("own_bits", {}))
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

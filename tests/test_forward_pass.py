@@ -366,8 +366,8 @@ def test_compiled_equals_eager(name, precision):
 
 
 def test_no_recompilation_after_the_first_step():
-    """Nine bit-widths, training and evaluation: one graph each, and one of all weights; odd
-    batches go uncompiled."""
+    """Nine bit-widths and all weights, training and evaluation: one graph each; odd batches go
+    uncompiled."""
     torch._dynamo.reset()
     widths = list(BITS)
     model = network("svhnq", widths=widths)
@@ -385,7 +385,7 @@ def test_no_recompilation_after_the_first_step():
     before = counters["unique_graphs"]
     train_and_evaluate(4)
     graphs = counters["unique_graphs"]
-    assert graphs - before == 2 * len(BITS) + 1
+    assert graphs - before == 2 * (len(BITS) + 1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for count in (4, 3, 4):
             train_and_evaluate(count)

@@ -1,0 +1,284 @@
+"""Apply the ideas of docs/ideas.md to a copy of the project, one by one, and check every path.
+
+    python tests/ideas.py [IDEA ...]      # such as b, or f2; prints a line each; exit code 1 where
+                                          # a path is wrong
+"""
+import ast
+import contextlib
+import copy
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTION = re.compile(r"^## (\w+)\. (.*?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"```python\n# in ([\w/. ]+)\n(.*?)```", re.DOTALL)
+SCRIPT = "your own script"
+COMMON = "--width 1 --batch-size 16 --epochs 2 --device cpu".split()
+FEW = """
+
+DATASETS["digits"] = DATASETS["digits"]._replace(
+    open=lambda root, split: open_digits(root, split)[:64])
+"""
+REFUSALS = ("packed", "onnx", "openvino")  # formats, which may refuse
+
+
+def ideas():
+    """Return {name: (title, [(file, code)], flags of train.py)}."""
+    text = (ROOT / "docs" / "ideas.md").read_text()
+    found = {}
+    for name, title, section in SECTION.findall(text):
+        flags = re.search(r"^    python train\.py ?(.*)$", section, re.MULTILINE)[1].split()
+        found[name] = title, BLOCK.findall(section), flags
+    return found
+
+
+def replaced(source, code):
+    """Return a file's source with a block's definitions in the place of those of their names."""
+    lines = source.splitlines()
+    names = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    new = code.splitlines()
+    added = []
+    edits = []
+    for node in ast.parse(code).body:
+        text = new[node.lineno - 1:node.end_lineno]
+        old = names.get(getattr(node, "name", None))
+        if old:
+            edits.append((old.lineno - 1, old.end_lineno, text))
+        else:
+            added += ["", "", *text]
+    for first, last, text in sorted(edits, reverse=True):
+        lines[first:last] = text
+    return "\n".join([*lines, *added, ""])
+
+
+def apply(blocks, place):
+    """Copy the project to `place`, and change its files."""
+    for name in ("models", "engine", "dataset", "deploy"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "export.py", "utils.py"):
+        shutil.copy(ROOT / name, place)
+    with open(place / "dataset" / "data.py", "a") as file:
+        file.write(FEW)
+    for name, code in blocks:
+        if name != SCRIPT:
+            file = place / name
+            file.write_text(replaced(file.read_text(), code))
+
+
+class Run:
+    """One idea in a process of its own: the modules are those of the changed copy."""
+
+    def __init__(self, flags, blocks, place):
+        self.flags = [*COMMON, *flags]
+        self.script = [code for name, code in blocks if name == SCRIPT]
+        self.place = place
+        self.data = None
+
+    def program(self, module, argv):
+        """Run a program's main in this process; return what it says on an error."""
+        errors = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            try:
+                parse = getattr(module, "parse_flags", None) or module.parse_args
+                module.run_program(module.main, lambda: parse(list(map(str, argv))))
+            except SystemExit as end:
+                if end.code:
+                    return errors.getvalue().strip() or f"exit code {end.code}"
+        return ""
+
+    def train(self):
+        """Train two epochs; and stop in the second, and resume: the same weights."""
+        import train
+
+        whole, parts = self.place / "whole", self.place / "parts"
+        must(self.program(train, [*self.flags, "--results-dir", whole]))
+        steps = 0
+
+        def stop(*args):
+            nonlocal steps
+            steps += 1
+            if steps == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        handle = register_optimizer_step_post_hook(stop)
+        told = self.program(train, [*self.flags, "--results-dir", parts])
+        handle.remove()
+        assert "stopped by SIGTERM" in told, told
+        must(self.program(train, ["--resume", parts]))
+        one, other = (self.load(folder) for folder in (whole, parts))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), "resumed to other weights"
+
+    def load(self, folder):
+        path = folder / "ckpt" / "model_latest.pth.tar"
+        self.content = torch.load(path, weights_only=True)
+        return self.content["state_dict"]
+
+    def network(self):
+        """Return the trained network, without dropout."""
+        from models import build
+
+        state_dict = self.load(self.place / "whole")
+        saved = self.content["arguments"]
+        self.bit_widths = saved["bit_width_list"]
+        self.loss = saved["loss"]
+        model = build(saved["model"], self.bit_widths, 10, 1, False, saved["quantizer"])
+        model.load_state_dict(state_dict)
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(8, 3, 40, 40, generator=generator)
+        for code in self.script:
+            exec(code, {"model": model, "batches": [self.images]})
+        return model
+
+    def shared(self):
+        """Compare shared gradients with those of computing everything anew, in float64."""
+        from models.losses import any_precision_backward
+
+        model = self.network().double()
+        gradients = []
+        for is_shared in (True, False):
+            own = copy.deepcopy(model).train()
+            any_precision_backward(own, self.images.double(), torch.arange(8), self.bit_widths,
+                                   self.loss, shared=is_shared)
+            gradients.append({key: p.grad for key, p in own.named_parameters()})
+        for key, expected in gradients[1].items():
+            found = gradients[0][key]
+            assert (found is None) == (expected is None), key
+            if expected is not None:
+                far = (found - expected).norm() / expected.norm().clamp_min(1e-6)
+                assert far < 1e-9, f"shared gradient of {key} is off by {far:.1g}"
+
+    def evaluate(self):
+        import train
+
+        must(self.program(train, ["--evaluate", "--pretrain", self.place / "whole",
+                                  "--results-dir", self.place / "evaluated"]))
+
+    def calibrate(self):
+        import train
+
+        must(self.program(train, [
+            "--evaluate", "--pretrain", self.place / "whole", "--bit_width_list", "7,w3a5",
+            "--calibrate", 1, "--results-dir", self.place / "calibrated"]))
+
+    def bf16(self):
+        """Compare logits in bf16 with float32; and train an epoch in it."""
+        import train
+
+        from engine.forward_pass import ForwardPass
+        from models import set_bit_width
+
+        model = self.network().eval()
+        forward_pass = ForwardPass(model, torch.device("cpu"), "bf16")
+        highest = next(width for width in reversed(self.bit_widths) if width != 32)
+        set_bit_width(model, highest)
+        with torch.no_grad():
+            expected = model(self.images)
+            with forward_pass.autocast():
+                found = model(self.images)
+        far = (found - expected).abs().amax(1).median() / expected.abs().max()
+        assert far < 0.1, f"bf16 is off by {far:.2f}"
+        must(self.program(train, [*self.flags, "--epochs", 1, "--precision", "bf16",
+                                  "--results-dir", self.place / "bf16"]))
+
+    def export(self, form, suffix):
+        """Export at one bit-width; the program itself compares logits with the network."""
+        import export
+
+        self.network()
+        # 8 bits in OpenVINO want a CPU with VNNI, which CI may not have.
+        width = next(width for width in reversed(self.bit_widths) if width not in (8, 32))
+        error = self.program(export, [self.place / "whole", "--format", form, "--bits", width,
+                                      "--output", self.place / f"net{suffix}", "--check", 8])
+        if error:
+            assert re.search(r"layer [\w.]+", error) and "\n" not in error, error
+            return "refused"
+
+    def script_files(self):
+        """Compare a changed network's files with it."""
+        import numpy
+
+        from deploy import onnx_file, openvino_file
+        from models import packed, set_bit_width
+
+        model = self.network().eval()
+        about = {"model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "arguments": {}}
+        set_bit_width(model, 4)
+        with torch.no_grad():
+            expected = model(self.images).numpy()
+        packed.save(model, [4], self.place / "s", about)
+        runs = {"packed": packed.load_runner(self.place / "s")}
+        for form, file in (("onnx", onnx_file), ("openvino", openvino_file)):
+            path = self.place / f"s_{form}.xml"
+            file.export(model, [4], path, 40)
+            runs[form] = file.load(path)
+        for form, run in runs.items():
+            far = numpy.median(numpy.abs(run(self.images.numpy(), 4) - expected).max(1))
+            assert far < 1e-3 * numpy.abs(expected).max(), f"{form} is off by {far}"
+
+    def all(self):
+        """Return {path: ok, refused or what is wrong}."""
+        paths = {"train, resume": self.train, "shared": self.shared, "evaluate": self.evaluate,
+                 "calibrate": self.calibrate, "bf16": self.bf16,
+                 "packed": lambda: self.export("packed", ".safetensors"),
+                 "onnx": lambda: self.export("onnx", ".onnx"),
+                 "openvino": lambda: self.export("openvino", ".xml")}
+        if self.script:
+            paths["its files"] = self.script_files
+        results = {}
+        for name, check in paths.items():
+            try:
+                results[name] = check() or "ok"
+            except Exception as error:
+                results[name] = f"{type(error).__name__}: {error}"
+                if not isinstance(error, AssertionError):
+                    traceback.print_exc()
+        return results
+
+
+def must(error):
+    assert not error, error
+
+
+def check(name):
+    """Return the results of one idea; in a process of its own."""
+    title, blocks, flags = ideas()[name]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        apply(blocks, place)
+        sys.path[0] = str(place)
+        sys.path[:] = [part for part in sys.path if part and Path(part).resolve() != ROOT]
+        sys.argv[0] = str(place / "train.py")
+        return Run(flags, blocks, place).all()
+
+
+def main(names):
+    """Print a line per idea; return whether all paths are right or refused."""
+    chosen = names or list(ideas())
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        right = True
+        for name, results in zip(chosen, pool.imap(check, chosen)):
+            print(f"{name}: " + ", ".join(f"{path} {result}" for path, result in results.items()))
+            wrong = [path for path, result in results.items()
+                     if result != "ok" and not (result == "refused" and path in REFUSALS)]
+            right = right and not wrong
+    return right
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(sys.argv[1:]) else 1)
