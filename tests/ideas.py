@@ -6,6 +6,7 @@
 import ast
 import contextlib
 import copy
+import importlib
 import io
 import multiprocessing
 import os
@@ -270,6 +271,9 @@ def check(name):
 def main(names):
     """Print a line per idea; return whether all paths are right or refused."""
     chosen = names or list(ideas())
+    for library in ("matplotlib.figure", "sklearn.datasets", "tensorboardX", "torchvision",
+                    "onnxruntime"):  # once for all processes
+        importlib.import_module(library)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         right = True
         for name, results in zip(chosen, pool.imap(check, chosen)):
