@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import build, check_bit_widths, set_bit_width
+from models import build, check_bit_widths, set_bit_width, trained_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY
 from models.levels import Codes, decode, encode, join, table
@@ -62,10 +62,15 @@ class PackedWeight(WeightQuantizer):
     def full_precision(self, w):
         raise self.absent()
 
-    def integers(self, w):
-        column = self.columns.get(self.width, self.columns.get(str(self.bits)))
-        if column is None:
+    def column(self) -> int:
+        """Return the number of the bit-width's column; ValueError where the file has none."""
+        found = self.columns.get(self.width, self.columns.get(str(self.bits)))
+        if found is None:
             raise self.absent()
+        return found
+
+    def integers(self, w):
+        column = self.column()
         codes = Codes(w.contiguous().flatten(), self.high_bits, self.exceptions,
                       self.exception_levels)
         low, stride = self.grid[column]
@@ -285,20 +290,27 @@ def read_checkpoint(path: str | Path) -> dict:
     """Return a packed file as the dict that a checkpoint holds; ValueError where it is none."""
     tensors, about = read(path)
     try:
-        groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
-                  for number, group in enumerate(about["groups"])]
+        groups = read_groups(tensors, about)
         return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
+                "classes": about["classes"],
                 "packed": {"groups": groups, "stored": about["stored"]}, "state_dict": tensors}
     except KeyError as error:
         raise ValueError(f"{path} does not hold its {error}: export it anew") from None
 
 
+def read_groups(tensors: dict[str, Tensor], about: dict) -> list[dict]:
+    """Return a file's groups, with the rows of each, taken from the tensors, as `others`."""
+    return [{**group, "others": tensors.pop(f"rows.{number}", None)}
+            for number, group in enumerate(about["groups"])]
+
+
 def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) -> None:
     """Give the quantized layers of a model packed weights, of the tensors that a file holds.
 
-    groups: the file's, with the rows of each as `others`. Raises KeyError and ValueError where
-    they do not fit.
+    groups: what read_groups returns. Raises KeyError and ValueError where they do not fit, as where
+    a layer has bits of its own, and in the model it has not.
     """
+    bit_widths = trained_bit_widths(model)
     layers = quantized_layers(model)
     for group in groups:
         bits = tuple(b for _, b in group["columns"])
@@ -317,6 +329,9 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) ->
             layer = layers.pop(name)
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.quantizer = quantizer
+            for width in bit_widths:
+                layer.switch_bit_width(width)
+                quantizer.column()
             layer.switch_bit_width(BitWidth(FULL_PRECISION))
     if layers:
         raise ValueError(f"it lacks the weights of {next(iter(layers))}")
@@ -330,8 +345,7 @@ def load(path: str | Path) -> nn.Module:
     """
     tensors, about = read(path)
     try:
-        groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
-                  for number, group in enumerate(about["groups"])]
+        groups = read_groups(tensors, about)
         bit_widths = check_bit_widths(about["bit_widths"])
         model = build(about["model"], bit_widths, about["classes"], about["width"],
                       about["all_conv"], about.get("quantizer", "dorefa"))
