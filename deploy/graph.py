@@ -26,12 +26,13 @@ class Operation(NamedTuple):
     """One operation of a network in evaluation.
 
     kind: of MODULES or FUNCTIONS, or input, output, convolution, batch_norm, activation.
-    inputs: names of operations. layer: the module, if there is one.
+    inputs: names of operations. layer: the module, if there is one, and path: its name in the model.
     """
     name: str
     kind: str
     inputs: tuple
     layer: nn.Module | None = None
+    path: str = ""
 
 
 def trace(model, bits):
@@ -53,8 +54,8 @@ def trace(model, bits):
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
         inputs = tuple(part.name for part in node.all_input_nodes)
         name = layer and node.target or node.name
-        operation = Operation(node.name, kind_of(node, layer, name), inputs, layer)
-        check_layer(operation, name)
+        operation = Operation(node.name, kind_of(node, layer, name), inputs, layer, name)
+        check_layer(operation)
         operations.append(operation)
     return operations
 
@@ -113,12 +114,12 @@ def integer_weight(operation):
     is_int8 = m.min() >= -128 and m.max() < 128
     holds = m.abs().max() < 2**layer.bits and (is_int8 or (m % 2 == 1).all())
     if not torch.equal(integers, m.to(integers.dtype)) or not holds:
-        raise ValueError(f"layer {operation.name} at {layer.bits} bits: its quantizer's weights "
+        raise ValueError(f"layer {operation.path} at {layer.bits} bits: its quantizer's weights "
                          "are not integers of that size times a scale, which integer formats hold")
     if scale.numel() == 1:
         return m, float(scale)
     if scale.shape != (len(m), 1, 1, 1):
-        raise ValueError(f"layer {operation.name}: its scale of shape {tuple(scale.shape)} is not "
+        raise ValueError(f"layer {operation.path}: its scale of shape {tuple(scale.shape)} is not "
                          "one number, or one per output channel, which integer formats hold")
     return m, scale.double().numpy()[:, 0]
 
@@ -148,12 +149,13 @@ def step_of(layer):
 # ---- what is written is what the layer computes
 
 @torch.no_grad()
-def check_layer(operation, name):
+def check_layer(operation):
     """Raise ValueError where a layer does not compute what its type says, as one that was edited.
 
     It is tried on random numbers.
     """
     layer = operation.layer
+    name = operation.path
     generator = torch.Generator().manual_seed(0)
     if operation.kind == "activation":
         check_activation(layer, name)

@@ -7,12 +7,13 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from torch import nn
 
 import deploy
 import export
 from deploy import benchmark, check
 from engine.errors import run_program
-from models import packed, set_bit_width
+from models import packed, resnet20q, set_bit_width
 from runs import ROOT, assert_one_line, evaluation, run
 
 MODULES = {"onnx": "onnx_file", "openvino": "openvino_file"}
@@ -195,6 +196,40 @@ def test_several_widths_are_several_files(arguments, tmp_path, monkeypatch):
                       tmp_path / "net.onnx") == 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "net_2.onnx": "2 32", "net_32.onnx": "32 32"}
+
+
+@pytest.mark.parametrize("form, output", [("onnx", "net.onnx"), ("openvino", "net.xml")])
+@pytest.mark.parametrize("edit", ["alpha", "mean", "scaled"])
+def test_an_edit_that_tracing_follows_wrongly_is_not_published(
+        edit, form, output, arguments, tmp_path, capsys, monkeypatch):
+    needs(form)
+
+    def forward(self, x):
+        x = self.bn(self.layers(self.conv0(x)))
+        if edit == "alpha":
+            x = torch.add(x, x, alpha=2)
+        if edit == "mean":
+            return self.fc(x.mean(1).flatten(1))  # 8 x 8: as many as channels
+        return self.fc(x.mean((2, 3)) * (3 if edit == "scaled" else 1))
+
+    monkeypatch.setattr(resnet20q, "forward", forward)
+    assert run_export(*arguments, "--format", form, "--bits", 2, "--output",
+                      tmp_path / output) == 1
+    told = "(mul) has no place" if edit == "scaled" else "at 2 bits the file's logits are off"
+    assert_one_line(capsys, f"--format {form}", told, "take the packed format")
+    assert not list(tmp_path.iterdir())
+    packed_file = tmp_path / "net"  # whose network runs the edit
+    assert run_export(*arguments, "--format", "packed", "--output", packed_file) == 0
+
+
+def test_logits_of_another_shape_are_seen():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    with pytest.raises(ValueError, match=r"of shape \(16, 10, 1\), and the network's of \(16, 10"):
+        check.check_logits(model, lambda images, bits: check.forward(model, images, bits)[0][..., None],
+                           [2], 4)
+    model[1].bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match="at 2 bits the network's logits are not finite"):
+        check.check_logits(model, lambda images, bits: check.forward(model, images, bits)[0], [2], 4)
 
 
 # ---- the check
