@@ -87,7 +87,8 @@ def how_to(bits, args):
 
 def network(settings, checkpoint, bit_widths):
     """Return the checkpoint's network in evaluation mode, its classes those of its last layer."""
-    classes = count_outputs(checkpoint.content["state_dict"])
+    content = checkpoint.content
+    classes = content.get("classes") or count_outputs(content["state_dict"])
     if not classes:
         raise UserError(f"{checkpoint.path} has no classifier: give a checkpoint of this project")
     return load_network(settings, checkpoint, bit_widths, classes)[0].eval()
@@ -95,8 +96,8 @@ def network(settings, checkpoint, bit_widths):
 
 def count_outputs(state_dict):
     """Return the rows of the last matrix, which are the classes; 0 where there is no matrix."""
-    return next((len(value) for value in reversed(state_dict.values())
-                 if getattr(value, "ndim", 0) == 2), 0)
+    return next((len(value) for key, value in reversed(state_dict.items())
+                 if getattr(value, "ndim", 0) == 2 and ".quantizer." not in key), 0)
 
 
 # ---- files
@@ -173,9 +174,10 @@ def told_of(settings, model):
     """Return what a packed file tells: how to build the network, and of what images."""
     data = DATASETS[settings.dataset]
     arguments = {name: getattr(settings, name) for name in OF_EVALUATION if name not in NOT_TOLD}
-    return {"model": settings.model, "quantizer": settings.quantizer, "width": settings.width, "all_conv": settings.all_conv,
-            "classes": count_outputs(model.state_dict()), "mean": data.mean, "std": data.std,
-            "image_size": data.image_size, "arguments": arguments}
+    return {"model": settings.model, "quantizer": settings.quantizer, "width": settings.width,
+            "all_conv": settings.all_conv, "classes": count_outputs(model.state_dict()),
+            "mean": data.mean, "std": data.std, "image_size": data.image_size,
+            "arguments": arguments}
 
 
 def size_of(path):

@@ -20,7 +20,7 @@ from reference_way import PROGRAMS, ROOT  # first: the project's modules are fou
 from engine.arguments import OneLineParser, number
 from engine.errors import run_program
 from engine.run_folder import read_metrics
-from models.losses import LOSSES
+from models.losses import NEXT_TARGET
 
 
 def trained(program, folder, flags):
@@ -75,7 +75,7 @@ def main(options):
 
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
-    parser.add_argument("--loss", choices=LOSSES, default="recursive")
+    parser.add_argument("--loss", choices=NEXT_TARGET, default="recursive")
     parser.add_argument("--seeds", type=number(int, 1), default=8, help="seeds 0, 1, ...")
     parser.add_argument("--flags", default="", help="of train.py's runs, as one word")
     parser.add_argument("--folder", default="results/accuracy", help="of the runs")

@@ -21,10 +21,10 @@ from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
 from engine.run_folder import read_metrics
-from models import BIT_WIDTHS, MODELS
+from models import BITS as EVERY_BIT_WIDTH
+from models import MODELS, BitWidth
 from models.losses import any_precision_backward
-from models.quan_ops import (Conv2dQ, normalize_weight, quantize_activation, quantize_weight,
-                             set_bit_width)
+from models.quan_ops import ActivationQ, Conv2dQ
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 BITS = (1, 2, 4, 8, 32)
@@ -74,10 +74,8 @@ class Steps:
 
     def backward(self, bit_widths=None, count=COUNT):
         """Add the gradients of a batch of `count` images; return its results."""
-        return any_precision_backward(
-            self.model, self.images[:count], self.labels[:count], bit_widths or self.bit_widths,
-            forward=self.forward_pass, normalize=self.forward_pass.normalize,
-            autocast=self.forward_pass.autocast)
+        return self.forward_pass.backward(
+            self.images[:count], self.labels[:count], bit_widths or self.bit_widths, "recursive")
 
     def step(self, count=COUNT):
         self.optimizer.zero_grad()
@@ -93,13 +91,19 @@ class Steps:
 
 # ---- one layer
 
+def activation(bits):
+    layer = ActivationQ()
+    layer.switch_bit_width(BitWidth(bits))
+    return layer
+
+
 def levels(device):
     """Activations take float64's levels, but within rounding of a threshold."""
     x = 1.5 * random(1 << 20)
     for bits in range(1, 9):
         n = 2**bits - 1
         u = n * x.double().clamp(0, 1)
-        found = (n * quantize_activation(x.to(device), bits).cpu().double()).round()
+        found = (n * activation(bits)(x.to(device)).cpu().double()).round()
         odd = found != u.round()
         assert ((u - u.floor() - 0.5).abs()[odd] < 1e-4).all(), bits
 
@@ -116,15 +120,15 @@ def integer_operands(device):
     for precision in precisions(device)[1:]:
         forward_pass = ForwardPass(conv, device, precision)
         for bits in range(1, 9):
-            conv.bits, n = bits, 2**bits - 1
-            a = quantize_activation(random(8, 64, 16, 16).to(device), bits)
-            v, scale = normalize_weight(conv.weight)
-            w = quantize_weight(v, 1.0, bits)
-            k, odd = ((n * part.double().cpu()).round() for part in (a, w))
-            exact = conv2d(k, odd) * float(scale) / n**2
+            n = 2**bits - 1
+            conv.switch_bit_width(BitWidth(bits))
+            a = activation(bits)(random(8, 64, 16, 16).to(device))
+            k = (n * a.double().cpu()).round()
+            integers, scale = (part.detach().double().cpu() for part in conv.integer_weight())
+            exact = conv2d(k, integers) * scale / n
             with torch.no_grad(), forward_pass.autocast():
                 found = error(conv(a), exact)
-                published = error(conv2d(a, scale * w), exact)
+                published = error(conv2d(a, conv.quantized_weight()), exact)
             print(f"  {precision}, {bits} bits: error {found:.1e}, of the published grid "
                   f"{published:.1e}")
             assert found < (2**-8 if precision == "bf16" else 2e-6), (precision, bits, found)
@@ -227,7 +231,7 @@ def nothing_waits(device):
 
 def compiles_once(device):
     """Nine bit-widths, training and evaluation: nothing is compiled after the first time."""
-    steps = Steps(device, "svhnq", "bf16", compiles=True, bit_widths=BIT_WIDTHS)
+    steps = Steps(device, "svhnq", "bf16", compiles=True, bit_widths=EVERY_BIT_WIDTH)
     steps.step()
     steps.evaluate()
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -12,7 +12,7 @@ import torch
 from engine.device import describe
 from engine.figures import new_figure, save_figure
 from models import set_bit_width
-from models.bit_widths import FULL_PRECISION
+from models.bit_widths import FULL_PRECISION, BitWidth
 from utils import one_line, write_json, write_text
 
 REPEATS = {1: 30, 8: 15, 64: 5}  # of each batch size: calls of everything, in turn
@@ -55,7 +55,7 @@ def measure(model, run, images, bits, size, float_run):
             spent[name].append(time.process_time() - began)
     median = {name: 1e3 * statistics.median(times[2:]) for name, times in spent.items()}
     median["torch"] = min(median.pop("torch usual"), median.pop("torch last"))
-    return {"bits": bits, "batch": size, **median}
+    return {"bits": BitWidth.of(bits).plain, "batch": size, **median}
 
 
 def torch_call(model, batch, bits, layout):

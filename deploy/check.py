@@ -71,6 +71,9 @@ def check_logits(model, run, bit_widths, image_size):
     for width in bit_widths:
         expected, _ = forward(exact, images.astype(numpy.float64), width)
         found = run(images, width)
+        if found.shape != expected.shape:
+            raise ValueError(f"at {width} bits the file's logits are of shape {found.shape}, and "
+                             f"the network's of {expected.shape}: take the packed format")
         difference = numpy.abs(found - expected).max(1) / numpy.abs(expected).max()
         if not numpy.isfinite(expected).all():
             raise ValueError(f"at {width} bits the network's logits are not finite")

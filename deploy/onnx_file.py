@@ -18,6 +18,7 @@ from models.bit_widths import FULL_PRECISION, check_bit_widths
 
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
+MANY = 0.1  # of a layer's weights: where more do not follow from the highest bit-width's
 LARGE = 1000  # numbers of a constant that several bit-widths may share
 
 
@@ -127,25 +128,35 @@ class Writer:
         integers = integers.numpy()
         n = 2**operation.layer.bits - 1
         odd = (integers % 2 == 1).all()
-        halved = bool(odd and n == 255)
         levels = (integers + n) // 2
-        if halved or not self.outer or not odd:
-            wanted = levels if halved else integers + ZERO
-            return self.constant(wanted, numpy.uint8), scale, halved
-        most = 2**self.outer.bits - 1  # an odd multiple of n
+        if odd and n == 255:
+            return self.constant(levels, numpy.uint8), scale, True
+        tensor = self.from_highest(operation, levels) if odd and self.outer else None
+        if tensor is None:
+            tensor = self.constant(integers + ZERO, numpy.uint8)
+        return tensor, scale, False
+
+    def from_highest(self, operation, levels):
+        """Return the tensor of a uint8 weight, computed from the levels at the highest bit-width.
+
+        None where many of its levels do not follow from those.
+        """
+        n = 2**operation.layer.bits - 1
+        most = 2**self.outer.bits - 1
         with at_bits(operation.layer, self.outer.bits):
             stored = (integer_weight(operation)[0].numpy() + most) // 2
+        places = numpy.argwhere(numpy.rint(stored * (n / most)) != levels)
+        if len(places) > MANY * levels.size:
+            return None
         level = self.node("Cast", self.constant(stored, numpy.uint8), to=TensorProto.FLOAT)
         level = self.node("Mul", level, self.constant(n / most))
         level = self.node("Round", level)
-        found = numpy.rint(stored * (n / most))
-        places = numpy.argwhere(found != levels)
         if len(places):  # within rounding of a threshold
             exceptions = self.constant(levels[tuple(places.T)])
             level = self.node("ScatterND", level, self.constant(places, numpy.int64), exceptions)
         level = self.node("Mul", level, self.constant(2))
         level = self.node("Add", level, self.constant(ZERO - n))
-        return self.node("Cast", level, to=TensorProto.UINT8), scale, False
+        return self.node("Cast", level, to=TensorProto.UINT8)
 
     def batch_norm(self, operation, value):
         scale, shift = (column(part) for part in affine_of(operation.layer))
@@ -187,7 +198,8 @@ class Writer:
         return Value(self.node("Add", *map(self.as_float, values)))
 
     def cat(self, operation, *values):
-        if {(value.kind, value.scale) for value in values} == {("levels", values[0].scale)}:
+        are_levels = all(value.kind == "levels" for value in values)
+        if are_levels and len({float(value.scale) for value in values}) == 1:
             tensor = self.node("Concat", *(value.tensor for value in values), axis=1)
             return values[0]._replace(tensor=tensor)
         return Value(self.node("Concat", *map(self.as_float, values), axis=1))

@@ -21,6 +21,7 @@ from models.bit_widths import FULL_PRECISION, BitWidth
 CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
 LARGE = numpy.finfo(numpy.float32).max
 LEVELS = 256  # of a FakeQuantize that becomes uint8
+INT16 = 2**15 - 1
 
 
 class Value(NamedTuple):
@@ -34,6 +35,7 @@ class Writer:
 
     def __init__(self, image_size):
         self.values, self.readers, self.is_binary = {}, Counter(), False
+        self.largest_weight = 0  # of those stored in int8
         self.images = ops.parameter([-1, *image_shape(image_size)], numpy.float32, "images")
 
     def write(self, operations):
@@ -48,7 +50,11 @@ class Writer:
             self.values[operation.name] = getattr(self, operation.kind)(operation, *inputs)
         logits = self.values[operations[-1].inputs[0]].tensor
         logits.output(0).set_names({"logits"})
-        return openvino.Model([logits], [self.images], "any_precision")
+        content = openvino.Model([logits], [self.images], "any_precision")
+        largest = max((2**layer.bits - 1 for layer in rounding), default=0)
+        saturates = 2 * largest * self.largest_weight > INT16  # without VNNI, pairs are added
+        content.set_rt_info("yes" if saturates else "no", "saturates")
+        return content
 
     def input(self, operation):
         return Value(self.images)
@@ -66,16 +72,20 @@ class Writer:
             if self.is_binary and layer.bits == 1 and layer.groups == 1 and m.ndim == 4 \
                     and (abs(m) == 1).all() and numpy.ndim(scale) == 0:
                 y = self.binary_convolution(layer, value.before, m, scale)
-            elif abs(m).max() < 128 or m.min() == -128:
-                y = convolve(layer, value.tensor, scaled_weight(m, scale))
+            elif m.min() >= -128 and m.max() < 128:
+                y = self.integer_convolution(layer, value.tensor, m, scale)
             else:  # 2 k - 255 = 2 (k - 128) + 1
-                y = convolve(layer, value.tensor, scaled_weight((m - 1) // 2, 2 * scale))
+                y = self.integer_convolution(layer, value.tensor, (m - 1) // 2, 2 * scale)
                 alike = layer.groups == 1 and numpy.ndim(scale) == 0
                 ones = numpy.ones_like(m[:1] if alike else m)
                 y = ops.add(y, convolve(layer, value.tensor, scaled_weight(ones, scale)))
         if layer.bias is not None:
             y = ops.add(y, channels(layer.bias.detach().numpy()))
         return Value(y)
+
+    def integer_convolution(self, layer, x, m, scale):
+        self.largest_weight = max(self.largest_weight, abs(m).max())
+        return convolve(layer, x, scaled_weight(m, scale))
 
     def binary_convolution(self, layer, x, odd, scale):
         """Convolve the 1-bit activation of x, levels k in {0, 1}, with weights m of -1 and 1.
@@ -195,13 +205,16 @@ def export(model, bit_widths, path, image_size):
 def load(path, threads=1):
     """Return run(images, bits): float32 images (N, 3, H, W) to logits (N, classes), by OpenVINO.
 
-    Raises ValueError for bits that the file does not have, and at 8 bits on a CPU whose 8-bit sums
-    saturate.
+    Raises ValueError for bits that the file does not have, and for a file whose sums saturate on
+    this CPU.
     """
     content = core().read_model(path)
     own = BitWidth.of(content.get_rt_info("bits").astype(str))
-    if own.weights == 8 and not sums_are_exact():
-        raise ValueError(f"{path} has 8 bits, whose sums saturate on this CPU, which lacks VNNI: "
+    saturates = own.weights == 8
+    if content.has_rt_info("saturates"):
+        saturates = content.get_rt_info("saturates").astype(str) == "yes"
+    if saturates and not sums_are_exact():
+        raise ValueError(f"{path} has sums of 8 bits, which saturate on this CPU, as it lacks VNNI: "
                          "export 7 bits or fewer, or another format")
     shape = [part.get_length() for part in list(content.input().partial_shape)[1:]]
 

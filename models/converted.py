@@ -76,16 +76,18 @@ def layer_table(model):
 def fit_float_weights(model, state_dict):
     """Return a converted model's state dict from its float network's, and the entries left new.
 
-    Every bit-width's BatchNorm gets the one there is. Left new is a classifier of another size.
+    Every bit-width's BatchNorm gets the one there is; quantizers keep their own parameters. Left
+    new is a classifier of another size.
     What else does not fit stays as it is, to be found by who loads it.
     """
     own = model.state_dict()
-    source = {key: re.sub(r"\bbn_dict\.\d+\.", "", key.removeprefix("network.")) for key in own}
+    source = {key: re.sub(r"\bbn_dict\.\w+\.", "", key.removeprefix("network.")) for key in own}
     fitted = {f"network.{key}": value for key, value in state_dict.items()
               if key not in source.values()}
     fitted.update((key, state_dict[name]) for key, name in source.items() if name in state_dict)
     fitted.update((key, own[key]) for key in own.keys() - fitted.keys()
-                  if key.endswith(".num_batches_tracked"))  # which torch once did not save
+                  if key.endswith(".num_batches_tracked")  # which torch once did not save
+                  or ".quantizer." in key)
     classifier = [f"network.{layer.name}." for layer in model.layers if layer.why == CLASSIFIER]
     left = [key for key in own if key.startswith(tuple(classifier)) and key in fitted
             and getattr(fitted[key], "shape", None) != own[key].shape]

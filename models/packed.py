@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import build, check_bit_widths, quantizers, set_bit_width
+from models import (build, check_bit_widths, quantizers, set_bit_width,
+                    trained_bit_widths)
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY
 from models.levels import Codes, decode, encode, join, table
@@ -62,10 +63,15 @@ class PackedWeight(WeightQuantizer):
     def full_precision(self, w):
         raise self.absent()
 
-    def integers(self, w):
-        column = self.columns.get(self.width, self.columns.get(str(self.bits)))
-        if column is None:
+    def column(self) -> int:
+        """Return the number of the bit-width's column; ValueError where the file has none."""
+        found = self.columns.get(self.width, self.columns.get(str(self.bits)))
+        if found is None:
             raise self.absent()
+        return found
+
+    def integers(self, w):
+        column = self.column()
         codes = Codes(w.contiguous().flatten(), self.high_bits, self.exceptions,
                       self.exception_levels)
         low, stride = self.grid[column]
@@ -287,24 +293,32 @@ def read_checkpoint(path: str | Path) -> dict:
     """Return a packed file as the dict that a checkpoint holds; ValueError where it is none."""
     tensors, about = read(path)
     try:
-        groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
-                  for number, group in enumerate(about["groups"])]
+        groups = read_groups(tensors, about)
         return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
+                "classes": about["classes"],
                 "packed": {"groups": groups, "stored": about["stored"],
                            "own_bits": about.get("own_bits", {})}, "state_dict": tensors}
     except KeyError as error:
         raise ValueError(f"{path} does not hold its {error}: export it anew") from None
 
 
+def read_groups(tensors: dict[str, Tensor], about: dict) -> list[dict]:
+    """Return a file's groups, with the rows of each, taken from the tensors, as `others`."""
+    return [{**group, "others": tensors.pop(f"rows.{number}", None)}
+            for number, group in enumerate(about["groups"])]
+
+
 def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             own_bits: dict[str, int] | None = None) -> None:
     """Give the quantized layers of a model packed weights, of the tensors that a file holds.
 
-    groups: the file's, with the rows of each as `others`. own_bits: of layers that have some.
-    Raises KeyError, AttributeError and ValueError where they do not fit.
+    groups: what read_groups returns. own_bits: of layers that have some. Raises KeyError,
+    AttributeError and ValueError where they do not fit, as where the model's layers lack a
+    bit-width of the file.
     """
     for name, bits in (own_bits or {}).items():
         model.get_submodule(name).own_bits = bits
+    bit_widths = trained_bit_widths(model)
     layers = quantized_layers(model)
     for group in groups:
         bits = tuple(b for _, b in group["columns"])
@@ -323,6 +337,9 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             layer = layers.pop(name)
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.quantizer = quantizer
+            for width in bit_widths:
+                layer.switch_bit_width(width)
+                quantizer.column()
             layer.switch_bit_width(BitWidth(FULL_PRECISION))
     if layers:
         raise ValueError(f"it lacks the weights of {next(iter(layers))}")
@@ -336,8 +353,7 @@ def load(path: str | Path) -> nn.Module:
     """
     tensors, about = read(path)
     try:
-        groups = [{**group, "others": tensors.pop(f"rows.{number}", None)}
-                  for number, group in enumerate(about["groups"])]
+        groups = read_groups(tensors, about)
         bit_widths = check_bit_widths(about["bit_widths"])
         model = build(about["model"], bit_widths, about["classes"], about["width"],
                       about["all_conv"], about.get("quantizer", "dorefa"))

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+import models
 import train
 from dataset.loader import InMemoryLoader, WorkerLoader
 from engine import setup
@@ -47,9 +48,8 @@ def test_the_two_ways(way, loader, shared, fused):
     assert run.forward_pass.shared is shared
     assert run.state.optimizer.param_groups[0]["fused"] is fused
     assert (type(run.state.metrics) is reference_way.MetricsReadEveryStep) is not shared
-    usual = [weight.stride() == torch.empty(weight.shape).stride()
-             for weight in run.state.model.parameters()]
-    assert all(usual) is not shared
+    assert run.forward_pass.memory_format is torch.contiguous_format  # both ways, on a CPU
+    assert all(weight.is_contiguous() for weight in run.state.model.parameters())
     assert setup.make_loader is reference_way.make_loader  # nothing stays patched
 
 
@@ -102,8 +102,9 @@ def test_gpu_checks_on_a_cpu(name):
 
 
 def test_a_gpu_check_that_fails(monkeypatch):
-    monkeypatch.setattr(gpu_checks, "quantize_activation",
-                        lambda x, bits: quan_ops.quantize_activation(x, bits - 1 or 1))
+    switch = quan_ops.ActivationQ.switch_bit_width
+    monkeypatch.setattr(quan_ops.ActivationQ, "switch_bit_width", lambda layer, width: switch(
+        layer, models.BitWidth(width.activations - 1 or 1)))
     assert not gpu.passes("levels", torch.device("cpu"))
     with pytest.raises(SystemExit, match="1"):
         gpu.main(gpu.parse_args(["levels", "--device", "cpu"]))

@@ -11,7 +11,7 @@ import reference
 import tiny_data
 from engine import published
 from engine.run_folder import read_metrics
-from models import MODELS, calibrate, fit_bit_widths, set_bit_width
+from models import MODELS, add_missing_bit_widths, calibrate, set_bit_width
 from models.quan_ops import SwitchableBatchNorm2d
 
 
@@ -25,7 +25,9 @@ def own_cache(tmp_path, monkeypatch):
 def test_a_missing_bit_width_starts_as_the_nearest():
     state = {"fc.weight": torch.ones(1), "bn.bn_dict.2.weight": torch.tensor(2.0),
              "bn.bn_dict.4.weight": torch.tensor(4.0), "bn.bn_dict.32.weight": torch.tensor(32.0)}
-    fitted, added = fit_bit_widths(state, [1, 2, 3, 8, 32])
+    model = torch.nn.Module()
+    model.bn = SwitchableBatchNorm2d(1, [1, 2, 3, 8, 32])
+    fitted, added = add_missing_bit_widths(state, model)
     assert added == {1: 2, 3: 4, 8: 4}
     assert {key: value.item() for key, value in fitted.items()} == {
         "fc.weight": 1, "bn.bn_dict.1.weight": 2, "bn.bn_dict.2.weight": 2,
@@ -98,7 +100,7 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(t
     argv = ["--evaluate", "--pretrain", trained, "--bit_width_list", "1,2,3,4,5,6,7,8,32",
             "--calibrate", 2, "--save-calibrated", saved]
     assert run([*argv, "--results-dir", tmp_path / "e"]) == 0
-    told = "3 bits was not trained: BatchNorm of 2 bits, statistics re-estimated over 2"
+    told = "3-bit was not trained: using the 2-bit BatchNorm, statistics re-estimated over 2"
     assert told in capsys.readouterr().out
     assert list(evaluation(tmp_path / "e")) == ["1", "2", "3", "4", "5", "6", "7", "8", "32"]
     checkpoint = torch.load(saved, weights_only=True)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from float_networks import build, float_resnet20, float_svhn, noise
+from torch import nn
 from torch.testing import assert_close
 
 import reference
@@ -34,7 +35,7 @@ def images():
 @torch.no_grad()
 def test_the_float_networks_logits_at_32_bits(pair, images, monkeypatch):
     network, model = pair
-    monkeypatch.setattr(quan_ops, "normalize_weight", lambda w: (w, torch.ones(())))
+    monkeypatch.setattr(quan_ops.DoReFaWeight, "prepare", lambda self, w: (w, torch.ones(())))
     assert not model.training and trained_bit_widths(model) == WIDTHS and not model.note
     assert_close(model(images), network(images), rtol=0, atol=1e-5)
 
@@ -98,22 +99,38 @@ def test_a_twin_equals_ours(twins, loss):
         assert_close(*logits, rtol=0, atol=1e-12)
 
 
-def test_shared_as_computed_anew(twins):
+@pytest.fixture
+def runs_of(monkeypatch):
+    """A function that returns how often a float convolution has run since it was last asked."""
+    ran = []
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward",
+                        lambda layer, x: ran.append(layer) or forward(layer, x))
+
+    def count(layer):
+        found = sum(other is layer for other in ran)
+        ran.clear()
+        return found
+    return count
+
+
+def test_shared_as_computed_anew(twins, runs_of):
     _, model, images = twins
-    assert model.shares_stem
-    assert_close(step(model, images), step(model, images, shared=False), rtol=0, atol=1e-10)
+    stem = model.network.get_submodule(model.layers[0].name)
+    shared = step(model, images)
+    assert runs_of(stem) == 1
+    assert_close(shared, step(model, images, shared=False), rtol=0, atol=1e-10)
+    assert runs_of(stem) == len(WIDTHS)
 
 
-def test_a_torchvision_stem_is_shared_once():
+def test_a_torchvision_stem_is_shared_once(runs_of):
     model = convert(build("shufflenet_v2_x0_5").double(), [2, 8, 32])
     images = reference.values("images", (2, 3, 32, 32), 0)
-    calls = []
-    model.network.conv1[0].register_forward_hook(lambda *call: calls.append(call))
     grads = {}
     for shared in (True, False):
         model.zero_grad()
         model.train()
         any_precision_backward(model, images, torch.tensor([3, 1]), [2, 8, 32], shared=shared)
         grads[shared] = {name: value.grad for name, value in model.named_parameters()}
-        assert len(calls) == (1 if shared else 4)
+        assert runs_of(model.network.conv1[0]) == (1 if shared else 3)
     assert_close(grads[True], grads[False], rtol=1e-9, atol=1e-9)

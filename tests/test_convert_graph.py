@@ -1,4 +1,5 @@
 """What a conversion sees of a network, what it tells, and what cannot be converted."""
+import copy
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 import deploy.graph
 from models import MODELS, convert, layer_table, packed, quan_ops, set_bit_width, zoo
+from models.bit_widths import BitWidth
 from models.losses import any_precision_backward
 
 
@@ -37,6 +39,18 @@ class Functional(nn.Module):
         return self.fc(self.relu(x).relu().mean((2, 3)))
 
 
+def assert_shares_right(model, images):
+    """Assert that a step that shares what bit-widths have in common has the gradients of none."""
+    model = copy.deepcopy(model).double()
+    found = []
+    for shared in (True, False):
+        model.zero_grad()
+        torch.manual_seed(0)  # dropout's
+        any_precision_backward(model, images.double(), torch.tensor([0, 1]), [1, 32], shared=shared)
+        found.append({name: value.grad for name, value in model.named_parameters()})
+    assert_close(*found, rtol=0, atol=1e-10)
+
+
 def activations(model):
     return [name.removeprefix("network.") for name, layer in model.named_modules()
             if isinstance(layer, quan_ops.ActivationQ)]
@@ -51,9 +65,9 @@ def test_functions_and_a_module_used_twice(monkeypatch, images):
         ("not", "not", "sees the image"), ("quantized", "quantized", ""),
         ("quantized", "quantized", ""), ("quantized", "not", "input from an average pool"),
         ("not", "not", "gives the logits")]
-    monkeypatch.setattr(quan_ops, "normalize_weight", lambda w: (w, torch.ones(())))
+    monkeypatch.setattr(quan_ops.DoReFaWeight, "prepare", lambda self, w: (w, torch.ones(())))
     assert_close(model(images), network(images), rtol=0, atol=1e-6)
-    assert model.shares_stem
+    assert_shares_right(model, images)
     model.train()
     assert not torch.equal(model(images), model(images))  # dropout, in training alone
 
@@ -78,7 +92,7 @@ def test_a_block_called_twice(images):
 def test_relu6_is_limited_at_32_bits_and_no_other():
     layer, x = quan_ops.ActivationQ(limit=6.0), torch.tensor([-1.0, 0.4, 5.0, 7.0])
     assert layer(x).tolist() == pytest.approx([0, 0.4, 5, 6])
-    layer.bits = 1
+    layer.switch_bit_width(BitWidth(1))
     assert layer(x).tolist() == [0, 0, 1, 1]
     model = convert(build("mobilenet_v2"), [1, 32])
     assert {layer.limit for layer in model.modules() if isinstance(layer, quan_ops.ActivationQ)} \
@@ -118,9 +132,10 @@ def test_untraceable(images):
     with pytest.warns(UserWarning, match="cannot trace") as told:
         model = convert(Untraceable(), [1, 32])
     assert len(told) == 1 and "\n" not in model.note and model.note in layer_table(model)
-    assert activations(model) == ["relu"] and not model.shares_stem
+    assert activations(model) == ["relu"]
     assert [layer.input for layer in model.layers] == ["not", *["unknown"] * 3, "not"]
-    any_precision_backward(model, images, torch.tensor([0, 1]), [1, 32])
+    for x in (images, images - 1, images + 1):  # both ways through the network
+        assert_shares_right(model, x)
 
 
 def test_keep(images):

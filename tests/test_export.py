@@ -7,12 +7,13 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from torch import nn
 
 import deploy
 import export
 from deploy import benchmark, check
 from engine.errors import run_program
-from models import packed, set_bit_width
+from models import packed, resnet20q, set_bit_width
 from runs import ROOT, assert_one_line, evaluation, run
 
 MODULES = {"onnx": "onnx_file", "openvino": "openvino_file"}
@@ -67,7 +68,7 @@ def test_packed_with_check_and_benchmark(arguments, tmp_path, capsys, monkeypatc
 def test_what_is_exported_evaluates_as_the_run(arguments, tmp_path):
     output = tmp_path / "net"
     assert run_export(*arguments, "--format", "packed", "--bits", "any", "--output", output) == 0
-    assert packed.read(output)[1]["stored_bits"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert packed.read(output)[1]["stored"] == [1, 2, 3, 4, 5, 6, 7, 8]
     found = {}
     for name, source in (("a", arguments[0]), ("b", output)):
         assert run(["--evaluate", "--pretrain", source, *arguments[1:], "--bit_width_list", 2,
@@ -101,7 +102,7 @@ def test_calibrated_widths(arguments, tmp_path):
 @pytest.mark.parametrize("argv, code, parts", [
     (["--bits", "4"], 1, ["no BatchNorm for 4 bits", "--calibrate 20 --save-calibrated FILE"]),
     (["--bits", "2,32"], 1, ["32 bits is not stored", "choose from 1 to 8"]),
-    (["--bits", "2,9"], 2, ["bit-width 9 does not exist"]),
+    (["--bits", "2,9"], 2, ["bit-width '9' does not exist"]),
     (["--bits", "some"], 2, ["bit-width 'some' does not exist"]),
     (["--bits", "any", "--format", "openvino", "--output", "x.xml"], 2, ["--bits any", "packed"]),
     (["--format", "openvino", "--output", "x.bin"], 2, ["must end in .xml"]),
@@ -180,13 +181,55 @@ def test_several_widths_are_several_files(arguments, tmp_path, monkeypatch):
     class Files:
         @staticmethod
         def export(model, bit_widths, path, image_size):
-            path.write_text(f"{bit_widths} {image_size}")
+            Files.model = model
+            path.write_text(f"{','.join(map(str, bit_widths))} {image_size}")
+
+        @staticmethod
+        def load(path):
+            def run(images, bits):
+                assert path.read_text() == f"{bits} 32"
+                return check.forward(Files.model, images, bits)[0]
+            return run
 
     monkeypatch.setattr(export, "exporter", lambda form: Files)
     assert run_export(*arguments, "--format", "onnx", "--bits", "2,32", "--output",
                       tmp_path / "net.onnx") == 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "net_2.onnx": "[2] 32", "net_32.onnx": "[32] 32"}
+        "net_2.onnx": "2 32", "net_32.onnx": "32 32"}
+
+
+@pytest.mark.parametrize("form, output", [("onnx", "net.onnx"), ("openvino", "net.xml")])
+@pytest.mark.parametrize("edit", ["alpha", "mean", "scaled"])
+def test_an_edit_that_tracing_follows_wrongly_is_not_published(
+        edit, form, output, arguments, tmp_path, capsys, monkeypatch):
+    needs(form)
+
+    def forward(self, x):
+        x = self.bn(self.layers(self.conv0(x)))
+        if edit == "alpha":
+            x = torch.add(x, x, alpha=2)
+        if edit == "mean":
+            return self.fc(x.mean(1).flatten(1))  # 8 x 8: as many as channels
+        return self.fc(x.mean((2, 3)) * (3 if edit == "scaled" else 1))
+
+    monkeypatch.setattr(resnet20q, "forward", forward)
+    assert run_export(*arguments, "--format", form, "--bits", 2, "--output",
+                      tmp_path / output) == 1
+    told = "(mul) has no place" if edit == "scaled" else "at 2 bits the file's logits are off"
+    assert_one_line(capsys, f"--format {form}", told, "take the packed format")
+    assert not list(tmp_path.iterdir())
+    packed_file = tmp_path / "net"  # whose network runs the edit
+    assert run_export(*arguments, "--format", "packed", "--output", packed_file) == 0
+
+
+def test_logits_of_another_shape_are_seen():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    with pytest.raises(ValueError, match=r"of shape \(16, 10, 1\), and the network's of \(16, 10"):
+        check.check_logits(model, lambda images, bits: check.forward(model, images, bits)[0][..., None],
+                           [2], 4)
+    model[1].bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match="at 2 bits the network's logits are not finite"):
+        check.check_logits(model, lambda images, bits: check.forward(model, images, bits)[0], [2], 4)
 
 
 # ---- the check
@@ -212,6 +255,7 @@ def test_a_check_that_falls_short():
 def test_a_check_that_falls_short_ends_with_1(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(packed, "load_runner", lambda path, **options: lambda images, bits:
                         numpy.eye(10, dtype=numpy.float32)[numpy.arange(len(images))])
+    monkeypatch.setattr(check, "check_logits", lambda *args: None)  # which would see it too
     assert run_export(*arguments, "--format", "packed", "--output", tmp_path / "net", "--check",
                       6) == 1
     assert_one_line(capsys, "falls short of the network", "at 2 bits")

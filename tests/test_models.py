@@ -36,7 +36,7 @@ def test_switching_reaches_every_layer_and_changes_the_output(name):
 
 def test_a_bit_width_that_was_not_trained_is_refused_and_nothing_moves():
     model = MODELS["svhnq"]([1, 2, 4, 8, 32], width=1)
-    with pytest.raises(ValueError, match="3 bits was not trained; choose from 1, 2, 4, 8, 32"):
+    with pytest.raises(ValueError, match="3-bit was not trained; choose from 1, 2, 4, 8, 32"):
         set_bit_width(model, 3)
     assert {layer.bits for layer in model.modules() if hasattr(layer, "bits")} == {32}
 

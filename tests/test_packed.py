@@ -1,18 +1,25 @@
 """Packed files: the network that was packed, bit for bit, and what is refused."""
 import json
 import stat
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import deploy
 import reference
-from models import MODELS, packed, quan_ops, set_bit_width
-from models.quan_ops import Conv2dQ
+from exported import CHANGES, LinearQ
+from exported import network as exported_network
+from models import MODELS, packed, set_bit_width
+from models.bit_widths import BitWidth
+from models.quan_ops import Conv2dQ, DoReFaWeight
 from runs import assert_one_line, assert_same, evaluation, run
 
 WIDTHS = [1, 2, 4, 8]
+FILES = Path(__file__).parent / "files"
 
 
 def network(name="svhnq", bit_widths=(*WIDTHS, 32), all_conv=False):
@@ -31,15 +38,14 @@ def about(name="svhnq", all_conv=False):
 
 def assert_is(found, model, bits, images):
     """Assert that weights and logits are those of the model, to the last bit."""
-    layers = packed.quantized_layers(model)
-    for name, layer in packed.quantized_layers(found).items():
-        for integers in (False, True):
-            assert_same(layer.operand(bits, integers), layers[name].operand(bits, integers))
     set_bit_width(model, bits)
     set_bit_width(found, bits)
+    layers = packed.quantized_layers(model)
     with torch.no_grad():
-        for _ in "ab":  # the second time from what is kept
-            assert torch.equal(found(images), model(images))
+        for name, layer in packed.quantized_layers(found).items():
+            assert_same(layer.integer_weight(), layers[name].integer_weight())
+            assert_same(layer.quantized_weight(), layers[name].quantized_weight())
+        assert torch.equal(found(images), model(images))
 
 
 @pytest.mark.parametrize("stored", [WIDTHS, packed.ANY], ids=["byte", "any"])
@@ -53,7 +59,7 @@ def test_is_the_network_bit_for_bit(name, all_conv, stored, tmp_path):
     images = torch.randn(2, 3, 40, 40)
     for bits in (4, 1, 8, 2):
         assert_is(found, model, bits, images)
-    with pytest.raises(ValueError, match="32 bits was not trained; choose from 1, 2, 4, 8"):
+    with pytest.raises(ValueError, match="32-bit was not trained; choose from 1, 2, 4, 8"):
         set_bit_width(found, 32)
     state, own = found.state_dict(), model.state_dict()
     assert all(torch.equal(state[key], own[key]) for key in own.keys() & state.keys()
@@ -78,13 +84,17 @@ def test_weights_on_thresholds(stored, tmp_path):
     packed.save(torch.nn.Sequential(conv), stored, tmp_path / "conv", {})
     tensors, told = packed.read(tmp_path / "conv")
     found = torch.nn.Sequential(Conv2dQ(conv.in_channels, 1, 1))
-    packed.install(found, tensors, tensors["levels"], told["stored_bits"])
-    assert len(tensors["levels"]) <= 512
+    packed.install(found, tensors, packed.read_groups(tensors, told))
+    assert len(found[0].quantizer.rows) <= 512
     for bits in stored:
-        assert_same(found[0].operand(bits), conv.operand(bits))
+        for layer in (conv, found[0]):
+            layer.switch_bit_width(BitWidth(bits))
+        assert_same(found[0].integer_weight(), conv.integer_weight())
+        assert_same(found[0].quantized_weight(), conv.quantized_weight())
     absent = next(bits for bits in (6, 32) if bits not in stored)
-    with pytest.raises(ValueError, match=f"{absent} bits is not in the packed file"):
-        found[0].operand(absent)
+    found[0].switch_bit_width(BitWidth(absent))
+    with pytest.raises(ValueError, match=f"{absent}-bit is not in the packed file"):
+        found[0].quantized_weight()
 
 
 def test_sizes(tmp_path):
@@ -120,20 +130,140 @@ def test_packing_again_and_the_same_file(tmp_path):
 def test_what_cannot_be_packed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="32 bits is not stored"):
         packed.save(network(), [4, 32], tmp_path / "net", about())
-    monkeypatch.setattr(quan_ops, "quantize_weight", lambda v, scale, bits: scale * v)
-    with pytest.raises(ValueError, match="at 4 bits are not finite, or not 16 even levels"):
+    integers = DoReFaWeight.integers
+    monkeypatch.setattr(DoReFaWeight, "integers", lambda self, v, e: (v, e))
+    with pytest.raises(ValueError, match="layer layers.3 at 4 bits: .* are not finite integers"):
+        packed.save(network(), [4], tmp_path / "net", about())
+    monkeypatch.setattr(DoReFaWeight, "integers", lambda self, v, e: (integers(self, v, e)[0] * 2, e))
+    with pytest.raises(ValueError, match="layer layers.3 at 4 bits: .* are not of 16 levels"):
         packed.save(network(), [4], tmp_path / "net", about())
     assert not list(tmp_path.iterdir())
 
 
 def test_another_quantizer_is_packed_too(tmp_path, monkeypatch):
-    def normalize_weight(w):
+    def prepare(self, w):
         return (w / (2 * w.std().detach())).clamp(-1, 1), w.abs().mean().detach()
 
-    monkeypatch.setattr(quan_ops, "normalize_weight", normalize_weight)
+    monkeypatch.setattr(DoReFaWeight, "prepare", prepare)
     model = network()
     packed.save(model, WIDTHS, tmp_path / "net", about())
     assert_is(deploy.load(tmp_path / "net"), model, 2, torch.randn(2, 3, 40, 40))
+
+
+# ---- what a researcher changes
+
+@pytest.mark.parametrize("change, widths", [
+    ("none", ["w2a4", 4, "w1a8"]), ("own bits", [1, 2, 4, 8]), ("own bits", ["w2a4"]),
+    ("a scale per channel", WIDTHS), ("a linear layer", WIDTHS), ("lsq", [4]), ("lsq", WIDTHS),
+    ("lsq", ["w2a4"])])
+def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
+    model, images = exported_network("svhnq", widths, change=change)
+    monkeypatch.setitem(MODELS, "svhnq", CHANGES[change].network)
+    packed.save(model, widths, tmp_path / "net", {**about(), "quantizer": CHANGES[change].quantizer})
+    found = deploy.load(tmp_path / "net")
+    for width in widths:
+        assert_is(found, model, width, images)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(found(images), model(images))
+    again = {**about(), "quantizer": CHANGES[change].quantizer}
+    packed.save(found, widths, tmp_path / "again", again)
+    assert_is(deploy.load(tmp_path / "again"), model, widths[0], images)
+
+
+def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
+    """A layer of 8 bits is stored at 8 bits alone, and a network without such a layer is refused."""
+    model, images = exported_network("svhnq", [1, 4], change="own bits")
+    packed.save(model, [1, 4], tmp_path / "net", about(), packed.ANY)
+    columns = {name: group["columns"] for group in packed.read(tmp_path / "net")[1]["groups"]
+               for name in group["layers"]}
+    assert columns["layers.0"] == columns["layers.6"] == [["8", 8]]
+    assert columns["layers.3"] == [[str(bits), bits] for bits in packed.ANY]
+    with pytest.raises(ValueError, match="does not fit the networks of this project"):
+        deploy.load(tmp_path / "net")
+
+    class WithoutTheLast(CHANGES["own bits"].network):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.layers[6].own_bits = None
+
+    monkeypatch.setitem(MODELS, "svhnq", WithoutTheLast)
+    with pytest.raises(ValueError, match="4-bit is not in the packed file|1-bit is not in the pack"):
+        deploy.load(tmp_path / "net")
+
+
+def test_several_lsq_bit_widths_are_refused(tmp_path):
+    """Of so many that there are not rows enough for all their levels."""
+    model, _ = exported_network("svhnq", packed.ANY, change="lsq")
+    with pytest.raises(ValueError, match="layer layers.3: its levels at 1, 2, .* bits do not come "
+                                         "from rounding one number: pack one bit-width a file"):
+        packed.save(model, packed.ANY, tmp_path / "net", {**about(), "quantizer": "lsq"})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [Conv2dQ, LinearQ])
+def test_a_scale_per_channel_in_bf16(kind):
+    """Operands are exact: each output is float64's, but for its own rounding to 8 bits."""
+    torch.manual_seed(0)
+    layer = kind(64, 32, 3) if kind is Conv2dQ else kind(64, 32)
+    layer.quantizer = CHANGES["a scale per channel"].weight_quantizer()
+    with torch.no_grad():
+        layer.weight *= torch.logspace(-2, 2, 32).view(-1, *[1] * (layer.weight.ndim - 1))
+    for bits in (1, 2, 5, 8):
+        layer.switch_bit_width(BitWidth(bits))
+        shape = (4, 64, 6, 6) if kind is Conv2dQ else (4, 64)
+        n = 2**bits - 1
+        levels = torch.randint(n + 1, shape)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = layer(levels / n).double()
+        integers, scale = layer.integer_weight()
+        bias = layer.bias.double().view(-1, *[1] * (integers.ndim - 2))
+        linear_map = layer._conv_forward if kind is Conv2dQ else torch.nn.functional.linear
+        exact = linear_map(levels.double(), integers.double(), None) * scale.double()[:, 0] / n
+        error = (found - bias - exact).abs()
+        assert (error <= 1.01 * 2**-8 * exact.abs() + 1e-6 * bias.abs()).all(), bits
+
+
+# ---- files of the first format, written before quantizers were objects
+
+@pytest.mark.parametrize("name", ["byte", "any"])
+def test_a_file_of_format_1_is_read_bit_for_bit(name, tmp_path):
+    """E and the integers are what the old code read, and so are the logits."""
+    expected = json.loads((FILES / "format_1.json").read_text())[name]
+    path = FILES / f"format_1_{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        parts = {key.rpartition(".")[2] for key in file.keys()}
+        assert json.loads(file.metadata()[packed.KEY])["format"] == 1
+    assert parts >= {"byte": {"mended", "mended_levels"}, "any": {"ninth", "others"}}[name]
+    model = deploy.load(path)
+    for name, layer in packed.quantized_layers(model).items():
+        wanted = expected["layers"][name]
+        for bits, checksum in wanted["integers"].items():
+            layer.switch_bit_width(BitWidth.of(bits))
+            integers, scale = layer.integer_weight()
+            assert zlib.crc32(integers.to(torch.int16).contiguous().numpy().tobytes()) == checksum
+            assert torch.equal(scale, torch.tensor(wanted["E"]) / (2**int(bits) - 1))
+    images = reference.values("images", (2, 3, 40, 40), 0).float()
+    exact = deploy.load(path).double()
+    for bits, logits in expected["logits"].items():
+        set_bit_width(model, bits)
+        set_bit_width(exact, bits)
+        with torch.no_grad():
+            found = model(images)
+            found64 = exact(images.double())
+        torch.testing.assert_close(found64, torch.tensor(logits["float64"], dtype=torch.float64),
+                                   rtol=0, atol=1e-7)
+        # In float32 one level of an activation may be the other one.
+        torch.testing.assert_close(found, torch.tensor(logits["float32"]), rtol=0, atol=1e-3)
+    packed.save(model, WIDTHS, tmp_path / "net", about())  # in the format of today
+    assert_is(deploy.load(tmp_path / "net"), model, 4, images)
+
+
+@pytest.mark.parametrize("name, more", [("byte", []), ("any", ["--bit_width_list", "2,3",
+                                                               "--calibrate", 1])])
+def test_a_file_of_format_1_evaluates(name, more, tmp_path):
+    assert run(["--evaluate", "--pretrain", FILES / f"format_1_{name}.safetensors", "--device",
+                "cpu", "--train-fraction", 0.1, "--results-dir", tmp_path / "r", *more]) == 0
+    assert list(evaluation(tmp_path / "r")) == (["2", "3"] if more else ["1", "2", "4", "8"])
 
 
 # ---- files that are refused
@@ -146,7 +276,7 @@ def flipped(path):
 
 def newer(path):
     tensors, told = packed.read(path)
-    save_file(load_file(path), path, {packed.KEY: json.dumps({**told, "format": 2})})
+    save_file(load_file(path), path, {packed.KEY: json.dumps({**told, "format": 3})})
 
 
 def of_another_network(path):
@@ -156,7 +286,7 @@ def of_another_network(path):
 DAMAGES = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cut short"),
     "cut at once": (lambda path: path.write_bytes(path.read_bytes()[:5]), "cut short"),
-    "flipped": (flipped, "is damaged"), "newer": (newer, "has packed format 2"),
+    "flipped": (flipped, "is damaged"), "newer": (newer, "has packed format 3"),
     "foreign": (lambda path: save_file({"a": torch.zeros(2)}, path), "of something else"),
     "another network": (of_another_network, "does not fit"),
     "code": (lambda path: torch.save(print, path), "")}

@@ -10,7 +10,7 @@ from torchvision import datasets
 
 from dataset import data
 from engine.arguments import parse_flags
-from models import MODELS, losses, quan_ops
+from models import MODELS, build, losses, quan_ops, quantizers
 from models.losses import any_precision_backward
 from runs import load, run
 
@@ -45,9 +45,9 @@ def change(monkeypatch):  # which is undone after this
                 setattr(module, name, before[name])
 
 
-def losses_of(loss="recursive"):
+def losses_of(loss="recursive", quantizer="dorefa"):
     torch.manual_seed(0)
-    model = MODELS["svhnq"]([1, 2, 32], width=1)
+    model = build("svhnq", [1, 2, 32], 10, quantizer=quantizer)
     model.layers[19].p = 0  # no dropout
     images, labels = torch.randn(8, 3, 40, 40), torch.arange(8)
     results = any_precision_backward(model, images, labels, [1, 2, 32], loss)
@@ -64,7 +64,6 @@ def test_the_method_is_the_step():
         model.layers[19].p = 0  # no dropout
         step({**vars(losses), **vars(quan_ops), "model": model, "images": torch.randn(8, 3, 40, 40),
               "labels": torch.arange(8), "bit_widths": [1, 2, 32], "name": "recursive",
-              "descending": lambda bit_widths: sorted(bit_widths, reverse=True),
               "optimizer": torch.optim.SGD(model.parameters(), lr=0.0)})
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert_close(*gradients, rtol=0, atol=0)
@@ -72,18 +71,19 @@ def test_the_method_is_the_step():
 
 def test_another_weight_quantizer(change):
     before = losses_of()
-    change("models/quan_ops.py")
-    after = losses_of()
+    change("models/quantizers.py")
+    after = losses_of(quantizer="clipped")
     assert all(before[bits] != after[bits] for bits in before)
-    v, _ = quan_ops.normalize_weight(torch.randn(1000))
+    v, _ = quantizers.ClippedWeight().prepare(torch.randn(1000))
     assert v.abs().max() == 1
+    assert parse_flags(["--quantizer", "clipped"]).quantizer == "clipped"
 
 
 def test_another_loss(change, tmp_path):
     before = losses_of("hard"), losses_of("recursive")
     change("models/losses.py")
     mixed = losses_of("mixed")
-    assert list(losses.LOSSES) == ["hard", "soft", "recursive", "mixed"]
+    assert list(losses.NEXT_TARGET) == ["hard", "soft", "recursive", "mixed"]
     for bits in (1, 2):
         low, high = sorted(each[bits] for each in before)
         assert low < mixed[bits] < high
