@@ -171,24 +171,28 @@ def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
 
 
 def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
-    """A layer of 8 bits is stored at 8 bits alone, and a network without such a layer is refused."""
+    """A layer of 8 bits is stored at 8 bits alone, and one that got bits after it was made, too."""
     model, images = exported_network("svhnq", [1, 4], change="own bits")
+    monkeypatch.setitem(MODELS, "svhnq", CHANGES["own bits"].network)
+    model.layers[5].own_bits = 3  # an activation
+    model.layers[10].own_bits = 2
     packed.save(model, [1, 4], tmp_path / "net", about(), packed.ANY)
     columns = {name: group["columns"] for group in packed.read(tmp_path / "net")[1]["groups"]
                for name in group["layers"]}
     assert columns["layers.0"] == columns["layers.6"] == [["8", 8]]
     assert columns["layers.3"] == [[str(bits), bits] for bits in packed.ANY]
-    with pytest.raises(ValueError, match="does not fit the networks of this project"):
-        deploy.load(tmp_path / "net")
-
-    class WithoutTheLast(CHANGES["own bits"].network):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.layers[6].own_bits = None
-
-    monkeypatch.setitem(MODELS, "svhnq", WithoutTheLast)
+    assert columns["layers.10"] == [["2", 2]]
+    found = deploy.load(tmp_path / "net")
+    assert found.layers[5].bits == 3 and found.layers[10].bits == 2
+    for width in (1, 4):
+        assert_is(found, model, width, images)
+    monkeypatch.setattr(packed, "read", lambda path, read=packed.read: without_own_bits(*read(path)))
     with pytest.raises(ValueError, match="4-bit is not in the packed file|1-bit is not in the pack"):
         deploy.load(tmp_path / "net")
+
+
+def without_own_bits(tensors, about):
+    return tensors, {**about, "own_bits": {}}
 
 
 def test_several_lsq_bit_widths_are_refused(tmp_path):
