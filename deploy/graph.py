@@ -26,7 +26,7 @@ class Operation(NamedTuple):
     """One operation of a network in evaluation.
 
     kind: of MODULES or FUNCTIONS, or input, output, convolution, batch_norm, activation.
-    inputs: names of operations. layer: the module, if there is one, and path: its name in the model.
+    inputs: names of operations. layer: the module, if there is one. path: its name in the model.
     """
     name: str
     kind: str

@@ -214,7 +214,7 @@ def load(path, threads=1):
     if content.has_rt_info("saturates"):
         saturates = content.get_rt_info("saturates").astype(str) == "yes"
     if saturates and not sums_are_exact():
-        raise ValueError(f"{path} has sums of 8 bits, which saturate on this CPU, as it lacks VNNI: "
+        raise ValueError(f"{path} has sums of 8 bits, which saturate on this CPU, without VNNI: "
                          "export 7 bits or fewer, or another format")
     shape = [part.get_length() for part in list(content.input().partial_shape)[1:]]
 

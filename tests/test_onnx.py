@@ -83,8 +83,8 @@ def test_changed_networks(change, widths, tmp_path):
         assert_logits(run, model, images, bits)
         if change == "own bits":
             stored = onnx.load(tmp_path / f"{bits}.onnx").graph.initializer
-            assert any(constant.data_type == onnx.TensorProto.UINT8 and constant.dims == [8, 8, 3, 3]
-                       for constant in stored)
+            assert any(constant.data_type == onnx.TensorProto.UINT8
+                       and constant.dims == [8, 8, 3, 3] for constant in stored)
     with pytest.raises(ValueError, match="has no w1a3 bits"):
         run(images.numpy(), "w1a3")
 
