@@ -194,6 +194,9 @@ class Writer:
     def average(self, operation, value):
         return Value(self.node("GlobalAveragePool", self.as_float(value)))
 
+    def mean(self, operation, value):
+        return self.flatten(operation, self.average(operation, value))
+
     def add(self, operation, *values):
         return Value(self.node("Add", *map(self.as_float, values)))
 

@@ -142,6 +142,9 @@ class Writer:
     def average(self, operation, value):
         return Value(ops.reduce_mean(value.tensor, numpy.array([2, 3]), keep_dims=True))
 
+    def mean(self, operation, value):
+        return self.flatten(operation, self.average(operation, value))
+
     def add(self, operation, *values):
         y = ops.add(*(value.tensor for value in values))
         # A binary convolution, a sum that nothing else reads, and rounding would be fused, wrongly.
