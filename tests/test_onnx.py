@@ -98,6 +98,9 @@ def test_one_file_of_any_bit_width_of_changed_networks(change, highest, tmp_path
     for bits in widths:
         alone = exported(model, bits, tmp_path / f"{bits}.onnx", SIZES["svhnq"])
         numpy.testing.assert_array_equal(run(images.numpy(), bits), alone(images.numpy(), bits))
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
+    total = sum(sizes[str(bits)] for bits in widths)
+    assert sizes["any"] < 1.1 * total  # without long lists of exceptions
 
 
 def test_a_concatenation_of_sums_with_scales_of_channels(tmp_path):
