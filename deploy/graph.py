@@ -11,7 +11,7 @@ from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit
 
 # What stands in a graph as a function or a method of tensors, by name.
 FUNCTIONS = {"add": "add", "iadd": "add", "add_": "add", "flatten": "flatten", "cat": "cat",
-             "adaptive_avg_pool2d": "average", "mean": "average"}
+             "adaptive_avg_pool2d": "average", "mean": "mean"}
 # Exact types: what a subclass does is not known.
 MODULES = {nn.MaxPool2d: "max_pool", nn.Linear: "linear", Classifier: "linear", nn.Dropout: "same",
            nn.Identity: "same", nn.AdaptiveAvgPool2d: "average", nn.Flatten: "flatten",
@@ -26,7 +26,7 @@ class Operation(NamedTuple):
     """One operation of a network in evaluation.
 
     kind: of MODULES or FUNCTIONS, or input, output, convolution, batch_norm, activation.
-    inputs: names of operations. layer: the module, if there is one, and path: its name in the model.
+    inputs: names of operations. layer: the module, if there is one. path: its name in the model.
     """
     name: str
     kind: str
@@ -72,7 +72,8 @@ def kind_of(node, layer, name):
     else:
         target = node.target if isinstance(node.target, str) else node.target.__name__
         kind = FUNCTIONS.get(target)
-        whole = kind != "average" or node.args[1] in (1, (1, 1), (2, 3), [2, 3])
+        whole = kind != "average" or node.args[1] in (1, (1, 1), [1, 1])
+        whole = whole and (kind != "mean" or is_spatial_mean(node))
         whole = whole and (kind != "flatten" or node.args[1:] == (1,))
         whole = whole and (kind != "cat" or node.kwargs.get("dim", (*node.args, 0)[1]) == 1)
         whole = whole and (kind != "add" or len(node.all_input_nodes) == 2)
@@ -81,6 +82,14 @@ def kind_of(node, layer, name):
         raise ValueError(f"layer {name} ({what}) has no place in an exported file: take the packed "
                          "format")
     return kind
+
+
+def is_spatial_mean(node):
+    """Return whether a call of mean is over height and width: (N, C, H, W) -> (N, C)."""
+    _, *arguments = node.args
+    dims = arguments or [node.kwargs.get("dim")]
+    known = {"dim"}.issuperset(node.kwargs)
+    return known and len(dims) == 1 and dims[0] in ((2, 3), [2, 3], (-2, -1), [-2, -1])
 
 
 def image_shape(image_size):

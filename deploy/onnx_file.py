@@ -18,7 +18,7 @@ from models.bit_widths import FULL_PRECISION, check_bit_widths
 
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
-MANY = 0.1  # of a layer's weights: where more do not follow from the highest bit-width's
+MANY = 0.01  # of a layer's weights; each that does not follow from the highest takes 36 bytes
 LARGE = 1000  # numbers of a constant that several bit-widths may share
 
 
@@ -193,6 +193,9 @@ class Writer:
 
     def average(self, operation, value):
         return Value(self.node("GlobalAveragePool", self.as_float(value)))
+
+    def mean(self, operation, value):
+        return self.flatten(operation, self.average(operation, value))
 
     def add(self, operation, *values):
         return Value(self.node("Add", *map(self.as_float, values)))

@@ -142,6 +142,9 @@ class Writer:
     def average(self, operation, value):
         return Value(ops.reduce_mean(value.tensor, numpy.array([2, 3]), keep_dims=True))
 
+    def mean(self, operation, value):
+        return self.flatten(operation, self.average(operation, value))
+
     def add(self, operation, *values):
         y = ops.add(*(value.tensor for value in values))
         # A binary convolution, a sum that nothing else reads, and rounding would be fused, wrongly.
@@ -214,7 +217,7 @@ def load(path, threads=1):
     if content.has_rt_info("saturates"):
         saturates = content.get_rt_info("saturates").astype(str) == "yes"
     if saturates and not sums_are_exact():
-        raise ValueError(f"{path} has sums of 8 bits, which saturate on this CPU, as it lacks VNNI: "
+        raise ValueError(f"{path} has sums of 8 bits, which saturate on this CPU, without VNNI: "
                          "export 7 bits or fewer, or another format")
     shape = [part.get_length() for part in list(content.input().partial_shape)[1:]]
 

@@ -1,10 +1,11 @@
 """Float networks made into any-precision ones: the same numbers as theirs, and as ours."""
 import pytest
 import torch
-from float_networks import build, float_resnet20, float_svhn, noise
+from float_networks import SMALL, build, float_resnet20, float_svhn, noise
 from torch import nn
 from torch.testing import assert_close
 
+import models
 import reference
 from models import MODELS, convert, quan_ops, set_bit_width, trained_bit_widths
 from models.converted import fit_float_weights
@@ -46,6 +47,21 @@ def test_weights_go_to_every_bit_width(pair):
     fitted, left = fit_float_weights(model, network.state_dict())
     assert not left
     assert_same(fitted, dict(own))
+
+
+def test_weights_go_to_bit_widths_of_two_numbers_and_leave_quantizers_alone():
+    network = build("shufflenet_v2_x0_5")
+    model = models.build(SMALL, ["w2a4", 4], 10, quantizer="lsq")
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    fitted, left = fit_float_weights(model, network.state_dict())
+    assert not left and fitted.keys() == own.keys()
+    state = network.state_dict()
+    for key, value in fitted.items():
+        if ".quantizer." in key:
+            assert torch.equal(value, own[key])
+    for width in ("w2a4", "4"):
+        fitted_norm = fitted[f"network.conv1.1.bn_dict.{width}.running_mean"]
+        assert torch.equal(fitted_norm, state["conv1.1.running_mean"])
 
 
 def test_every_width_and_a_step(pair, images):

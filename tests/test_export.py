@@ -13,7 +13,8 @@ import deploy
 import export
 from deploy import benchmark, check
 from engine.errors import run_program
-from models import packed, resnet20q, set_bit_width
+from exported import network
+from models import MODELS, packed, resnet20q, set_bit_width
 from runs import ROOT, assert_one_line, evaluation, run
 
 MODULES = {"onnx": "onnx_file", "openvino": "openvino_file"}
@@ -85,6 +86,16 @@ def test_what_is_exported_evaluates_as_the_run(arguments, tmp_path):
         set_bit_width(network, 2)
     with torch.no_grad():
         assert torch.equal(first(images), second(images))
+
+
+def test_classes_are_counted_beside_quantizers(tmp_path, monkeypatch):
+    """A packed linear layer's grid is a matrix too, and stands behind its weight."""
+    model, _ = network("svhnq", [2, 4], change="a linear layer")
+    monkeypatch.setitem(MODELS, "svhnq", type(model))
+    packed.save(model, [2, 4], tmp_path / "net", {
+        "model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "arguments": {}})
+    assert export.count_outputs(deploy.load(tmp_path / "net").state_dict()) == 10
+    assert packed.read_checkpoint(tmp_path / "net")["classes"] == 10
 
 
 def test_calibrated_widths(arguments, tmp_path):
@@ -205,17 +216,22 @@ def test_an_edit_that_tracing_follows_wrongly_is_not_published(
     needs(form)
 
     def forward(self, x):
-        x = self.bn(self.layers(self.conv0(x)))
+        y = self.layers(self.conv0(x))
+        x = self.bn(y)
         if edit == "alpha":
-            x = torch.add(x, x, alpha=2)
+            x = torch.add(x, y, alpha=2)
         if edit == "mean":
             return self.fc(x.mean(1).flatten(1))  # 8 x 8: as many as channels
-        return self.fc(x.mean((2, 3)) * (3 if edit == "scaled" else 1))
+        if edit == "scaled":
+            x = 3 * x
+        return self.fc(x.mean((2, 3)))
 
     monkeypatch.setattr(resnet20q, "forward", forward)
     assert run_export(*arguments, "--format", form, "--bits", 2, "--output",
                       tmp_path / output) == 1
-    told = "(mul) has no place" if edit == "scaled" else "at 2 bits the file's logits are off"
+    told = {"alpha": "at 2 bits the file's logits are off",
+            "mean": "layer mean (mean) has no place",
+            "scaled": "layer mul (<built-in function mul>) has no place"}[edit]
     assert_one_line(capsys, f"--format {form}", told, "take the packed format")
     assert not list(tmp_path.iterdir())
     packed_file = tmp_path / "net"  # whose network runs the edit
@@ -224,12 +240,15 @@ def test_an_edit_that_tracing_follows_wrongly_is_not_published(
 
 def test_logits_of_another_shape_are_seen():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+
+    def run(images, bits):
+        return check.forward(model, images, bits)[0]
+
     with pytest.raises(ValueError, match=r"of shape \(16, 10, 1\), and the network's of \(16, 10"):
-        check.check_logits(model, lambda images, bits: check.forward(model, images, bits)[0][..., None],
-                           [2], 4)
+        check.check_logits(model, lambda *args: run(*args)[..., None], [2], 4)
     model[1].bias.data[3] = torch.nan
     with pytest.raises(ValueError, match="at 2 bits the network's logits are not finite"):
-        check.check_logits(model, lambda images, bits: check.forward(model, images, bits)[0], [2], 4)
+        check.check_logits(model, run, [2], 4)
 
 
 # ---- the check

@@ -83,8 +83,8 @@ def test_changed_networks(change, widths, tmp_path):
         assert_logits(run, model, images, bits)
         if change == "own bits":
             stored = onnx.load(tmp_path / f"{bits}.onnx").graph.initializer
-            assert any(constant.data_type == onnx.TensorProto.UINT8 and constant.dims == [8, 8, 3, 3]
-                       for constant in stored)
+            assert any(constant.data_type == onnx.TensorProto.UINT8
+                       and constant.dims == [8, 8, 3, 3] for constant in stored)
     with pytest.raises(ValueError, match="has no w1a3 bits"):
         run(images.numpy(), "w1a3")
 
@@ -98,6 +98,9 @@ def test_one_file_of_any_bit_width_of_changed_networks(change, highest, tmp_path
     for bits in widths:
         alone = exported(model, bits, tmp_path / f"{bits}.onnx", SIZES["svhnq"])
         numpy.testing.assert_array_equal(run(images.numpy(), bits), alone(images.numpy(), bits))
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
+    total = sum(sizes[str(bits)] for bits in widths)
+    assert sizes["any"] < 1.1 * total  # without long lists of exceptions
 
 
 def test_a_concatenation_of_sums_with_scales_of_channels(tmp_path):
@@ -152,6 +155,28 @@ def test_what_a_file_cannot_hold_is_named(what, message, tmp_path, monkeypatch):
         onnx_file.export(model, [2, 3] if what == "any" else [2], tmp_path / "x.onnx", 32,
                          any_width=what == "any")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dims, is_held", [
+    ((2, 3), True), ((-2, -1), True), (1, False), (2, False), ((1, 2), False)])
+def test_a_mean_is_over_height_and_width(dims, is_held, tmp_path):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 1)
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean(dims).flatten(1))
+
+    model, images = Mean().eval(), torch.rand(2, 3, 6, 1)
+    if not is_held:
+        with pytest.raises(ValueError, match="layer mean .mean. has no place"):
+            onnx_file.export(model, [4], tmp_path / "x.onnx", (3, 6, 1))
+        return
+    found = exported(model, 4, tmp_path / "x.onnx", (3, 6, 1))(images.numpy(), 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("edit", EDITS)

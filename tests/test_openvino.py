@@ -65,6 +65,28 @@ def test_sums_that_saturate_are_refused_where_they_do(change, bits, saturates, t
         openvino_file.load(tmp_path / "x.xml")
 
 
+@pytest.mark.parametrize("dims, is_held", [
+    ((2, 3), True), ((-2, -1), True), (1, False), (2, False), ((1, 2), False)])
+def test_a_mean_is_over_height_and_width(dims, is_held, tmp_path):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 1)
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean(dims).flatten(1))
+
+    model, images = Mean().eval(), torch.rand(2, 3, 6, 1)
+    if not is_held:
+        with pytest.raises(ValueError, match="layer mean .mean. has no place"):
+            openvino_file.export(model, [4], tmp_path / "x.xml", (3, 6, 1))
+        return
+    found = exported(model, 4, tmp_path / "x.xml", (3, 6, 1))(images.numpy(), 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_network_is_refused(edit, tmp_path, monkeypatch):
     assert_refused(edit, openvino_file, tmp_path / "x.xml", monkeypatch)
