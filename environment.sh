@@ -29,11 +29,9 @@ for requirement in map(Requirement, wanted):
 CHECK
 }
 
-# train.py, by way of the array PYTHON_FLAGS. The array `recipe` counts where neither the flags
-# given nor a checkpoint that is resumed or evaluated says otherwise.
+# train.py, by way of the array PYTHON_FLAGS.
 train() {
-    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" "$@" \
-        --recipe "${recipe[@]}"
+    exec "$PYTHON" ${PYTHON_FLAGS[@]+"${PYTHON_FLAGS[@]}"} "$here/train.py" "$@"
 }
 
 if [ -z "${PYTHON:-}" ]; then

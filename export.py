@@ -16,16 +16,16 @@ import torch
 
 from dataset.data import DATASETS
 from deploy.graph import NESTED
-from engine.arguments import OneLineParser, bit_width_list, number
+from engine import published
+from engine.arguments import FLAGS, OneLineParser, bit_width_list, merge_args, number
 from engine.errors import UserError, run_program
-from engine.evaluation import load_network
-from engine.resume import OF_EVALUATION, resolve
+from engine.resume import Checkpoint
 from models import packed, saved_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models.checkpoint import BEST, network_of
 from utils import flag_text, one_line
 
 FORMATS = ("packed", "onnx", "openvino")
-NOT_TOLD = ("data_dir", "batch_size", "precision")  # of this machine, or of how it was trained
 LAYER_IMAGES = 8  # of which --check takes the inputs of single layers
 IMAGES = 500  # of a benchmark's accuracy, where --check does not say
 
@@ -34,28 +34,32 @@ def main(args):
     """Write the file or files; check and benchmark them as asked."""
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(writing(args.output))
-        settings, checkpoint = resolve(evaluation_flags(args))
+        checkpoint = Checkpoint(published.find_checkpoint(args.source, BEST))
         bit_widths = chosen_bit_widths(args, checkpoint)
-        model = network(settings, checkpoint, saved_bit_widths(checkpoint.content["state_dict"]))
-        with telling_errors(args.format):
-            files = write(args, settings, model, bit_widths, place)
+        model, _ = network_of(checkpoint.content, checkpoint.path)
+        images = image_facts(args, checkpoint)
+        with format_errors(args.format):
+            files = write(args, checkpoint, model, images, bit_widths, place)
             from deploy import check
 
             run = runner(args.format, {bits: place / name for bits, name in files.items()})
-            check.check_logits(model, run, list(files), DATASETS[settings.dataset].image_size)
+            check.check_logits(model, run, list(files), images["size"])
         publish(files, place, args.output.parent)
     files = {bits: args.output.parent / name for bits, name in files.items()}
     for path in dict.fromkeys(files.values()):
         print(f"{path}: {size_of(path):,} bytes")
     if args.check or args.benchmark:
-        measure(args, settings, checkpoint, model, files)
+        measure(args, images, checkpoint, model, files)
 
 
-def evaluation_flags(args):
-    """Return the flags of train.py that would evaluate the source."""
-    given = {name: value for name, value in (("dataset", args.dataset), ("data_dir", args.data_dir))
-             if value}
-    return Namespace(evaluate=True, pretrain=args.source, recipe={}, **given)
+def image_facts(args, checkpoint):
+    """Return of what images a network is: the checkpoint's word, or its data set's row."""
+    images = dict(checkpoint.content.get("images") or {})
+    name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
+    row = DATASETS.get(name)
+    if args.dataset or not images.get("size"):
+        images.update(size=row.image_size, mean=list(row.mean), std=list(row.std))
+    return {**images, "dataset": name}
 
 
 def chosen_bit_widths(args, checkpoint):
@@ -83,21 +87,6 @@ def chosen_bit_widths(args, checkpoint):
 def how_to(bits, args):
     return (f"calibrate first: python train.py --evaluate --pretrain {args.source} "
             f"--bit_width_list {bits} --calibrate 20 --save-calibrated FILE")
-
-
-def network(settings, checkpoint, bit_widths):
-    """Return the checkpoint's network in evaluation mode, its classes those of its last layer."""
-    content = checkpoint.content
-    classes = content.get("classes") or count_outputs(content["state_dict"])
-    if not classes:
-        raise UserError(f"{checkpoint.path} has no classifier: give a checkpoint of this project")
-    return load_network(settings, checkpoint, bit_widths, classes)[0].eval()
-
-
-def count_outputs(state_dict):
-    """Return the rows of the last matrix, which are the classes; 0 where there is no matrix."""
-    return next((len(value) for key, value in reversed(state_dict.items())
-                 if getattr(value, "ndim", 0) == 2 and ".quantizer." not in key), 0)
 
 
 # ---- files
@@ -129,7 +118,7 @@ def publish(files, place, folder):
 
 
 @contextlib.contextmanager
-def telling_errors(form):
+def format_errors(form):
     """Raise UserError for what a format cannot hold, and for packages that it needs."""
     try:
         yield
@@ -140,12 +129,14 @@ def telling_errors(form):
                         "-r requirements-export.txt") from None
 
 
-def write(args, settings, model, bit_widths, place):
+def write(args, checkpoint, model, images, bit_widths, place):
     """Write the files into a folder; return {bits: name}."""
-    whole, image_size = args.output.name, DATASETS[settings.dataset].image_size
+    whole = args.output.name
+    image_size = images["size"]
     if args.format == "packed":
         stored = packed.ANY if args.bits == "any" else bit_widths
-        packed.save(model, bit_widths, place / whole, told_of(settings, model), stored)
+        packed.save(model, bit_widths, place / whole, export_metadata(checkpoint, model, images),
+                    stored)
         return dict.fromkeys(bit_widths, whole)
     files = exporter(args.format)
     if args.bits == "any":
@@ -170,14 +161,15 @@ def exporter(form):
     return openvino_file
 
 
-def told_of(settings, model):
-    """Return what a packed file tells: how to build the network, and of what images."""
-    data = DATASETS[settings.dataset]
-    arguments = {name: getattr(settings, name) for name in OF_EVALUATION if name not in NOT_TOLD}
-    return {"model": settings.model, "quantizer": settings.quantizer, "width": settings.width,
-            "all_conv": settings.all_conv, "classes": count_outputs(model.state_dict()),
-            "mean": data.mean, "std": data.std, "image_size": data.image_size,
-            "arguments": arguments}
+def export_metadata(checkpoint, model, images):
+    """Return what a packed file says: how to build the network, and of what images it is."""
+    arguments = {name: value for name, value in checkpoint.arguments.items()
+                 if name in FLAGS and FLAGS[name].evaluated
+                 and name not in ("batch_size", "precision")}
+    spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
+    return {**spec, "image_size": images["size"], "mean": images["mean"], "std": images["std"],
+            "class_names": images.get("class_names"),
+            "arguments": {**arguments, "dataset": images["dataset"]}}
 
 
 def size_of(path):
@@ -195,34 +187,37 @@ def runner(form, files, **options):
     return lambda images, bits: runs[files[bits]](images, bits)
 
 
-def measure(args, settings, checkpoint, model, files):
+def measure(args, images, checkpoint, model, files):
     """Check the files, and benchmark them; UserError where the check falls short."""
     from deploy import check
     from deploy.layers import compare_layers
 
-    with telling_errors(args.format):
+    with format_errors(args.format):
         run = runner(args.format, files)
-    images, labels = check.read_images(settings, args.check or IMAGES)
-    results = check.compare(model, run, images, labels, list(files))
+    settings = merge_args(Namespace(dataset=images["dataset"], evaluate=True),
+                          {"train_split": checkpoint.arguments.get("train_split"),
+                           "model": model.spec["model"], "data_dir": args.data_dir})
+    batch, labels = check.read_images(settings, args.check or IMAGES)
+    results = check.compare(model, run, batch, labels, list(files))
     stem = f"{args.output.with_suffix('')}_{args.format}"
     if args.check:
         if args.format != "packed":  # whose layers are the network's own
             for bits in set(files) - {BitWidth(FULL_PRECISION)}:
                 results[bits].update(compare_layers(
-                    model, exporter(args.format), images[:LAYER_IMAGES], bits))
+                    model, exporter(args.format), batch[:LAYER_IMAGES], bits))
         check.write(f"{stem}_check", results, str(args.output), args.format)
     if args.benchmark:
         from deploy import benchmark
 
         float_network = None
         if "packed" not in checkpoint.content:
-            float_network = network(settings, checkpoint,
-                                    sorted({*files, BitWidth(FULL_PRECISION)}))
+            float_network, _ = network_of(checkpoint.content, checkpoint.path,
+                                          {*files, BitWidth(FULL_PRECISION)})
         if args.format == "packed":
             run = runner(args.format, files, memory_format=torch.channels_last)  # the faster one
         sizes = {bits: size_of(path) for bits, path in files.items()}
-        benchmark.benchmark(f"{stem}_benchmark", model, run, images, sizes, results,
-                            benchmark.float_runner(float_network, images.shape[-1]))
+        benchmark.benchmark(f"{stem}_benchmark", model, run, batch, sizes, results,
+                            benchmark.float_runner(float_network, batch.shape[-1]))
     short = check.falls_short(results)
     if args.check and short:
         raise UserError(f"{args.output} is written but falls short of the network: {short}")

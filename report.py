@@ -11,18 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.arguments import DEFAULTS, OF_SCHEDULE, OneLineParser
+from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser
 from engine.errors import UserError, run_program
 from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
 from engine.run_folder import read_metrics
 from models import BitWidth
 from utils import flag_text, one_line, replacing, write_text
 
-# Arguments that set no runs apart, or are told by a run's name; and those that set no evaluations.
-NOT_SETTINGS = {"dataset", "model", "evaluate", "loss", "bit_width_list", "calibrate", "seed",
-                "results_dir", "resume", "start_epoch", "device", "workers", "timeout",
-                "print_freq", "save_every", "data_dir", "save_calibrated", "compile"}
-NOT_OF_EVALUATION = {"pretrain", "train_fraction", "sync_bn", "schedule", "widths_per_step",
                      *OF_SCHEDULE}
 EPOCHS = {  # of --epoch: what is told of it, and its values per bit-width
     "last": ("last epoch", lambda history: history[-1]["val"]),
@@ -46,7 +41,7 @@ def load_run(folder):
     try:
         config = json.loads(Path(folder, "config.json").read_text())
         arguments = {**DEFAULTS, **config["arguments"]}  # of an older run some are missing
-        bit_widths = config["arguments"]["bit_width_list"]
+        bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
         name = f"any, {arguments['loss']}" if len(bit_widths) > 1 else "dedicated"
         if arguments["evaluate"]:
             results = json.loads(Path(folder, "evaluation.json").read_text())
@@ -64,13 +59,20 @@ def load_run(folder):
             f"{folder} is not a results folder of train.py ({one_line(error)})") from None
     if not history:
         raise UserError(f"{folder} has no finished epoch yet: leave it out, or let it go on")
-    told = NOT_SETTINGS | (NOT_OF_EVALUATION if arguments["evaluate"] else set())
     settings = {argument: flag_text(value) for argument, value in sorted(arguments.items())
-                if value is not None and value is not False and value != []
-                and argument not in told}
+                if value is not None and value is not False
+                and sets_apart(argument, arguments["evaluate"])}
     kind = arguments["dataset"], arguments["model"], arguments["evaluate"]
     return Run(str(folder), kind, name, flag_text(bit_widths) if len(bit_widths) > 1 else "all",
                settings, arguments["seed"], history)
+
+
+def sets_apart(argument, evaluated):
+    """Return whether an argument may set runs apart, other than by its part in their names."""
+    flag = FLAGS.get(argument)
+    if flag is None or flag.in_name or flag.kind in (MACHINE, TASK):
+        return False
+    return flag.evaluated or not evaluated
 
 
 def names_of(runs):

@@ -22,22 +22,23 @@ import torch
 
 from dataset.loader import count_classes
 from engine import published
-from engine.arguments import DEFAULTS, OF_SCHEDULE, flag_name, parse_flags, run_name
+from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
 from engine.console import Console
 from engine.device import choose_device, describe
 from engine.distributed import (any_process, broadcast_buffers, broadcast_parameters,
                                 exchange_gradients, one_at_a_time_per_machine, processes, rank,
                                 world_size)
-from engine.errors import Stopped, StopRequest, reading, run_program
+from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
-from engine.resume import resolve
+from engine.resume import refuse_packed, resolve
 from engine.run_folder import RunFolder, log
-from engine.setup import (initialize_model, load_pretrained, make_forward_pass, make_model,
-                          make_optimizer, make_train_loader, make_val_loader, open_data, parameter_groups,
-                          synchronize_batch_norm)
-from engine.state import TrainingState, load_checkpoint, refuse_packed
+from engine.setup import (describe_images, initialize_model, load_pretrained, make_forward_pass,
+                          make_model, make_optimizer, make_train_loader, make_val_loader,
+                          open_data, parameter_groups, synchronize_batch_norm)
+from engine.state import TrainingState
 from models import check_bit_widths, layer_table
+from models.checkpoint import BEST, read_checkpoint
 from models.converted import AnyPrecisionNetwork
 from utils import flag_text, write_text
 
@@ -53,21 +54,25 @@ def main(flags):
         torch.manual_seed(args.seed)
         if args.evaluate:
             return evaluate_checkpoint(args, checkpoint, device)
-        unset = [name for name in OF_SCHEDULE if name not in {**vars(flags), **flags.recipe}
-                 and getattr(args, name) == DEFAULTS[name]]  # not so of a cosine's --lr_decay
-        return train(args, checkpoint, device, () if checkpoint else unset)
+        defaulted = [name for name in names_of(SCHEDULE) if name not in flags]
+        if args.schedule == "cosine":
+            defaulted.remove("lr_decay")
+        return train(args, checkpoint, device, () if checkpoint else defaulted)
 
 
-def train(args, checkpoint, device, unset=()):
-    """Train, from a Checkpoint if any; tell the `unset` arguments; return the results folder."""
-    state, forward_pass, train_loader, val_loader = prepare(args, checkpoint, device)
-    told = start(state, args, checkpoint, forward_pass, train_loader)
+def train(args, checkpoint, device, defaulted=()):
+    """Train, from a Checkpoint if any; return the results folder.
+
+    defaulted: arguments that the log names, as they are left to their defaults.
+    """
+    state, forward_pass, train_loader, val_loader = prepare(args, device)
+    message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
     in_place = checkpoint is not None and checkpoint.in_place
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
         run.write_config(vars(args), device)
         run.begin(state.epoch)
-        tell_beginning(args, device, state, run, told, unset)
+        log_run_info(args, device, state, run, message, defaulted)
         if not in_place:
             run.save(state)  # shows before an hour's work whether it can be saved
         console = Console(state.bit_widths, args.epochs, len(train_loader), args.print_freq,
@@ -98,7 +103,7 @@ def train(args, checkpoint, device, unset=()):
             command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
             where = f"after step {state.metrics.steps} of {len(train_loader)}; to go on: {command}"
             raise Stopped(stopped.number, f"in epoch {state.epoch + 1}, {where}") from None
-        finish(run, run_name(args))
+        finish(run, run_name(args), args.best_by)
     return run.path
 
 
@@ -139,12 +144,11 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     return metrics.averages(), totals["count"] / totals["seconds"]
 
 
-def prepare(args, checkpoint, device):
+def prepare(args, device):
     """Return a new TrainingState, its ForwardPass, and the loaders to train and to validate."""
     train_set, val_set = open_data(args)
     classes = count_classes(args.dataset, train_set, val_set)
-    with reading(checkpoint.path if checkpoint else args.model):
-        model = make_model(args, args.bit_width_list, classes).to(device)
+    model = make_model(args, args.bit_width_list, classes).to(device)
     if args.sync_bn and world_size() > 1:
         model = synchronize_batch_norm(model, device)
     if rank() > 0:
@@ -155,42 +159,43 @@ def prepare(args, checkpoint, device):
     optimizer = make_optimizer(args, parameter_groups(model, args))
     bit_widths = sorted(check_bit_widths(args.bit_width_list))
     state = TrainingState(model, optimizer, bit_widths, device, vars(args),
-                          train_loader.batch_sampler.num_samples)
+                          train_loader.batch_sampler.num_samples,
+                          describe_images(args.dataset, train_set))
     return state, forward_pass, train_loader, val_loader
 
 
-def start(state, args, checkpoint, forward_pass, train_loader):
-    """Restore the checkpoint, or load --pretrain; return what to tell of the latter.
+def load_initial_state(state, args, checkpoint, forward_pass, train_loader):
+    """Restore the checkpoint, or load --pretrain; return a message on the latter.
 
     All processes begin with rank 0's network, should its values depend on the data or the process.
     """
-    told = None
+    message = None
     quantizers_are_new = not checkpoint
     if checkpoint:
-        state.restore(checkpoint.path, checkpoint.content, checkpoint.in_place)
+        state.restore(checkpoint.path, checkpoint.content)
     elif args.pretrain:
         with one_at_a_time_per_machine():
-            path = published.find_checkpoint(args.pretrain, "model_best.pth.tar")
-        content = load_checkpoint(path)
+            path = published.find_checkpoint(args.pretrain, BEST)
+        content = read_checkpoint(path)
         refuse_packed(content, path, "train")
-        told, quantizers_are_new = load_pretrained(state.model, path, content["state_dict"])
+        message, quantizers_are_new = load_pretrained(state.model, path, content["state_dict"])
     if quantizers_are_new:
         initialize_model(state.model, forward_pass, train_loader, state.bit_widths)
     broadcast_parameters(state.model)
     broadcast_buffers(state.model)
-    return told
+    return message
 
 
-def tell_beginning(args, device, state, run, told, unset):
+def log_run_info(args, device, state, run, message, defaulted):
     loss = args.loss if len(args.bit_width_list) > 1 else "hard"
     several = f", {world_size()} processes" if world_size() > 1 else ""
     log.info(f"{args.model} on {args.dataset} ({args.train_split}), "
              f"{flag_text(args.bit_width_list)} bits, {loss} loss, on {describe(device)}{several}")
-    if unset:
-        defaults = [f"{flag_name(name)} {flag_text(getattr(args, name))}" for name in unset]
+    if defaulted:
+        defaults = [f"{flag_name(name)} {flag_text(getattr(args, name))}" for name in defaulted]
         log.info("not set, so by default: " + "  ".join(defaults))
-    if told:
-        log.info(told)
+    if message:
+        log.info(message)
     if rank() == 0 and isinstance(state.model, AnyPrecisionNetwork):
         table = layer_table(state.model)
         write_text(run.path / "layers.md", f"{table}\n")
@@ -227,11 +232,11 @@ def choose_bit_widths(bit_widths: list, count: int | None, seed: int, epoch: int
     return [lowest, *generator.sample(between, count - 2), highest]
 
 
-def finish(run, name):
-    """Draw the run's picture and tell its best and last accuracy."""
+def finish(run, name, best_by):
+    """Draw the run's picture and log its best and last accuracy."""
     if rank() == 0 and run.history:  # a finished run, resumed into another folder, has none
-        save_training_figure(run.path / "accuracy.png", run.history, name)
-        log.info("\n%s\n", best_and_last(run.history))
+        save_training_figure(run.path / "accuracy.png", run.history, name, best_by)
+        log.info("\n%s\n", best_and_last(run.history, best_by))
     log.info("checkpoints, metrics.jsonl and accuracy.png are in %s", run.path)
 
 

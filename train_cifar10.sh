@@ -7,6 +7,6 @@
 #       such as --loss hard, or --bit_width_list 2 for a dedicated model
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-recipe=(--dataset cifar10 --train_split train --model resnet20q --optimizer adam --lr 0.001
+flags=(--dataset cifar10 --train_split train --model resnet20q --optimizer adam --lr 0.001
     --lr_decay 100,150,180 --epochs 200 --batch-size 128 --weight-decay 0 --workers 4)
-train "$@"
+train "${flags[@]}" "$@"

@@ -7,6 +7,6 @@
 #       such as --loss hard, or --bit_width_list 2 for a dedicated model
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-recipe=(--dataset digits --model svhnq --optimizer adam --lr 0.001 --lr_decay 15,22,27
+flags=(--dataset digits --model svhnq --optimizer adam --lr 0.001 --lr_decay 15,22,27
     --epochs 30 --batch-size 64)
-train "$@"
+train "${flags[@]}" "$@"

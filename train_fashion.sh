@@ -8,6 +8,6 @@
 #   ./train_fashion.sh [flags of train.py]       such as --loss hard, or --bit_width_list 2
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-recipe=(--dataset fashion-mnist --model svhnq --optimizer adam --lr 0.001 --lr_decay 3,5
+flags=(--dataset fashion-mnist --model svhnq --optimizer adam --lr 0.001 --lr_decay 3,5
     --epochs 6 --batch-size 128 --weight-decay 0)
-train "$@"
+train "${flags[@]}" "$@"

@@ -31,7 +31,7 @@ case "$bits" in
 esac
 if [ -n "$trains" ]; then schedule+=(--results-dir "results/imagenet_resnet50q_$bits"); fi
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-recipe=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
+flags=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
     --batch-size 256 --workers $((processes < 8 ? 16 / processes : 2)))  # each; 16 a machine
 if [ "${NNODES:-1}" -gt 1 ]; then
     launcher=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?give NODE_RANK, 0 on the first machine}"
@@ -40,9 +40,9 @@ if [ "${NNODES:-1}" -gt 1 ]; then
 elif [ "$processes" -gt 1 ]; then
     launcher=(--standalone)
 else
-    train "$@"
+    train "${flags[@]}" "$@"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 PYTHON_FLAGS=(-m torch.distributed.run --nproc-per-node "$processes"
     --max-restarts "${MAX_RESTARTS:-3}" "${launcher[@]}")
-train "$@"
+train "${flags[@]}" "$@"

@@ -7,6 +7,6 @@
 #       such as --loss hard, or --bit_width_list 2 for a dedicated model
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-recipe=(--dataset svhn --train_split train_extra --model svhnq --optimizer adam --lr 0.001
+flags=(--dataset svhn --train_split train_extra --model svhnq --optimizer adam --lr 0.001
     --lr_decay 50,75,90 --epochs 100 --batch-size 128 --weight-decay 0 --workers 4)
-train "$@"
+train "${flags[@]}" "$@"

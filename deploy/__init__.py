@@ -1,4 +1,4 @@
 """Networks that leave the framework: files that are small, checked, and run at any precision."""
-from models.packed import load
+from models import load
 
 __all__ = ["load"]

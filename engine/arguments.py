@@ -4,17 +4,41 @@ import math
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
+from typing import NamedTuple
 
 from dataset.data import DATASETS
 from engine.distributed import rank, world_size
-from engine.errors import UsageError
+from engine.errors import UsageError, UserError
 from engine.forward_pass import PRECISIONS
 from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
 from models.losses import NEXT_TARGET
 from utils import flag_text, one_line
 
-# What decides how a run trains; told at the start where it is left to the defaults.
-OF_SCHEDULE = ("epochs", "batch_size", "optimizer", "lr", "lr_decay", "weight_decay")
+# Kinds of flags.
+NETWORK = "network"  # builds the network: an evaluation's is its checkpoint's
+RUN = "run"  # sets a run apart: cannot change on resume
+SCHEDULE = "schedule"  # likewise; where it is left to its default the log says so
+MACHINE = "machine"  # where a run computes, how fast, what it prints: may change at any time
+TASK = "task"  # what a command does
+
+
+class Flag(NamedTuple):
+    """What is known of a flag besides how it is parsed.
+
+    evaluated: an evaluation takes it from the checkpoint, where no flag says otherwise. in_name: a
+    report has it in the run's name.
+    """
+    kind: str
+    evaluated: bool = False
+    in_name: bool = False
+
+
+FLAGS: dict[str, Flag] = {}  # by argument, as add() declares them
+
+
+def names_of(*kinds: str) -> list[str]:
+    """Return the arguments of these kinds."""
+    return [name for name, flag in FLAGS.items() if flag.kind in kinds]
 
 
 def number(kind, least, most=2**31 - 1, above=False):
@@ -86,100 +110,151 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser(description=None):
-    parser = OneLineParser(description, epilog="--recipe FLAG...: all that follows counts where "
-                           "neither a flag nor a checkpoint says otherwise")
-    add_training(parser.add_argument)
-    add_running(parser.add_argument)
+    parser = OneLineParser(description)
+
+    def add(flag, *names, kind, evaluated=False, in_name=False, **kwargs):
+        action = parser.add_argument(flag, *names, **kwargs)
+        FLAGS[action.dest] = Flag(kind, evaluated, in_name)
+
+    add_network(add)
+    add_training(add)
+    add_running(add)
     return parser
 
 
-def add_training(add):
-    def add_choice(flag, names, default, told=""):
-        add(flag, choices=names, default=default, metavar="NAME", help=", ".join(names) + told)
+def choice(names, more=""):
+    return {"choices": names, "metavar": "NAME", "help": ", ".join(names) + more}
 
+
+def add_network(add):
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
-    add_choice("--dataset", DATASETS, "digits")
-    add("--train_split", "--train-split", help="unset: train, for svhn train_extra")
-    add("--train-fraction", type=number(float, 0, 1, above=True), default=1.0,
-        help="train on this part of the training split, drawn by the seed; for short honest trials")
-    add("--model", type=model_name, default="svhnq", metavar="NAME",
+    add("--model", kind=NETWORK, evaluated=True, in_name=True, type=model_name, default="svhnq",
+        metavar="NAME",
         help=f"{', '.join(MODELS)}, or {zoo.PREFIX}NAME, such as {zoo.PREFIX}resnet18")
-    add("--width", type=number(int, 1), help=f"width multiplier; unset: {widths}")
-    add("--all-conv", action="store_true", help="quantize stem's and shortcuts' weights too")
-    add("--bit_width_list", "--bit-width-list", type=bit_width_list, default=[1, 2, 4, 8, 32],
-        metavar="K,...", help="bit-widths, of 1 to 8 and 32, such as 4, or w2a4 for 2 bits of "
-        "weights and 4 of activations; a single one trains a dedicated model")
-    add_choice("--quantizer", QUANTIZERS, "dorefa", ": of weights and activations")
-    add_choice("--loss", NEXT_TARGET, "recursive", ": what teaches each lower bit-width: the "
-               "labels, the highest or the next higher")
-    add("--epochs", type=number(int, 1), default=30, help="passes over the split")
-    add("--start-epoch", type=number(int, 0), default=0, help="epochs taken as done by --lr_decay")
-    add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
-    add_choice("--optimizer", ("adam", "adamw", "sgd"), "adam", " (momentum 0.9)")
-    add("--lr", type=number(float, 0, 1e30, above=True), default=0.001, help="learning rate")
-    add_choice("--schedule", ("step", "cosine"), "step",
-               ", of the learning rate: --lr_decay, or half a cosine over --epochs")
-    add("--lr_decay", "--lr-decay", type=epoch_list, default=[15, 22, 27], metavar="N,...",
-        help='epochs after which the learning rate is divided by 10; "" for never')
-    add("--weight-decay", type=number(float, 0, 1e30), default=0.0,
-        help="L2 penalty, adamw's decoupled; 0 is off")
-    add("--widths-per-step", type=number(int, 2), metavar="N",
+    add("--width", kind=NETWORK, evaluated=True, type=number(int, 1),
+        help=f"width multiplier; unset: {widths}")
+    add("--all-conv", kind=NETWORK, evaluated=True, action="store_true",
+        help="quantize the weights of the stem and the shortcuts, too")
+    add("--quantizer", kind=NETWORK, evaluated=True, default="dorefa",
+        **choice(QUANTIZERS, ": of weights and activations"))
+
+
+def add_training(add):
+    add("--dataset", kind=RUN, evaluated=True, in_name=True, default="digits", **choice(DATASETS))
+    add("--train_split", "--train-split", kind=RUN, evaluated=True,
+        help="unset: train, for svhn train_extra")
+    add("--train-fraction", kind=RUN, type=number(float, 0, 1, above=True), default=1.0,
+        help="train on this part of the training split, drawn by the seed; for short honest trials")
+    add("--bit_width_list", "--bit-width-list", kind=RUN, in_name=True, type=bit_width_list,
+        default=[1, 2, 4, 8, 32], metavar="K,...", help="bit-widths, of 1 to 8 and 32, such as 4, "
+        "or w2a4 for 2 bits of weights and 4 of activations; a single one trains a dedicated model")
+    add("--loss", kind=RUN, evaluated=True, in_name=True, default="recursive",
+        **choice(NEXT_TARGET, "; teacher of each lower bit-width: hard = the labels, soft = the "
+                 "highest, recursive = the next higher"))
+    add("--widths-per-step", kind=RUN, type=number(int, 2), metavar="N",
         help="bit-widths that a step visits: the highest, the lowest and N - 2 of those between, "
         "drawn by the seed; unset: all")
-    add_choice("--precision", PRECISIONS, "fp32", ": of the convolutions' operands")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, data and dropout")
+    add("--epochs", kind=SCHEDULE, type=number(int, 1), default=30, help="passes over the split")
+    add("--start-epoch", kind=TASK, type=number(int, 0), default=0,
+        help="epochs that --lr_decay takes as done")
+    add("--batch-size", kind=SCHEDULE, evaluated=True, type=number(int, 1), default=128,
+        help="images a step, over all processes")
+    add("--optimizer", kind=SCHEDULE, default="adam",
+        **choice(("adam", "adamw", "sgd"), " (momentum 0.9)"))
+    add("--lr", kind=SCHEDULE, type=number(float, 0, 1e30, above=True), default=0.001,
+        help="learning rate")
+    add("--schedule", kind=RUN, default="step",
+        **choice(("step", "cosine"), ", of the learning rate: --lr_decay, or half a cosine over "
+                 "--epochs"))
+    add("--lr_decay", "--lr-decay", kind=SCHEDULE, type=epoch_list, default=[15, 22, 27],
+        metavar="N,...", help="--schedule step: epochs after which the learning rate is divided by "
+        '10; "" for never')
+    add("--weight-decay", kind=SCHEDULE, type=number(float, 0, 1e30), default=0.0,
+        help="L2 penalty, adamw's decoupled; 0 is off")
+    add("--best-by", kind=RUN, default="highest", **choice(
+        ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
+        "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))
+    add("--precision", kind=RUN, evaluated=True, default="fp32",
+        **choice(PRECISIONS, ": of the convolutions' operands"))
+    add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
+        help="of weights, data and dropout")
+    add("--sync-bn", kind=RUN, action="store_true", help="several processes: BatchNorm by the "
+        "statistics of the whole batch; unset: of each process's part, as published")
 
 
 def add_running(add):
-    add("--data-dir", help="folder that holds the data sets' folders; unset: data")
-    add("--pretrain", type=source, help="start from these weights: a checkpoint, a folder with "
-        "model_best.pth.tar, a URL, or a published name")
-    add("--resume", type=source, help="go on with a run: its results folder, or a checkpoint")
-    add("--evaluate", action="store_true", help="no training: the accuracy of --pretrain (or "
-        "--resume) at every bit-width of the list; unset list: all it has")
-    add("--calibrate", type=number(int, 0), help="with --evaluate: for a bit-width that was not "
-        "trained, start from the nearest that was and re-estimate BatchNorm's statistics over this "
-        "many training batches (0: as it is)")
-    add("--save-calibrated", metavar="FILE", help="with --calibrate: keep it as a checkpoint")
-    add("--results-dir", help="where the run is written; the same command goes on with what is "
-        "there; unset: a new folder under results/, named after the run")
-    add("--device", default="auto", help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+    add("--pretrain", kind=RUN, type=source, help="start from these weights: a checkpoint, a "
+        "folder with model_best.pth.tar, a URL, or a published name")
+    add("--resume", kind=TASK, type=source,
+        help="go on with a run: its results folder, or a checkpoint")
+    add("--evaluate", kind=TASK, action="store_true", help="no training: the accuracy of "
+        "--pretrain (or --resume) at every bit-width of the list; unset list: all it has")
+    add("--calibrate", kind=TASK, type=number(int, 0), help="with --evaluate: for a bit-width that "
+        "was not trained, start from the nearest that was and re-estimate BatchNorm's statistics "
+        "over this many training batches (0: as it is)")
+    add("--save-calibrated", kind=TASK, metavar="FILE",
+        help="with --calibrate: keep it as a checkpoint")
+    add("--results-dir", kind=MACHINE, help="where the run is written; the same command goes on "
+        "with what is there; unset: a new folder under results/, named after the run")
+    add("--data-dir", kind=MACHINE,
+        help="folder that holds the data sets' folders; unset: data")
+    add("--device", kind=MACHINE, default="auto",
+        help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
+    add("--compile", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; minutes to begin with")
-    add("--workers", type=number(int, 0), default=0, help="processes that load data; 0: this one")
-    add("--sync-bn", action="store_true", help="several processes: BatchNorm by the statistics of "
-        "the whole batch; unset: of each process's part, as published")
-    add("--timeout", type=number(int, 1), default=600, help="seconds to wait for other processes")
-    add("--save-every", type=number(float, 0, above=True), help="minutes between saves in an epoch")
-    add("--print-freq", "-p", type=number(int, 1), default=50, help="steps between progress lines")
+    add("--workers", kind=MACHINE, type=number(int, 0), default=0,
+        help="processes that load data; 0: this one")
+    add("--timeout", kind=MACHINE, type=number(int, 1), default=600,
+        help="seconds to wait for other processes")
+    add("--save-every", kind=MACHINE, type=number(float, 0, above=True),
+        help="minutes between saves in an epoch")
+    add("--print-freq", "-p", kind=MACHINE, type=number(int, 1), default=50,
+        help="steps between progress lines")
 
 
 DEFAULTS = vars(make_parser().parse_args([]))
 
 
-def parse_flags(argv=None, description=None):
-    """Return the arguments that argv sets, as a namespace; those after --recipe in its `recipe`.
+def parse_flags(argv: list[str] | None = None, description: str | None = None) -> Namespace:
+    """Return the arguments that a command line sets, and no others.
 
     Where one is wrong, ends with one line on stderr and exit code 2.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    end = argv.index("--recipe") if "--recipe" in argv else len(argv)
     parser = make_parser(description)
-    unset = dict.fromkeys(DEFAULTS)
-    parsed = (parser.parse_args(part, Namespace(**unset)) for part in (argv[:end], argv[end + 1:]))
-    given, recipe = ({name: value for name, value in vars(part).items() if value is not None}
-                     for part in parsed)
-    flags = Namespace(**given, recipe=recipe)
+    parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(DEFAULTS))))
+    flags = Namespace(**{name: value for name, value in parsed.items() if value is not None})
     try:
-        check_purpose(Namespace(**{**DEFAULTS, **given}))
-        if "resume" not in given and "evaluate" not in given:
-            settle(flags)
+        check_task(Namespace(**{**DEFAULTS, **vars(flags)}))
+        if "resume" not in flags and "evaluate" not in flags:
+            merge_args(flags)
     except UsageError as error:
         parser.error(str(error))
     return flags
 
 
-def check_purpose(args):
+def check_saved(arguments: dict, path) -> dict:
+    """Return a checkpoint's arguments; UserError naming one that no command line could have set."""
+    parser = make_parser()
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in arguments.items():
+        action = actions.get(name)
+        if action is None or value is None:
+            continue
+        try:
+            if isinstance(action.default, bool):
+                right = isinstance(value, bool)
+            else:
+                right = action.type is None or action.type(flag_text(value)) == value
+        except (ArgumentTypeError, AttributeError):
+            right = False
+        text = action.type is None and not isinstance(action.default, bool)
+        if not right or text and not isinstance(value, str):
+            raise UserError(f"{path}: its argument {name} is {value!r}, which {flag_name(name)} "
+                            "does not take: the file may be damaged")
+    return arguments
+
+
+def check_task(args):
     """Raise UsageError where training, evaluating and their sources do not go together."""
     if args.evaluate and not (args.pretrain or args.resume):
         raise UsageError("--evaluate needs something to evaluate: give --pretrain SOURCE")
@@ -192,21 +267,16 @@ def check_purpose(args):
             f"--save-calibrated {args.save_calibrated} goes with --calibrate: give both")
 
 
-def settle(flags, saved=None, guessed=None):
-    """Return all arguments: given, else saved, else the recipe's, else guessed, else default.
+def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
+    """Return all arguments: those that flags set, else the saved ones, else the defaults.
 
     Raises UsageError where they do not go together.
     """
-    given = dict(vars(flags))
-    recipe = given.pop("recipe", {})
-    args = Namespace(**{**DEFAULTS, **(guessed or {}), **recipe, **(saved or {}), **given})
+    args = Namespace(**{**DEFAULTS, **(saved or {}), **vars(flags)})
     args.train_split = args.train_split or next(iter(DATASETS[args.dataset].val_split))
     args.width = args.width or DEFAULT_WIDTH.get(args.model, 1)
     if args.schedule == "cosine":
-        if given.get("lr_decay"):
-            raise UsageError(f"--lr_decay {flag_text(args.lr_decay)} goes with --schedule step: "
-                             'leave it out, or "", with --schedule cosine')
-        args.lr_decay = []  # whatever a recipe or the default says
+        args.lr_decay = []
     check_settings(args)
     return args
 

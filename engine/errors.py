@@ -9,6 +9,7 @@ import torch
 
 from dataset.data import DataError
 from engine.distributed import ProcessError, rank
+from models.checkpoint import FileError
 from utils import one_line
 
 
@@ -51,10 +52,13 @@ class Stopped(UserError):
 
 @contextlib.contextmanager
 def reading(path):
-    """Raise UserError naming `path` where its content is not of the kind or shape that is read."""
+    """Raise UserError naming `path` where a field of it is missing or of another kind.
+
+    For the reading of fields alone: in it no code of a network runs.
+    """
     try:
         yield
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"{path} holds something unexpected ({type(error).__name__}: "
                         f"{one_line(error)}): it may be damaged, or not a checkpoint of this "
                         "project") from None
@@ -65,7 +69,7 @@ def run_program(main, parse):
     try:
         main(parse())
         return
-    except (UserError, DataError, ProcessError, OSError) as error:  # OSError: such as a full disk
+    except (UserError, FileError, DataError, ProcessError, OSError) as error:  # OSError: such as a full disk
         code = getattr(error, "exit_code", 1)
         message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
     except (RuntimeError, ValueError) as error:

@@ -6,20 +6,20 @@ import torch
 
 from dataset.data import DATASETS
 from dataset.loader import count_classes
-from engine.arguments import run_name
+from engine.arguments import FLAGS, run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
-from engine.errors import Stopped, UsageError, UserError, reading
+from engine.errors import Stopped, UsageError, UserError
 from engine.figures import evaluation_table, save_evaluation_figure
 from engine.metrics import Metrics
-from engine.resume import OF_EVALUATION, plain, saved_arguments
+from engine.resume import plain
 from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_model, make_train_loader, make_val_loader,
                           open_data)
-from engine.state import load_weights, save_checkpoint
-from models import (BitWidth, add_missing_bit_widths, calibrate, check_bit_widths, packed, saved_bit_widths,
-                    set_bit_width)
+from engine.state import save_checkpoint
+from models import BitWidth, calibrate, check_bit_widths, saved_bit_widths, set_bit_width
 from models.calibration import ENTRY
+from models.checkpoint import network_of
 from utils import flag_text, write_json
 
 
@@ -52,19 +52,19 @@ def evaluate_checkpoint(args, checkpoint, device):
     present = saved_bit_widths(content["state_dict"])
     trained = [bits for bits in present if bits not in content.get("calibrated", ())]
     bit_widths = check_bit_widths({*present, *args.bit_width_list})
-    arguments = {**vars(args), "bit_width_list": plain(trained)}
     if args.save_calibrated and Path(args.save_calibrated).exists():
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
     train_set, val_set = open_data(args)
-    model, added = load_network(args, checkpoint, bit_widths, count_classes(args.dataset, val_set))
+    model, added = network_of(content, path, bit_widths)
+    check_classes(model, count_classes(args.dataset, val_set), path, args.dataset)
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
         batches = calibration_batches(args, train_set, forward_pass, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
-    name = f"{run_name(Namespace(**arguments))}_evaluation"
+    name = f"{run_name(Namespace(**{**vars(args), 'bit_width_list': plain(trained)}))}_evaluation"
     with RunFolder(args.results_dir, name) as run:
         split = DATASETS[args.dataset].val_split[args.train_split]
         log.info(f"evaluating {path}, a {args.model} trained at {flag_text(trained)} bits, on "
@@ -81,7 +81,8 @@ def evaluate_checkpoint(args, checkpoint, device):
         results = evaluate(model, forward_pass, val_loader, check_bit_widths(args.bit_width_list)[::-1],
                            device)
         if rank() == 0:
-            run.write_config(arguments, device, checkpoint=str(path), epoch=content.get("epoch"))
+            run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
+                             trained_bit_widths=plain(trained))
             write_json(run.path / "evaluation.json", results)
             save_evaluation_figure(run.path / "accuracy.png", results, name)
             log.info("\n%s\n", evaluation_table(results, trained))
@@ -91,17 +92,15 @@ def evaluate_checkpoint(args, checkpoint, device):
     return run.path
 
 
-def load_network(args, checkpoint, bit_widths, classes):
-    """Return the network of a checkpoint, or a packed one, and {width added: what it copies}."""
-    path, content = checkpoint.path, checkpoint.content
-    with reading(path):
-        model = make_model(args, bit_widths, classes)
-        if "packed" in content:
-            packed.install(model, content["state_dict"], content["packed"]["groups"],
-                           content["packed"]["own_bits"])
-        state_dict, added = add_missing_bit_widths(content["state_dict"], model)
-    load_weights(model, state_dict, path)
-    return model, added
+def check_classes(model, classes, path, dataset):
+    """Raise UserError where a network has fewer outputs than there are classes.
+
+    More of them stay: a published network may be evaluated on some of ImageNet's folders.
+    """
+    outputs = model.spec["classes"]
+    if outputs < classes:
+        raise UserError(f"{path} has {outputs} classes and {dataset} has {classes}: choose the "
+                        "data set that it was trained on, by --dataset")
 
 
 def copies_quantizers(model):
@@ -127,7 +126,8 @@ def save_calibrated(args, checkpoint, model, added):
         "epoch": None, "best_prec1": None, **content, "model": args.model, "optimizer": None,
         "state_dict": model.state_dict(),
         "calibrated": plain(sorted(map(BitWidth.of, {*content.get("calibrated", ()), *added}))),
-        "arguments": {**saved_arguments(args, checkpoint)[0],
-                      **{name: getattr(args, name) for name in OF_EVALUATION},
+        "network": model.spec,
+        "arguments": {**checkpoint.arguments,
+                      **{name: getattr(args, name) for name in FLAGS if FLAGS[name].evaluated},
                       "bit_width_list": plain(saved_bit_widths(model.state_dict()))}})
     log.info("calibrated checkpoint: %s", args.save_calibrated)

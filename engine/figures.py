@@ -1,13 +1,13 @@
 """Tables and pictures of accuracy against bit-width."""
 from matplotlib.figure import Figure  # without pyplot: no display is asked for
 
+from engine.metrics import best_key
 from utils import replacing
 
 
-def best_record(history):
-    """Return the epoch of model_best: the first with the best top-1 of the highest bit-width."""
-    highest = max(history[0]["val"])
-    return max(history, key=lambda record: record["val"][highest]["top1"])
+def best_record(history, best_by="highest"):
+    """Return the record of the epoch of model_best.pth.tar; of epochs that tie the last."""
+    return max(reversed(history), key=lambda record: best_key(record["val"], best_by))
 
 
 def best_of_each(history):
@@ -16,9 +16,10 @@ def best_of_each(history):
             for bits in sorted(history[0]["val"])}
 
 
-def best_and_last(history):
+def best_and_last(history, best_by="highest"):
     """Return the closing table of a run: val top-1 per bit-width."""
-    best, last = best_record(history), history[-1]
+    best = best_record(history, best_by)
+    last = history[-1]
     rows = [("best epoch of each", best_of_each(history)),
             (f"best checkpoint (epoch {best['epoch']})", best["val"]),
             (f"last (epoch {last['epoch']})", last["val"])]
@@ -37,11 +38,11 @@ def evaluation_table(results, trained):
         f"{'' if bits in trained else '   not trained'}" for bits, value in results.items())])
 
 
-def save_training_figure(path, history, title):
+def save_training_figure(path, history, title, best_by="highest"):
     """Draw a run's val top-1 against bit-width, and against epoch per bit-width, as PNG."""
     figure, (by_width, by_epoch) = new_figure(2, title)
     widths = sorted(history[0]["val"])
-    for name, record in (("best checkpoint,", best_record(history)), ("last", history[-1])):
+    for name, record in (("best checkpoint,", best_record(history, best_by)), ("last", history[-1])):
         plot_by_width(by_width, widths, {bits: record["val"][bits]["top1"] for bits in widths},
                       label=f"{name} epoch {record['epoch']}")
     for bits in widths:

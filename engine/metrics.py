@@ -88,6 +88,16 @@ class Metrics:
             self.counts = dict(zip(self.bit_widths, counts, strict=True))
 
 
+def best_key(averages, best_by):
+    """Return what is largest in the best epoch: top-1 of the highest bit-width, and the mean.
+
+    best_by: highest, or mean, which comes first; the other breaks ties.
+    """
+    highest = averages[max(averages)]["top1"]
+    mean = sum(values["top1"] for values in averages.values()) / len(averages)
+    return (highest, mean) if best_by == "highest" else (mean, highest)
+
+
 def mean_loss(averages: dict) -> float:
     """Return the mean loss over the bit-widths that are there."""
     return sum(values["loss"] for values in averages.values()) / len(averages)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
-from engine.state import load_checkpoint
+from models.checkpoint import FileError, find_file, read_checkpoint
 from utils import one_line
 
 PREFIX = "https://www.dropbox.com/s/"
@@ -25,15 +25,8 @@ def find_checkpoint(source, *names):
     A file; a folder that holds, in it or in its ckpt/, the first of `names`; an http(s) URL; a key
     of FILES. The last two are downloaded once, to cache_folder().
     """
-    path = Path(source)
-    if path.is_dir():
-        for candidate in (path / place / name for name in names for place in ("ckpt", "")):
-            if candidate.is_file():
-                return candidate
-        raise UserError(
-            f"{path} holds no checkpoint: looked there and in its ckpt/ for {', '.join(names)}")
-    if path.exists():
-        return path
+    if Path(source).exists():
+        return find_file(source, *names)
     if source in FILES:
         return download(f"{PREFIX}{FILES[source]}?dl=1", f"{source}.pth.tar")
     if str(source).startswith(("http://", "https://")):
@@ -61,9 +54,9 @@ def download(url, name):
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:
             file = Path(place, name)  # torch.hub may leave parts behind
             torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
-            load_checkpoint(file)
+            read_checkpoint(file)
             file.rename(path)
-    except (UserError, OSError, ValueError, http.client.HTTPException) as error:
+    except (FileError, OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{url} could not be downloaded as a whole checkpoint ({one_line(error)}): "
                         "check the address and the network, or fetch it with a browser and give "
                         "its path") from None

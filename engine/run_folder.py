@@ -83,8 +83,13 @@ class RunFolder:
         packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
         versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
         versions.update((name, version(name)) for name in packages)
-        write_json(self.path / "config.json", {
-            "arguments": arguments, "seed": arguments["seed"], "command": sys.argv,
+        path = self.path / "config.json"
+        first = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a resumed run's
+            before = json.loads(path.read_text())
+            first["first_command"] = before.get("first_command") or before["command"]
+        write_json(path, {
+            "arguments": arguments, "seed": arguments["seed"], "command": sys.argv, **first,
             "processes": world_size(), **more, "versions": versions, "commit": commit(),
             "device": describe(device)})
 

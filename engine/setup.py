@@ -7,11 +7,11 @@ from torch.utils.data import Subset
 from dataset.data import DATASETS, get_dataset
 from dataset.loader import make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
-from engine.errors import UsageError, UserError, reading
+from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass
-from engine.state import load_weights
 from models import (add_missing_bit_widths, build, initialize_quantizers, saved_bit_widths,
                     sets_parameters, zoo)
+from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
@@ -20,6 +20,14 @@ def open_data(args):
     splits = args.train_split, DATASETS[args.dataset].val_split[args.train_split]
     with one_at_a_time_per_machine():  # the first may have to download them
         return [get_dataset(args.dataset, split, data_dir=args.data_dir) for split in splits]
+
+
+def describe_images(name, dataset):
+    """Return of what images a network is, as checkpoints hold it."""
+    row = DATASETS[name]
+    names = getattr(dataset, "classes", None)
+    return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std),
+            "class_names": list(map(str, names)) if names else None}
 
 
 def make_train_loader(args, dataset, memory_format, device):
@@ -65,8 +73,10 @@ def load_pretrained(model, path, state_dict):
         told += "BatchNorm from its one"
         told += f"; of another size, so left new: {', '.join(left)}" if left else ""
     else:
-        with reading(path):
+        try:
             state_dict, added = add_missing_bit_widths(state_dict, model)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
         told += f": BatchNorms and quantizers, {', '.join(copies)}" if added else ""
     own = model.state_dict()

@@ -1,14 +1,12 @@
 """What a checkpoint holds, saved and restored whole."""
 import math
-import warnings
 
-import numpy
 import torch
 
 from engine.distributed import gather, rank, wait
 from engine.errors import UserError, reading
-from engine.metrics import Metrics
-from models import packed
+from engine.metrics import Metrics, best_key
+from models.checkpoint import load_weights
 from utils import one_line, replacing
 
 
@@ -16,22 +14,32 @@ class TrainingState:
     """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
 
     arguments: the run's, as a dict. num_samples: of an epoch, by which a run knows its data.
+    images: of what images it is, as checkpoints hold it.
     """
 
-    def __init__(self, model, optimizer, bit_widths, device, arguments, num_samples):
-        self.model, self.optimizer, self.device = model, optimizer, device
-        self.bit_widths, self.arguments, self.num_samples = bit_widths, arguments, num_samples
+    def __init__(self, model, optimizer, bit_widths, device, arguments, num_samples, images=None):
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.bit_widths = bit_widths
+        self.arguments = arguments
+        self.num_samples = num_samples
+        self.images = images
         self.epoch = arguments["start_epoch"]  # epochs done
-        self.best = -math.inf  # top-1 (%) of the highest bit-width
+        self.best = (-math.inf, -math.inf)  # of best_key
+        self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width then
         self.metrics = Metrics(bit_widths, device)  # of the epoch under way
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:  # torch's own key, by which a resumed run compares
             group["param_names"] = [names[parameter] for parameter in group["params"]]
 
     def finish_epoch(self, val_metrics):
-        """Count an epoch as done; return whether its top-1 of the highest bit-width is the best."""
-        top1 = val_metrics[max(self.bit_widths)]["top1"]
-        improved, self.best = top1 > self.best, max(top1, self.best)
+        """Count an epoch as done; return whether it is the best until now, ties included."""
+        key = best_key(val_metrics, self.arguments["best_by"])
+        improved = key >= self.best
+        if improved:
+            self.best = key
+            self.best_prec1 = val_metrics[max(self.bit_widths)]["top1"]
         self.epoch += 1
         self.metrics = Metrics(self.bit_widths, self.device)
         return improved
@@ -49,7 +57,8 @@ class TrainingState:
                             "not finite: lower --lr; the last good checkpoint is kept")
         on_gpu = self.device.type == "cuda"
         content = {
-            "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best,
+            "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
+            "best": list(self.best), "network": self.model.spec, "images": self.images,
             "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "arguments": self.arguments, "num_samples": self.num_samples,
             "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
@@ -61,18 +70,19 @@ class TrainingState:
                 save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", content)
         wait()
 
-    def restore(self, path, content, in_place):
-        """Take over what load_checkpoint has read from `path`; UserError where it does not fit.
-
-        in_place: in the same results folder, whose best checkpoint stays.
-        """
+    def restore(self, path, content):
+        """Take over what read_checkpoint has read from `path`; UserError where it does not fit."""
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)
         with reading(path):
             self.epoch = content["epoch"]
-            if in_place:
-                self.best = float(content["best_prec1"])
+            self.best_prec1 = float(content["best_prec1"])
+            # Older checkpoints have no mean, and by the mean no best.
+            unknown = -math.inf
+            by_highest = self.arguments["best_by"] == "highest"
+            older = (self.best_prec1 if by_highest else unknown, unknown)
+            self.best = tuple(map(float, content.get("best", older)))
             if "metrics" not in content:  # a published checkpoint
                 return
             self.metrics.load_state_dict(content["metrics"])
@@ -96,64 +106,6 @@ def save_checkpoint(path, content):
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
         raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose "
                         "another folder; what was saved before is kept") from None
-
-
-# A NumPy number, such as best_prec1 may be, is data; by the name of NumPy 2 and the one before.
-SCALAR = numpy.float64(0).__reduce__()[0]
-NUMPY_NUMBERS = [
-    (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
-    numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType, numpy.dtypes.Int64DType]
-
-
-def load_checkpoint(path):
-    """Read a checkpoint or a packed file onto the CPU, as data only: code in it is refused.
-
-    Returns its dict, without DataParallel's prefix of the keys. Raises UserError where it is none.
-    """
-    if packed.is_packed(path):
-        try:
-            return packed.read_checkpoint(path)
-        except ValueError as error:
-            raise UserError(one_line(error)) from None
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
-            warnings.simplefilter("ignore")  # a file may also be odd without being dangerous
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text would advise to run the file's code
-        raise UserError(f"{path} is not a checkpoint that can be read safely "
-                        f"({type(error).__name__}): it is cut short, not a checkpoint, or holds "
-                        "code") from None
-    if isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
-        content = {"state_dict": content}  # as torchvision saves it
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise UserError(
-            f"{path} is not a checkpoint of this kind: it must be a dict with a state_dict")
-    content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
-    return content
-
-
-def refuse_packed(content, path, purpose):
-    """Raise UserError where what load_checkpoint returned is of a packed file."""
-    if "packed" in content:
-        raise UserError(f"{path} is a packed file, whose integers are no weights to {purpose}: "
-                        "give the checkpoint that it was exported from")
-
-
-def load_weights(model, state_dict, path):
-    """Load every entry; UserError naming those that are missing, unexpected or of another shape."""
-    own = model.state_dict()
-    problems = {"missing": sorted(own.keys() - state_dict.keys()),
-                "unexpected": sorted(state_dict.keys() - own.keys()),
-                "of another shape": sorted(
-                    key for key in own.keys() & state_dict.keys()
-                    if own[key].shape != getattr(state_dict[key], "shape", None))}
-    if any(problems.values()):
-        told = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
-                         for what, keys in problems.items() if keys)
-        raise UserError(f"{path} does not fit the model: {told}; check --model, --width, "
-                        "--bit_width_list and, by its classes, --dataset")
-    model.load_state_dict(state_dict)
 
 
 # Settings of an optimizer's group that are of this run, not of what was learnt.

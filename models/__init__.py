@@ -20,15 +20,25 @@ DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}
 
 
 def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: int, width: int = 1,
-          all_conv: bool = False, quantizer: str = "dorefa") -> nn.Module:
+          all_conv: bool = False, quantizer: str = "dorefa",
+          keep: Iterable[str] = ()) -> nn.Module:
     """Return a network of MODELS, or a converted one of torchvision.
 
-    Raises ValueError for another name, and for bit-widths or a quantizer that do not exist.
+    keep: of a converted one, as in `convert`. The network's attribute `spec` says what built it, as
+    checkpoints hold it. Raises ValueError for another name, and for bit-widths or a quantizer that
+    do not exist.
     """
+    bit_widths = check_bit_widths(bit_widths)
     if name in MODELS:
         model = MODELS[name](bit_widths, num_classes, width, all_conv)
     else:
-        model = convert(zoo.torchvision_network(name, num_classes), bit_widths)
+        model = convert(zoo.torchvision_network(name, num_classes), bit_widths, keep)
     if quantizer != "dorefa":  # which layers have from the start
         set_quantizers(model, quantizer, bit_widths)
+    model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
+                  "quantizer": quantizer, "keep": list(keep),
+                  "bit_widths": [width.plain for width in bit_widths]}
     return model
+
+
+from models.checkpoint import FileError, load  # noqa: E402  which build networks

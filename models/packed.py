@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import (build, check_bit_widths, quantizers, set_bit_width,
-                    trained_bit_widths)
+from models import check_bit_widths, quantizers, set_bit_width, trained_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY
 from models.levels import Codes, decode, encode, join, table
@@ -294,10 +293,16 @@ def read_checkpoint(path: str | Path) -> dict:
     tensors, about = read(path)
     try:
         groups = read_groups(tensors, about)
+        network = {field: about[field] for field in ("model", "width", "all_conv", "classes")}
+        network["quantizer"] = about.get("quantizer", "dorefa")
+        images = {field: about.get(field) for field in ("mean", "std")}
+        images["size"] = about.get("image_size")
+        images["class_names"] = about.get("class_names")
+        images["dataset"] = about["arguments"].get("dataset")
         return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
-                "classes": about["classes"],
-                "packed": {"groups": groups, "stored": about["stored"],
-                           "own_bits": about.get("own_bits", {})}, "state_dict": tensors}
+                "network": network, "images": images, "stored": about["stored"],
+                "packed": {"groups": groups, "own_bits": about.get("own_bits", {})},
+                "state_dict": tensors}
     except KeyError as error:
         raise ValueError(f"{path} does not hold its {error}: export it anew") from None
 
@@ -345,32 +350,13 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
         raise ValueError(f"it lacks the weights of {next(iter(layers))}")
 
 
-def load(path: str | Path) -> nn.Module:
-    """Return the network of a packed file, in evaluation mode; set_bit_width switches it.
-
-    At every stored bit-width its weights are those that were packed, bit for bit. Raises ValueError
-    where the file is damaged, of a newer version, or not a packed one.
-    """
-    tensors, about = read(path)
-    try:
-        groups = read_groups(tensors, about)
-        bit_widths = check_bit_widths(about["bit_widths"])
-        model = build(about["model"], bit_widths, about["classes"], about["width"],
-                      about["all_conv"], about.get("quantizer", "dorefa"))
-        install(model, tensors, groups, about.get("own_bits", {}))
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{path} does not fit the networks of this project ({reason})") from None
-    set_bit_width(model, bit_widths[0])
-    return model.eval()
-
-
 def load_runner(path, memory_format=torch.contiguous_format):
     """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) to logits (N, classes).
 
     The contiguous memory format has the logits of the network that was packed, bit for bit.
     """
+    from models.checkpoint import load
+
     model = load(path).to(memory_format=memory_format)
 
     def run(images, bits):

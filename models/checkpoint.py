@@ -1,0 +1,185 @@
+"""A network from a file: a checkpoint of this project, a published one, or a packed file.
+
+A checkpoint is a dict. Besides `state_dict` it holds what builds its network, `network`: model,
+width, classes, all_conv, quantizer, bit_widths, keep; and of what images it was trained, `images`:
+dataset, size, mean, std, and class names where there are any. Older and published checkpoints lack
+both: what they do not say is found from the shapes of their weights.
+"""
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from models import (DEFAULT_WIDTH, MODELS, BitWidth, add_missing_bit_widths, build, packed,
+                    saved_bit_widths, set_bit_width, zoo)
+from models.bit_widths import FULL_PRECISION
+from models.converted import CLASSIFIER
+
+# A NumPy number, such as best_prec1 may be, is data; by the name of NumPy 2 and the one before.
+SCALAR = numpy.float64(0).__reduce__()[0]
+NUMPY_NUMBERS = [
+    (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
+    numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType, numpy.dtypes.Int64DType]
+BEST = "model_best.pth.tar"
+LATEST = "model_latest.pth.tar"
+
+
+class FileError(ValueError):
+    """A file that is missing, damaged, or does not fit; one line, with a remedy."""
+
+
+def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = None) -> nn.Module:
+    """Return the network of a file, in evaluation mode, at its highest bit-width.
+
+    path: a checkpoint, a packed file, or a results folder, which stands for its best checkpoint.
+    bit_widths: of the network; None: those that the file has. One that it lacks starts as a copy of
+    the nearest. The network's attribute `images` says of what images it is. Raises FileError where
+    the file is missing, damaged, or does not fit its network.
+    """
+    path = find_file(path, BEST)
+    content = read_checkpoint(path)
+    model, _ = network_of(content, path, bit_widths)
+    return model
+
+
+def find_file(path: str | Path, *names: str) -> Path:
+    """Return a file, or the first of `names` in a folder or its ckpt/; FileError for none."""
+    path = Path(path)
+    if path.is_dir():
+        for candidate in (path / place / name for name in names for place in ("ckpt", "")):
+            if candidate.is_file():
+                return candidate
+        raise FileError(f"{path} holds no checkpoint: looked there and in its ckpt/ for "
+                        f"{', '.join(names)}")
+    if not path.exists():
+        raise FileError(f"checkpoint {path} does not exist: give a file or a results folder")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint or a packed file onto the CPU, as data only: code in it is refused.
+
+    Returns its dict, without DataParallel's prefix of the keys. Raises FileError where it is none.
+    """
+    if packed.is_packed(path):
+        try:
+            return packed.read_checkpoint(path)
+        except ValueError as error:
+            raise FileError(str(error)) from None
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
+            warnings.simplefilter("ignore")  # a file may also be unusual without being dangerous
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text would advise to run the file's code
+        raise FileError(f"{path} is not a checkpoint that can be read safely "
+                        f"({type(error).__name__}): it is cut short, not a checkpoint, or holds "
+                        "code") from None
+    if isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
+        content = {"state_dict": content}  # as torchvision saves it
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise FileError(f"{path} is not a checkpoint of this kind: it must be a dict with a "
+                        "state_dict")
+    content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
+    return content
+
+
+def network_of(content: dict, path: str | Path,
+               bit_widths: Iterable[BitWidth | int | str] | None = None,
+               ) -> tuple[nn.Module, dict[BitWidth, BitWidth]]:
+    """Return the network of what read_checkpoint gave, and {bit-width added: what it copies}.
+
+    Raises FileError, naming `path`, where the content does not fit.
+    """
+    spec = network_spec(content, path)
+    bit_widths = spec.pop("bit_widths") if bit_widths is None else bit_widths
+    spec.pop("bit_widths", None)
+    model = build(**spec, bit_widths=bit_widths)
+    state_dict = content["state_dict"]
+    if "packed" in content:
+        try:
+            packed.install(model, state_dict, **content["packed"])
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise FileError(f"{path} does not fit the networks of this project ({reason}): export "
+                            "it anew") from None
+    state_dict, added = add_missing_bit_widths(state_dict, model)
+    load_weights(model, state_dict, path)
+    set_bit_width(model, max(map(BitWidth.of, bit_widths)))
+    model.images = content.get("images")
+    return model.eval(), added
+
+
+def network_spec(content: dict, path: str | Path) -> dict:
+    """Return what builds a checkpoint's network, as arguments of models.build.
+
+    Raises FileError where a value is not of its kind, or the network cannot be known.
+    """
+    state_dict = content["state_dict"]
+    saved = content.get("network") or old_spec(content, path)
+    name = saved.get("model")
+    if not isinstance(name, str) or not (name in MODELS or zoo.is_torchvision(name)):
+        raise FileError(f"{path} is of model {name!r}: choose a checkpoint of {', '.join(MODELS)}")
+    spec = {"name": name, "num_classes": saved.get("classes"), "width": saved.get("width"),
+            "all_conv": saved.get("all_conv", False),
+            "quantizer": saved.get("quantizer", "dorefa"), "keep": tuple(saved.get("keep", ()))}
+    for field, kind in (("num_classes", int), ("width", int), ("all_conv", bool),
+                        ("quantizer", str)):
+        if not isinstance(spec[field], kind) or kind is int and spec[field] < 1:
+            raise FileError(f"{path}: its network's {field} is {spec[field]!r}, which is none: it "
+                            "may be damaged")
+    try:
+        spec["bit_widths"] = saved_bit_widths(state_dict)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+    if not spec["bit_widths"]:
+        raise FileError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
+    return spec
+
+
+def old_spec(content: dict, path: str | Path) -> dict:
+    """Return the spec of a checkpoint that does not hold one: by its arguments, and by shapes."""
+    arguments = content.get("arguments") or {}
+    name = content.get("model") or arguments.get("model")
+    spec = {"model": name, "all_conv": arguments.get("all_conv", False),
+            "quantizer": arguments.get("quantizer", "dorefa"), "width": arguments.get("width")}
+    state_dict = content["state_dict"]
+    if name in MODELS:
+        with torch.device("meta"):
+            smallest = MODELS[name]([FULL_PRECISION], 1, 1, False)
+        key = next(iter(smallest.state_dict()))
+        if spec["width"] is None and key in state_dict:
+            spec["width"] = len(state_dict[key]) // len(smallest.state_dict()[key])
+        last = [key for key in smallest.state_dict() if key.endswith("weight")][-1]
+    else:
+        spec["width"] = 1
+        last = ""
+        if zoo.is_torchvision(name):
+            layers = build(zoo.check_name(name), [FULL_PRECISION], 2).layers
+            last = next(f"network.{layer.name}.weight" for layer in layers
+                        if layer.why == CLASSIFIER)
+    spec["width"] = spec["width"] or DEFAULT_WIDTH.get(name, 1)
+    if last not in state_dict:
+        raise FileError(f"{path} has no classifier ({last or 'of an unknown model'}): give a "
+                        "checkpoint of this project")
+    spec["classes"] = len(state_dict[last])
+    return spec
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
+    """Load every entry; FileError naming those that are missing, unexpected or of another shape."""
+    own = model.state_dict()
+    problems = {"missing": sorted(own.keys() - state_dict.keys()),
+                "unexpected": sorted(state_dict.keys() - own.keys()),
+                "of another shape": sorted(
+                    key for key in own.keys() & state_dict.keys()
+                    if own[key].shape != getattr(state_dict[key], "shape", None))}
+    if any(problems.values()):
+        found = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
+                          for what, keys in problems.items() if keys)
+        raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
+                        "--quantizer, --bit_width_list and, by its classes, --dataset")
+    model.load_state_dict(state_dict)
