@@ -18,8 +18,7 @@ from engine.run_folder import read_metrics
 from models import BitWidth
 from utils import flag_text, one_line, replacing, write_text
 
-                     *OF_SCHEDULE}
-EPOCHS = {  # of --epoch: what is told of it, and its values per bit-width
+EPOCHS = {  # of --epoch: its name in the table, and its values per bit-width
     "last": ("last epoch", lambda history: history[-1]["val"]),
     "checkpoint": ("best checkpoint", lambda history: best_record(history)["val"]),
     "best": ("best epoch of each bit-width", best_of_each),

@@ -72,7 +72,7 @@ def train(args, checkpoint, device, defaulted=()):
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
         run.write_config(vars(args), device)
         run.begin(state.epoch)
-        log_run_info(args, device, state, run, message, defaulted)
+        log_run_info(args, device, state, run, message, defaulted, len(train_loader))
         if not in_place:
             run.save(state)  # shows before an hour's work whether it can be saved
         console = Console(state.bit_widths, args.epochs, len(train_loader), args.print_freq,
@@ -186,7 +186,7 @@ def load_initial_state(state, args, checkpoint, forward_pass, train_loader):
     return message
 
 
-def log_run_info(args, device, state, run, message, defaulted):
+def log_run_info(args, device, state, run, message, defaulted, steps_per_epoch):
     loss = args.loss if len(args.bit_width_list) > 1 else "hard"
     several = f", {world_size()} processes" if world_size() > 1 else ""
     log.info(f"{args.model} on {args.dataset} ({args.train_split}), "
@@ -201,8 +201,11 @@ def log_run_info(args, device, state, run, message, defaulted):
         write_text(run.path / "layers.md", f"{table}\n")
         log.info("layers, also in layers.md:\n\n%s\n", table)
     if state.epoch > args.start_epoch or state.metrics.steps or args.resume:
-        left = "" if state.epoch < args.epochs else ", nothing is left to train (--epochs)"
-        log.info(f"resuming in {run.path}: {state.epoch} of {args.epochs} epochs done{left}")
+        done = f"{state.epoch} of {args.epochs} epochs"
+        if state.metrics.steps:
+            done += f" and {state.metrics.steps} of {steps_per_epoch} steps"
+        nothing = "" if state.epoch < args.epochs else "; nothing is left to train (--epochs)"
+        log.info(f"resuming: {done} done, in {run.path}{nothing}")
     else:
         log.info(f"writing to {run.path}")
 

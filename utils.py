@@ -1,4 +1,4 @@
-"""What is left over and small: files written whole, texts."""
+"""File and text helpers."""
 import contextlib
 import json
 import os

@@ -63,11 +63,11 @@ def main(options):
     widths = list(histories["default"][0][-1]["val"])
     print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(map(str, widths))} |")
     print("|---" * (len(widths) + 1) + "|")
-    for epochs, told in ((1, "last epoch"), (5, "mean of the last five")):
+    for epochs, which in ((1, "last epoch"), (5, "mean of the last five")):
         values = {way: top1(histories[way], epochs) for way in ways}
         for way, flags in ways.items():
             row = cells(values[way], values["reference"])
-            print(f"| {' '.join([f'{told}, {way}', *flags.split()])} | {' | '.join(row)} |")
+            print(f"| {' '.join([f'{which}, {way}', *flags.split()])} | {' | '.join(row)} |")
     reference, default = values.values()
     return {bits: [ours - theirs for ours, theirs in zip(default[bits], reference[bits])]
             for bits in widths}

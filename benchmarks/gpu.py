@@ -27,12 +27,12 @@ def passes(name, device):
     began = time.perf_counter()
     try:
         ALL[name](device)
-        told = "ok"
+        outcome = "ok"
     except Exception as error:  # the others are still worth knowing
         where = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"FAILED: {type(error).__name__}: {str(error)[:500]} (line {where.lineno})"
-    print(f"{name}: {told} ({time.perf_counter() - began:.0f} s)", flush=True)
-    return told == "ok"
+        outcome = f"FAILED: {type(error).__name__}: {str(error)[:500]} (line {where.lineno})"
+    print(f"{name}: {outcome} ({time.perf_counter() - began:.0f} s)", flush=True)
+    return outcome == "ok"
 
 
 def versions(device):

@@ -11,7 +11,6 @@ import torch
 from scipy.stats import t as student
 from torch.nn.functional import conv2d
 
-import reference_way  # first: the project's modules are found through it
 import accuracy
 import train
 from dataset.loader import InMemoryLoader, ShuffledBatches
@@ -181,9 +180,9 @@ def steps_repeat(device):
                     once, again, evaluated = (
                         weights(optimizer, precision, compiles, evaluates)
                         for evaluates in (False, False, True))
-                    told = optimizer.__name__, precision, compiles
-                    assert once.isfinite().all() and once.abs().max() < 1000, told
-                    assert torch.equal(once, again) and torch.equal(once, evaluated), told
+                    case = optimizer.__name__, precision, compiles
+                    assert once.isfinite().all() and once.abs().max() < 1000, case
+                    assert torch.equal(once, again) and torch.equal(once, evaluated), case
 
 
 def dropout_differs(device):

@@ -14,7 +14,7 @@ from trainings import Run, synchronize
 SIZES = {"svhnq": (128, 40), "resnet20q": (128, 32), "resnet50q": (64, 224)}  # batch, image
 LAYOUTS = (("bf16, channels-last", torch.bfloat16, torch.channels_last),
            ("fp32, channels-last", torch.float32, torch.channels_last),
-           ("fp32, usual layout", torch.float32, torch.contiguous_format))
+           ("fp32, contiguous", torch.float32, torch.contiguous_format))
 
 
 def milliseconds(function, *args):
@@ -67,7 +67,7 @@ def convolutions(device):
 
 def batch_norms(device):
     """Each distinct BatchNorm of resnet20q alone, forward and backward pass, in ms."""
-    print("\n| channels, input, times | fp32, channels-last | fp32, usual layout |\n|---|---|---|")
+    print("\n| channels, input, times | fp32, channels-last | fp32, contiguous |\n|---|---|---|")
     for ((shape,), images), times in layers("resnet20q", torch.nn.BatchNorm2d).items():
         cells = []
         for layout in (torch.channels_last, torch.contiguous_format):

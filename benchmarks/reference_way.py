@@ -3,8 +3,8 @@
     python benchmarks/reference_way.py --epochs 30 --results-dir results/reference
 
 It takes train.py's flags. Bit-widths share nothing, in training and in evaluation; all is in
-float32, uncompiled and in the usual memory format; the optimizer is torch's default, not fused;
-images are transformed one by one; metrics are read at every step. On a GPU, convolutions round
+float32, uncompiled and in the contiguous memory format; the optimizer is torch's default, not
+fused; images are transformed one by one; metrics are read at every step. On a GPU, convolutions round
 their operands to TF32, the published grid's too, as torch does where nothing is said.
 """
 import contextlib
@@ -30,7 +30,7 @@ from models import quan_ops  # noqa: E402
 
 
 class ReferenceForwardPass(ForwardPass):
-    """A ForwardPass in float32 and the usual memory format, where bit-widths share nothing."""
+    """A ForwardPass in float32 and the contiguous memory format, where bit-widths share nothing."""
 
     shared = False
 

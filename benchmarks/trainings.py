@@ -12,7 +12,7 @@ import train
 from dataset.data import DATASETS
 from dataset.loader import ShuffledBatches
 from engine import setup
-from engine.arguments import parse_flags, settle
+from engine.arguments import merge_args, parse_flags
 from engine.console import Console
 from engine.device import choose_device
 from engine.errors import StopRequest
@@ -56,7 +56,7 @@ class Run:
     """A training as train.py makes it, in one of WAYS."""
 
     def __init__(self, options, way, bit_widths=BITS):
-        self.args = settle(parse_flags(flags(options, way, bit_widths)))
+        self.args = merge_args(parse_flags(flags(options, way, bit_widths)))
         self.device = choose_device(options.device)
         self.data, self.images, self.way = DATASETS[options.dataset], options.images, way
         torch.manual_seed(0)

@@ -141,10 +141,10 @@ def count_classes(name, *parts):
     if DATASETS[name].num_classes:
         return DATASETS[name].num_classes
     first, last = parts[0], parts[-1]
-    odd = sorted(set(first.classes) ^ set(last.classes))
-    if odd:
+    differing = sorted(set(first.classes) ^ set(last.classes))
+    if differing:
         raise DataError(f"{first.root} and {last.root} must hold the same class folders: "
-                        f"{len(odd)} stand in only one of them, {odd[0]} for one")
+                        f"{len(differing)} stand in only one of them, {differing[0]} for one")
     return len(first.classes)
 
 

@@ -25,16 +25,16 @@ def benchmark(stem, model, run, images, sizes, checked, float_run):
     of a float file, or a text that says why there is none.
     """
     torch.set_num_threads(1)
-    told = [f"{describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
+    notes = [f"{describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
             f"{torch.__version__}; medians of process CPU time, in turn, one thread"]
     if isinstance(float_run, str):
-        told.append(f"without ONNX Runtime's float32: {float_run}")
+        notes.append(f"without ONNX Runtime's float32: {float_run}")
         float_run = None
     rows = [measure(model, run, images, bits, size, float_run)
             for bits in sizes for size in REPEATS]
-    text = f"{table(rows, sizes)}\n{'; '.join(told)}\n"
+    text = f"{table(rows, sizes)}\n{'; '.join(notes)}\n"
     write_text(f"{stem}.md", text)
-    write_json(f"{stem}.json", {"rows": rows, "bytes": sizes, "measured": told})
+    write_json(f"{stem}.json", {"rows": rows, "bytes": sizes, "measured": notes})
     draw(f"{stem}.png", rows, checked)
     print(f"{text}\nwritten to {stem}.md, {stem}.json and {stem}.png")
 
@@ -43,7 +43,7 @@ def measure(model, run, images, bits, size, float_run):
     """Return a row: milliseconds a batch of `size` images, of all that there is."""
     batch = numpy.resize(images, (size, *images.shape[1:]))  # again from the first, where few
     ways = {"file": lambda: run(batch, bits)}
-    for name, layout in (("usual", torch.contiguous_format), ("last", torch.channels_last)):
+    for name, layout in (("contiguous", torch.contiguous_format), ("last", torch.channels_last)):
         ways[f"torch {name}"] = torch_call(model, batch, bits, layout)
     if float_run:
         ways["onnxruntime"] = lambda: float_run(batch, FULL_PRECISION)
@@ -54,7 +54,7 @@ def measure(model, run, images, bits, size, float_run):
             call()
             spent[name].append(time.process_time() - began)
     median = {name: 1e3 * statistics.median(times[2:]) for name, times in spent.items()}
-    median["torch"] = min(median.pop("torch usual"), median.pop("torch last"))
+    median["torch"] = min(median.pop("torch contiguous"), median.pop("torch last"))
     return {"bits": BitWidth.of(bits).plain, "batch": size, **median}
 
 

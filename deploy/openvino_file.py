@@ -7,7 +7,6 @@ in float32.
 """
 import functools
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy

@@ -2,7 +2,6 @@
 import argparse
 import math
 import os
-import sys
 from argparse import ArgumentTypeError, Namespace
 from typing import NamedTuple
 
@@ -98,15 +97,15 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells of a wrong argument in one line, and defaults in the help."""
+    """Reports a wrong argument in one line, and shows defaults in the help."""
 
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter,
                          **kwargs)
 
     def error(self, message):
-        told = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
-        self.exit(UsageError.exit_code, told if rank() == 0 else None)
+        text = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
+        self.exit(UsageError.exit_code, text if rank() == 0 else None)
 
 
 def make_parser(description=None):

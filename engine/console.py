@@ -10,7 +10,7 @@ from engine.run_folder import log
 
 
 class Console:
-    """The progress of a run of `epochs` epochs of `steps` steps, told every print_freq steps."""
+    """Shows the progress of a run of `epochs` epochs of `steps` steps, every print_freq steps."""
 
     def __init__(self, bit_widths, epochs, steps, print_freq, bar):
         self.bit_widths, self.epochs, self.steps = bit_widths, epochs, steps
@@ -18,7 +18,7 @@ class Console:
         self.rows, self.started, self.bar = 0, time.monotonic(), None
 
     def step(self, epoch, metrics):
-        """Tell of a step of `epoch`, counted from 0; at log points waits for the device."""
+        """Show a step of `epoch`, counted from 0; at log points waits for the device."""
         name = f"epoch {epoch + 1}/{self.epochs}"
         if self.bar is None:
             self.bar = tqdm(desc=name, total=self.steps, unit="step", initial=metrics.steps - 1,
@@ -34,22 +34,22 @@ class Console:
             log.info(f"{name}  step {metrics.steps}/{self.steps}  {loss}  top-1 {top1}")
 
     def row(self, record):
-        """Tell of an epoch by its record of metrics.jsonl."""
+        """Show an epoch by its record of metrics.jsonl."""
         if self.bar:
             self.bar.close()
             self.bar = None
         if self.rows == 0:
             names = " ".join(f"{f'{width}b':>6}" for width in self.bit_widths)
             log.info(f"{'epoch':>7} {'lr':>7} {'loss':>7} | train {names} | val {names} | "
-                     f"{'images/s':>8} {'left':>8}")
+                     f"{'images/s':>8} {'eta':>8}")
         self.rows += 1
-        left = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
+        eta = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
         train = self.cells(record["train"])
         val = self.cells(record["val"])
         epoch = f"{record['epoch']}/{self.epochs}"
         log.info(f"{epoch:>7} {record['lr']:7.2g} {mean_loss(record['train']):7.4f} | train {train}"
                  f" | val {val} | {record['images_per_second']:8.0f} "
-                 f"{datetime.timedelta(seconds=round(left))!s:>8}")
+                 f"{datetime.timedelta(seconds=round(eta))!s:>8}")
 
     def cells(self, averages):
         """Return the top-1 of each bit-width, aligned; "-" where it has seen no image."""

@@ -24,7 +24,7 @@ def choose_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK') or freest_gpu()}"
     name = "cpu" if name == "auto" else name
     if name not in present:
-        raise UserError(f"device {name} is not here: choose auto or one of {', '.join(present)}")
+        raise UserError(f"no device {name}; available: auto, {', '.join(present)}")
     return torch.device(name)
 
 
@@ -50,4 +50,5 @@ def describe(device):
         return f"{device}: {torch.cuda.get_device_name(device)}"
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = found[1] if found else platform.machine()
-    return f"cpu: {name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu: {name}, {threads} thread{'s' if threads > 1 else ''}"

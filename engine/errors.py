@@ -69,7 +69,7 @@ def run_program(main, parse):
     try:
         main(parse())
         return
-    except (UserError, FileError, DataError, ProcessError, OSError) as error:  # OSError: such as a full disk
+    except (UserError, FileError, DataError, ProcessError, OSError) as error:  # such as a full disk
         code = getattr(error, "exit_code", 1)
         message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
     except (RuntimeError, ValueError) as error:

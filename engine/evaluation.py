@@ -14,7 +14,7 @@ from engine.figures import evaluation_table, save_evaluation_figure
 from engine.metrics import Metrics
 from engine.resume import plain
 from engine.run_folder import RunFolder, log
-from engine.setup import (make_forward_pass, make_model, make_train_loader, make_val_loader,
+from engine.setup import (make_forward_pass, make_train_loader, make_val_loader,
                           open_data)
 from engine.state import save_checkpoint
 from models import BitWidth, calibrate, check_bit_widths, saved_bit_widths, set_bit_width
@@ -67,7 +67,7 @@ def evaluate_checkpoint(args, checkpoint, device):
     name = f"{run_name(Namespace(**{**vars(args), 'bit_width_list': plain(trained)}))}_evaluation"
     with RunFolder(args.results_dir, name) as run:
         split = DATASETS[args.dataset].val_split[args.train_split]
-        log.info(f"evaluating {path}, a {args.model} trained at {flag_text(trained)} bits, on "
+        log.info(f"evaluating {path}, {args.model} trained at {flag_text(trained)} bits, on "
                  f"{args.dataset} ({split}) on {describe(device)}")
         for width, source in added.items():
             message = f"{width}-bit was not trained: using the {source}-bit BatchNorm"
@@ -78,8 +78,8 @@ def evaluate_checkpoint(args, checkpoint, device):
                     calibrate(model, width, (images for images, _ in batches))
                 message += f", statistics re-estimated over {args.calibrate} training batches"
             log.info(message)
-        results = evaluate(model, forward_pass, val_loader, check_bit_widths(args.bit_width_list)[::-1],
-                           device)
+        wanted = sorted(check_bit_widths(args.bit_width_list))
+        results = evaluate(model, forward_pass, val_loader, wanted, device)
         if rank() == 0:
             run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
                              trained_bit_widths=plain(trained))

@@ -42,7 +42,8 @@ def save_training_figure(path, history, title, best_by="highest"):
     """Draw a run's val top-1 against bit-width, and against epoch per bit-width, as PNG."""
     figure, (by_width, by_epoch) = new_figure(2, title)
     widths = sorted(history[0]["val"])
-    for name, record in (("best checkpoint,", best_record(history, best_by)), ("last", history[-1])):
+    best = best_record(history, best_by)
+    for name, record in (("best checkpoint,", best), ("last", history[-1])):
         plot_by_width(by_width, widths, {bits: record["val"][bits]["top1"] for bits in widths},
                       label=f"{name} epoch {record['epoch']}")
     for bits in widths:

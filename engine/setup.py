@@ -66,27 +66,27 @@ def load_pretrained(model, path, state_dict):
     Returns a message, and whether the quantizers' parameters are new: those of a checkpoint that
     has none. Raises UserError where the state dict does not fit.
     """
-    told = f"initialised from {path}"
+    message = f"initialised from {path}"
     if isinstance(model, AnyPrecisionNetwork) and not saved_bit_widths(state_dict):
         state_dict, left = fit_float_weights(model, state_dict)
-        told += f", a float network: {len(state_dict) - len(left)} entries, every bit-width's "
-        told += "BatchNorm from its one"
-        told += f"; of another size, so left new: {', '.join(left)}" if left else ""
+        message += f", a float network: {len(state_dict) - len(left)} entries, every bit-width's "
+        message += "BatchNorm from its one"
+        message += f"; of another size, so left new: {', '.join(left)}" if left else ""
     else:
         try:
             state_dict, added = add_missing_bit_widths(state_dict, model)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
-        told += f": BatchNorms and quantizers, {', '.join(copies)}" if added else ""
+        message += f": BatchNorms and quantizers, {', '.join(copies)}" if added else ""
     own = model.state_dict()
     new = [key for key in own if ".quantizer." in key and key not in state_dict]
     are_new = not any(".quantizer." in key for key in state_dict)
     if new and are_new:
         state_dict = {**state_dict, **{key: own[key] for key in new}}
-        told += f"; {len(new)} parameters of quantizers are new"
+        message += f"; {len(new)} parameters of quantizers are new"
     load_weights(model, state_dict, path)
-    return told, are_new
+    return message, are_new
 
 
 def initialize_model(model, forward_pass, loader, bit_widths):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.bit_widths import BitWidth
 from models.quan_ops import SwitchableBatchNorm2d, set_bit_width, trained_bit_widths
 
-# What there is one of per bit-width: BatchNorms, in bn_dict, and what quantizers keep in such dicts.
+# What there is one of per bit-width: BatchNorms, in bn_dict, and what quantizers keep in a *_dict.
 ENTRY = re.compile(r"(?P<start>.*\b(?P<dict>\w+_dict)\.)(?P<width>\d+|w\d+a\d+)(?P<end>\..*)?")
 
 

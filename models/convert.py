@@ -25,10 +25,10 @@ def convert(network, bit_widths, keep=()):
     try:
         graph, note = graphs.trace(network), ""
     except Exception as error:  # of torch.fx, or of the network
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         graph, note = None, (
-            f"torch.fx cannot trace the network ({told}): converted by its modules alone, so ReLUs "
-            "that are functions stay, and which inputs are quantized is not known")
+            f"torch.fx cannot trace the network ({reason}): converted by its modules alone, so "
+            "ReLUs that are functions stay, and which inputs are quantized is not known")
         warnings.warn(note, stacklevel=2)
     why = full_precision(network, graph, keep)
     replace_modules(network, bit_widths, why, activations=graph is None)

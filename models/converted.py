@@ -52,9 +52,9 @@ def describe(network, graph, why):
             kind = "Conv2d {}x{}".format(*layer.kernel_size)
             kind += f", {layer.groups} groups" if layer.groups > 1 else ""
         if isinstance(layer, Conv2dQ):
-            told = {"": ("quantized", ""), "?": ("unknown", "not traced")}.get(
+            input_and_why = {"": ("quantized", ""), "?": ("unknown", "not traced")}.get(
                 makers[name], ("not", f"input from {makers[name]}"))
-            rows.append(Layer(name, kind, "quantized", *told))
+            rows.append(Layer(name, kind, "quantized", *input_and_why))
         else:
             rows.append(Layer(name, kind, "not", "not", why.get(name, NOT_CONVERTED)))
     return rows

@@ -177,18 +177,19 @@ def input_makers(graph, modules):
 
     Layers that are functions stand under their nodes' names.
     """
-    told, makers = {}, {}
+    makers_of = {}
+    makers = {}
     for node in graph.nodes:
         name, module = name_of(node, modules), module_of(node, modules)
         if isinstance(module, ActivationQ):
-            told[node] = "" if module.rounding else "an activation without rounding"
+            makers_of[node] = "" if module.rounding else "an activation without rounding"
         elif name in KEEPING and node.args:
             first = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
-            told[node] = next((told[source] for source in first if told[source]), "")
+            makers_of[node] = next((makers_of[source] for source in first if makers_of[source]), "")
         else:
-            told[node] = MAKERS.get(name, name)
+            makers_of[node] = MAKERS.get(name, name)
         if isinstance(module, (nn.Conv2d, nn.Linear)) or (not module and name in FUNCTIONS):
-            source = told[node.all_input_nodes[0]]
+            source = makers_of[node.all_input_nodes[0]]
             key = node.target if module else node.name
             makers[key] = makers.get(key) or source  # of several calls, one that is not quantized
     return makers

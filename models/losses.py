@@ -66,7 +66,7 @@ def any_precision_backward(
             set_bit_width(model, bit_width)
             with autocast():
                 value, logits = forward(model, images, target)
-            (loss_scale * value).backward()  # here, so that one bit-width's graph is alive at a time
+            (loss_scale * value).backward()  # here: one bit-width's graph is alive at a time
             logits = logits.detach()
             results[bit_width] = value.detach(), logits
             target = NEXT_TARGET[loss](target, logits, labels)

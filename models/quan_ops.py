@@ -306,7 +306,8 @@ def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
             layers.append(layer)
         elif hasattr(layer, "bits") and not isinstance(layer, Quantizer):
             raise ValueError(f"layer {name or 'of the network'} ({type(layer).__name__}) has bits "
-                             "that cannot be switched: give it a method switch_bit_width(bit_width)")
+                             "that cannot be switched: give it a method "
+                             "switch_bit_width(bit_width)")
     for layer in layers:
         layer.switch_bit_width(bit_width)
 

@@ -8,7 +8,7 @@ from runs import assert_one_line, load, run
 import tiny_data
 from dataset.data import DataError, get_dataset
 from engine.errors import UserError
-from engine.state import load_weights
+from models.checkpoint import load_weights
 from models import MODELS
 
 

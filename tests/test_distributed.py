@@ -23,7 +23,7 @@ from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
 from engine.run_folder import read_metrics
 from engine.setup import synchronize_batch_norm
-from engine.state import load_checkpoint
+from models.checkpoint import read_checkpoint
 from models.losses import NEXT_TARGET
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def until_saved(folder, process, steps):
     path = folder / "ckpt" / "model_latest.pth.tar"
     while process.poll() is None:
         if path.exists():
-            state = load_checkpoint(path)
+            state = read_checkpoint(path)
             if 8 * state["epoch"] + state["step"] > steps:
                 return
         time.sleep(0.02)

@@ -82,8 +82,8 @@ def test_what_is_exported_evaluates_as_the_run(arguments, tmp_path):
                       again) == 0
     images = torch.randn(1, 3, 32, 32)
     first, second = deploy.load(output), deploy.load(again)
-    for network in (first, second):
-        set_bit_width(network, 2)
+    for each in (first, second):
+        set_bit_width(each, 2)
     with torch.no_grad():
         assert torch.equal(first(images), second(images))
 

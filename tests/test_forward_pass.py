@@ -56,7 +56,8 @@ def relative(found, expected):
 # reference.fill gives BatchNorms random shifts: those of a new network are 0, and where a channel's
 # inputs are all alike its outputs lie on the clamp's end, on either side by the order of sums.
 @pytest.mark.parametrize("name, all_conv, loss", [
-    *(("resnet20q", False, loss) for loss in NEXT_TARGET), *(("svhnq", False, loss) for loss in NEXT_TARGET),
+    *(("resnet20q", False, loss) for loss in NEXT_TARGET),
+    *(("svhnq", False, loss) for loss in NEXT_TARGET),
     ("resnet20q", True, "recursive"), ("svhnq", True, "recursive"),
     ("resnet50q", False, "recursive"), ("resnet50q", True, "recursive")])
 def test_shared_equals_everything_anew(name, all_conv, loss):
@@ -269,8 +270,8 @@ def test_memory_format_is_channels_last_where_the_hardware_takes_it(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = network("svhnq")
     for device, precision, channels_last in (
-            ("cpu", "fp32", False), ("cpu", "bf16", False), ("cuda", "fp32", False), ("cuda", "tf32", True),
-            ("cuda", "bf16", True)):
+            ("cpu", "fp32", False), ("cpu", "bf16", False), ("cuda", "fp32", False),
+            ("cuda", "tf32", True), ("cuda", "bf16", True)):
         found = ForwardPass(model, torch.device(device), precision).memory_format
         assert (found == torch.channels_last) == channels_last
         weight = model.layers[3].weight
@@ -353,7 +354,8 @@ def test_compiled_equals_eager(name, precision):
         model = network(name, widths=[8])
         forward = ForwardPass(model, CPU, precision, batch_size)
         results, grads = gradients(model, images, labels, widths=[8], forward=forward,
-                                   prepare=forward.prepare, share_stem=False, autocast=forward.autocast)
+                                   prepare=forward.prepare, share_stem=False,
+                                   autocast=forward.autocast)
         found[batch_size] = results[8][1], grads
     (logits, grads), (expected_logits, expected) = found[4], found[None]
     # Not to the last digits: where a fused sum crosses a rounding threshold a level changes.

@@ -191,7 +191,8 @@ def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
     assert found.layers[5].bits == 3 and found.layers[10].bits == 2
     for width in (1, 4):
         assert_is(found, model, width, images)
-    monkeypatch.setattr(packed, "read", lambda path, read=packed.read: without_own_bits(*read(path)))
+    read = packed.read
+    monkeypatch.setattr(packed, "read", lambda path: without_own_bits(*read(path)))
     with pytest.raises(ValueError, match="[14]-bit is not in the packed file: choose from 2"):
         deploy.load(tmp_path / "net")
 

@@ -9,7 +9,7 @@ import tiny_data
 from dataset.data import get_dataset, get_transform
 from engine import published
 from engine.errors import UserError
-from engine.state import load_checkpoint
+from models.checkpoint import read_checkpoint
 from models import MODELS, set_bit_width
 
 ALL = (1, 2, 4, 8, 32)
@@ -80,7 +80,7 @@ def test_checkpoint_by_url(dropbox, http_folder):
     path, model = publish(dropbox, "svhnq_2", legacy=True, bits=(2,))
     url = f"{http_folder[1]}/{published.FILES['svhnq_2']}?dl=1"
     found = published.find_checkpoint(url)
-    assert_same(load_checkpoint(found)["state_dict"], dict(model.state_dict()))
+    assert_same(read_checkpoint(found)["state_dict"], dict(model.state_dict()))
     path.unlink()
     assert published.find_checkpoint(url) == found
 

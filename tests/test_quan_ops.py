@@ -101,7 +101,8 @@ def test_convolution_quantizes_its_weight_and_not_its_bias():
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
     for bits in BITS:
         conv.switch_bit_width(BitWidth(bits))
-        expected = torch.nn.functional.conv2d(x, quantize_weight(conv.weight, bits), conv.bias, padding=1)
+        weight = quantize_weight(conv.weight, bits)
+        expected = torch.nn.functional.conv2d(x, weight, conv.bias, padding=1)
         assert_close(conv(x), expected, rtol=0, atol=0)
 
 
