@@ -1,6 +1,6 @@
 """The any-precision step: who teaches whom (paper, Algorithm 1), and what is computed once."""
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def any_precision_backward(
 
 @contextlib.contextmanager
 def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True,
-                       prepare: Callable = prepare_weights):
+                       prepare: Callable = prepare_weights) -> Iterator[None]:
     """Compute once what no bit-width changes: prepared weights, and the stem of these images.
 
     Set a bit-width before each use of the model within. Gradients gather at what is shared; those
