@@ -13,7 +13,7 @@ from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass
 from models import (BitWidth, add_missing_bit_widths, build, initialize_quantizers,
-                    saved_bit_widths, sets_parameters, zoo)
+                    layers_to_initialize, saved_bit_widths, zoo)
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
@@ -99,7 +99,7 @@ def load_pretrained(model: nn.Module, path: str | Path,
 def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader,
                      bit_widths: Iterable[BitWidth]) -> None:
     """Let quantizers set their parameters from the first training batch of rank 0."""
-    if not sets_parameters(model) or rank() > 0:
+    if not layers_to_initialize(model) or rank() > 0:
         return
     images, _ = next(iter(loader))
     with forward_pass.autocast():
