@@ -144,11 +144,14 @@ class Writer:
         integers, scale = integer_weight(operation)
         integers = integers.numpy()
         n = 2**operation.layer.bits - 1
-        odd = (integers % 2 == 1).all()
+        is_odd = (integers % 2 == 1).all()
         levels = (integers + n) // 2
-        if odd and n == 255:
+        if is_odd and n == 255:
             return self.constant(levels, numpy.uint8), scale, True
-        tensor = self.from_highest(operation, levels) if odd and self.outer else None
+
+        tensor = None
+        if is_odd and self.outer:
+            tensor = self.from_highest(operation, levels)
         if tensor is None:
             tensor = self.constant(integers + ZERO, numpy.uint8)
         return tensor, scale, False
@@ -261,14 +264,17 @@ def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: s
     """
     bit_widths = check_bit_widths(bit_widths)
     if any_width:
-        graph, inputs, constants = any_width_graph(model, bit_widths)
+        nodes, inputs, constants = any_width_graph(model, bit_widths)
     else:
         writer = Writer()
         writer.write(trace(model, *bit_widths), "logits")
-        graph, inputs, constants = writer.nodes, [], writer.constants
+        nodes = writer.nodes
+        inputs = []
+        constants = writer.constants
+
     images = helper.make_tensor_value_info(
         "images", TensorProto.FLOAT, ["batch", *image_shape(image_size)])
-    graph = helper.make_graph(graph, "any_precision", [images, *inputs], [logits_info("logits")],
+    graph = helper.make_graph(nodes, "any_precision", [images, *inputs], [logits_info("logits")],
                               constants)
     content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)],
                                 ir_version=IR_VERSION)

@@ -267,7 +267,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                          "anew") from None
     try:
         about = json.loads(metadata[KEY])
-        version, expected = about["format"], about["sha256"]
+        version = about["format"]
+        expected = about["sha256"]
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{path} is a safetensors file of something else: give one that "
                          "export.py wrote") from None
