@@ -174,8 +174,8 @@ def export_metadata(checkpoint, model, images):
 
 def size_of(path):
     """Return the bytes of an exported file, with the weights that OpenVINO keeps beside it."""
-    parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    return sum(part.stat().st_size for part in parts)
+    parts = [path, path.with_suffix(".bin")]
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
 # ---- check and benchmark

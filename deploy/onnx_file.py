@@ -221,12 +221,12 @@ class Writer:
 @contextlib.contextmanager
 def at_bits(layer, bits):
     """Let a layer have these bits."""
-    before = layer.quantizer.bits
-    layer.quantizer.bits = bits
+    before = layer.quantizer.state
+    layer.quantizer.switch(bits, str(bits))
     try:
         yield
     finally:
-        layer.quantizer.bits = before
+        layer.quantizer.state = before
 
 
 def column(values):

@@ -1,14 +1,13 @@
 """The any-precision step: who teaches whom (paper, Algorithm 1), and what is computed once."""
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.bit_widths import BitWidth, check_bit_widths
 from models.quan_ops import QuantizedLayer, WeightQuantizer, set_bit_width
-from models.stem import SharedStem
+from models.stem import Shared, SharedStem, SharedWeight
 
 # What the next lower bit-width learns from: (target, logits, labels) -> labels or probabilities.
 NEXT_TARGET = {
@@ -25,16 +24,15 @@ def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tens
 
 
 def prepare_weights(layers: list[QuantizedLayer]) -> list[tuple[Tensor, ...]]:
-    """Return quantizer.prepare of each layer's weight, computed again backward rather than kept."""
-    return [checkpoint(layer.quantizer.prepare, layer.weight, use_reentrant=False,
-                       preserve_rng_state=False) for layer in layers]
+    """Return what each layer's quantizer prepares of its weight, for torch.compile."""
+    return [layer.quantizer.prepare_once(layer.weight) for layer in layers]
 
 
 def any_precision_backward(
         model: nn.Module, images: Tensor, labels: Tensor,
         bit_widths: Iterable[BitWidth | int | str], loss: str = "recursive",
         loss_scale: float = 1.0, shared: bool = True, share_stem: bool = True,
-        forward: Callable = forward_loss, prepare: Callable = prepare_weights,
+        forward: Callable = forward_loss, prepare: Callable | None = None,
         autocast: Callable = contextlib.nullcontext) -> dict[BitWidth, tuple[Tensor, Tensor]]:
     """Add the gradients of all bit-widths, from high to low, to `.grad`.
 
@@ -45,7 +43,7 @@ def any_precision_backward(
         loss_scale: multiplies every loss.
         shared: False computes everything anew at each bit-width, the reference.
         share_stem: False computes the stem anew.
-        forward, prepare: forward_loss and prepare_weights, or these compiled.
+        forward: forward_loss, or that compiled. prepare: prepare_weights compiled, or None.
         autocast: its context surrounds the forward passes.
 
     Returns:
@@ -75,27 +73,26 @@ def any_precision_backward(
 
 @contextlib.contextmanager
 def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True,
-                       prepare: Callable = prepare_weights):
+                       prepare: Callable | None = None) -> Iterator[None]:
     """Compute once what no bit-width changes: prepared weights, and the stem of these images.
 
-    Set a bit-width before each use of the model within. Gradients gather at what is shared; those
-    of prepared weights and of the stem reach the parameters at the end.
+    Set a bit-width before each use of the model within. Gradients gather at what is shared, and
+    reach the parameters at the end. prepare: a compiled prepare_weights, to call at the start; None
+    prepares each weight at its first use, and again where it has changed since.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)
               and type(layer.quantizer).prepare is not WeightQuantizer.prepare]
-    for layer in layers:
-        layer.quantizer.bits = None  # so that a `prepare` that depends on it fails
-        layer.quantizer.width = None
-    prepared = prepare(layers)
-    outputs = []
+    shared = Shared()
     try:
-        for layer, tensors in zip(layers, prepared, strict=True):
-            layer.prepared = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
-            outputs += zip(tensors, layer.prepared)
+        if prepare is None:
+            for layer in layers:
+                layer.shared = SharedWeight(shared)
+        else:
+            for layer, tensors in zip(layers, prepare(layers), strict=True):
+                layer.shared = shared.leaves(layer, tensors)
         with SharedStem(model, images) if share_stem else contextlib.nullcontext():
             yield
     finally:
         for layer in layers:
-            layer.prepared = None
-    outputs = [(tensor, leaf) for tensor, leaf in outputs if leaf.grad is not None]
-    torch.autograd.backward([tensor for tensor, _ in outputs], [leaf.grad for _, leaf in outputs])
+            layer.shared = None
+    shared.backward()

@@ -171,8 +171,11 @@ class Column:
     """A layer's weights at one bit-width: bits, levels (weights,) int64, scale and grid."""
 
     def __init__(self, name, layer):
-        integers, scale = layer.integer_weight()
         self.bits = layer.bits
+        if self.bits == FULL_PRECISION:
+            raise ValueError(f"layer {name} has 32 bits of its own, which a packed file, of "
+                             "integers, does not hold")
+        integers, scale = layer.integer_weight()
         self.scale = scale.to(torch.float32).clone()
         n = 2**self.bits - 1
         exact = integers.round()
@@ -206,8 +209,7 @@ def check_is(name, layer, quantizer, weight, stored):
     """Raise ValueError unless a packed layer has the layer's own weights, to the last bit."""
     for width in stored:
         layer.switch_bit_width(width)
-        quantizer.bits = layer.bits
-        quantizer.width = str(width)
+        quantizer.switch(layer.bits, str(width))
         found = quantizer.integers(weight)
         if not all(map(torch.equal, found, layer.integer_weight())):
             raise ValueError(f"layer {name} at {width} bits cannot be packed: the file would not "

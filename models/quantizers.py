@@ -55,7 +55,8 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
     statistics, and torch's random numbers, are afterwards what they were.
     """
     layers = sets_parameters(model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    own = {id(buffer) for layer in layers for buffer in layer.quantizer.buffers()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in own]
     hooks = [layer.register_forward_pre_hook(initialize_quantizer) for layer in layers]
     training = model.training
     model.train()

@@ -257,7 +257,7 @@ def test_weights_and_activations_have_bits_of_their_own():
 def test_a_quantizer_that_is_put_in_place_has_no_bits_until_it_is_switched():
     conv = Conv2dQ(3, 4, 3)
     conv.quantizer = quan_ops.DoReFaWeight()
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="DoReFaWeight has no bit-width yet"):
         conv(torch.randn(2, 3, 6, 6))
 
 
