@@ -4,8 +4,8 @@
 
 It takes train.py's flags. Bit-widths share nothing, in training and in evaluation; all is in
 float32, uncompiled and in the contiguous memory format; the optimizer is torch's default, not
-fused; images are transformed one by one; metrics are read at every step. On a GPU, convolutions round
-their operands to TF32, the published grid's too, as torch does where nothing is said.
+fused; images are transformed one by one; metrics are read at every step. On a GPU, convolutions
+round their operands to TF32, the published grid's too, as torch does where nothing is said.
 """
 import contextlib
 import sys
