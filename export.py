@@ -17,7 +17,7 @@ import torch
 from dataset.data import DATASETS
 from deploy.graph import NESTED
 from engine import published
-from engine.arguments import FLAGS, OneLineParser, bit_width_list, merge_args, number
+from engine.arguments import FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from models import packed, saved_bit_widths
@@ -164,7 +164,7 @@ def exporter(form):
 def export_metadata(checkpoint, model, images):
     """Return what a packed file says: how to build the network, and of what images it is."""
     arguments = {name: value for name, value in checkpoint.arguments.items()
-                 if name in FLAGS and FLAGS[name].evaluated
+                 if name in FLAGS and FLAGS[name].evaluated and FLAGS[name].kind != MACHINE
                  and name not in ("batch_size", "precision")}
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
     return {**spec, "image_size": images["size"], "mean": images["mean"], "std": images["std"],
