@@ -9,13 +9,16 @@ import contextlib
 import os
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from torch import nn
 
 from dataset.data import DATASETS
-from deploy.graph import NESTED
+from deploy.graph import NESTED, Run
 from engine import published
 from engine.arguments import FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number
 from engine.errors import UserError, run_program
@@ -30,7 +33,7 @@ LAYER_IMAGES = 8  # of which --check takes the inputs of single layers
 IMAGES = 500  # of a benchmark's accuracy, where --check does not say
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Write the file or files; check and benchmark them as asked."""
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(writing(args.output))
@@ -52,7 +55,7 @@ def main(args):
         measure(args, images, checkpoint, model, files)
 
 
-def image_facts(args, checkpoint):
+def image_facts(args: Namespace, checkpoint: Checkpoint) -> dict:
     """Return of what images a network is: the checkpoint's word, or its data set's row."""
     images = dict(checkpoint.content.get("images") or {})
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
@@ -62,7 +65,7 @@ def image_facts(args, checkpoint):
     return {**images, "dataset": name}
 
 
-def chosen_bit_widths(args, checkpoint):
+def chosen_bit_widths(args: Namespace, checkpoint: Checkpoint) -> list[BitWidth]:
     """Return the bit-widths to export; UserError for one that has no BatchNorm."""
     present = saved_bit_widths(checkpoint.content["state_dict"])
     integer = [bits for bits in present if FULL_PRECISION not in (bits.weights, bits.activations)]
@@ -84,7 +87,7 @@ def chosen_bit_widths(args, checkpoint):
     return wanted
 
 
-def how_to(bits, args):
+def how_to(bits: str, args: Namespace) -> str:
     return (f"calibrate first: python train.py --evaluate --pretrain {args.source} "
             f"--bit_width_list {bits} --calibrate 20 --save-calibrated FILE")
 
@@ -92,7 +95,7 @@ def how_to(bits, args):
 # ---- files
 
 @contextlib.contextmanager
-def writing(output):
+def writing(output: Path) -> Iterator[Path]:
     """Yield a temporary folder beside the output; UserError where one cannot be made there."""
     if output.exists():
         raise UserError(f"--output {output} exists: remove it, or give another name")
@@ -105,7 +108,7 @@ def writing(output):
         yield Path(place.name)
 
 
-def publish(files, place, folder):
+def publish(files: dict[BitWidth, str], place: Path, folder: Path) -> None:
     """Move all that was written beside the output; UserError, and nothing, where some exists."""
     names = sorted(path.name for path in place.iterdir())
     for name in names:
@@ -118,7 +121,7 @@ def publish(files, place, folder):
 
 
 @contextlib.contextmanager
-def format_errors(form):
+def format_errors(form: str) -> Iterator[None]:
     """Raise UserError for what a format cannot hold, and for packages that it needs."""
     try:
         yield
@@ -129,7 +132,8 @@ def format_errors(form):
                         "-r requirements-export.txt") from None
 
 
-def write(args, checkpoint, model, images, bit_widths, place):
+def write(args: Namespace, checkpoint: Checkpoint, model: nn.Module, images: dict,
+          bit_widths: list[BitWidth], place: Path) -> dict[BitWidth, str]:
     """Write the files into a folder; return {bits: name}."""
     whole = args.output.name
     image_size = images["size"]
@@ -152,7 +156,7 @@ def write(args, checkpoint, model, images, bit_widths, place):
     return names
 
 
-def exporter(form):
+def exporter(form: str) -> ModuleType:
     """Return the module of a format that needs packages of its own."""
     if form == "onnx":
         from deploy import onnx_file
@@ -161,7 +165,7 @@ def exporter(form):
     return openvino_file
 
 
-def export_metadata(checkpoint, model, images):
+def export_metadata(checkpoint: Checkpoint, model: nn.Module, images: dict) -> dict:
     """Return what a packed file says: how to build the network, and of what images it is."""
     arguments = {name: value for name, value in checkpoint.arguments.items()
                  if name in FLAGS and FLAGS[name].evaluated and FLAGS[name].kind != MACHINE
@@ -172,7 +176,7 @@ def export_metadata(checkpoint, model, images):
             "arguments": {**arguments, "dataset": images["dataset"]}}
 
 
-def size_of(path):
+def size_of(path: Path) -> int:
     """Return the bytes of an exported file, with the weights that OpenVINO keeps beside it."""
     parts = [path, path.with_suffix(".bin")]
     return sum(part.stat().st_size for part in parts if part.exists())
@@ -180,14 +184,15 @@ def size_of(path):
 
 # ---- check and benchmark
 
-def runner(form, files, **options):
+def runner(form: str, files: dict[BitWidth, Path], **options: torch.memory_format) -> Run:
     """Return run(images, bits), as the formats' load, over {bits: path}."""
     load = partial(packed.load_runner, **options) if form == "packed" else exporter(form).load
     runs = {path: load(path) for path in dict.fromkeys(files.values())}
     return lambda images, bits: runs[files[bits]](images, bits)
 
 
-def measure(args, images, checkpoint, model, files):
+def measure(args: Namespace, images: dict, checkpoint: Checkpoint, model: nn.Module,
+            files: dict[BitWidth, Path]) -> None:
     """Check the files, and benchmark them; UserError where the check falls short."""
     from deploy import check
     from deploy.layers import compare_layers
@@ -223,7 +228,7 @@ def measure(args, images, checkpoint, model, files):
         raise UserError(f"{args.output} is written but falls short of the network: {short}")
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a results folder, a checkpoint, a packed file, a URL, or "
@@ -249,7 +254,7 @@ def parse_args(argv=None):
     return args
 
 
-def bits_or_any(text):
+def bits_or_any(text: str) -> list[int | str] | str:
     return text if text == "any" else bit_width_list(text)
 
 

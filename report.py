@@ -7,7 +7,9 @@ import csv
 import json
 import os
 import statistics
+from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +29,15 @@ EPOCHS = {  # of --epoch: its name in the table, and its values per bit-width
 
 class Run(NamedTuple):
     folder: str
-    kind: tuple  # data set, model, whether it is an evaluation
+    kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
     bit_widths: str  # that it was trained at; of dedicated ones all are alike
-    settings: dict  # argument: text, of whatever else may set it apart
+    settings: dict[str, str]  # argument: text, of whatever else may set it apart
     seed: int
-    history: list  # records of metrics.jsonl; of an evaluation a single one
+    history: list[dict]  # records of metrics.jsonl; of an evaluation a single one
 
 
-def load_run(folder):
+def load_run(folder: str | Path) -> Run:
     """Return the Run of a results folder; UserError where it is none or has no finished epoch."""
     try:
         config = json.loads(Path(folder, "config.json").read_text())
@@ -66,7 +68,7 @@ def load_run(folder):
                settings, arguments["seed"], history)
 
 
-def sets_apart(argument, evaluated):
+def sets_apart(argument: str, evaluated: bool) -> bool:
     """Return whether an argument may set runs apart, other than by its part in their names."""
     flag = FLAGS.get(argument)
     if flag is None or flag.in_name or flag.kind in (MACHINE, TASK):
@@ -74,7 +76,7 @@ def sets_apart(argument, evaluated):
     return flag.evaluated or not evaluated
 
 
-def names_of(runs):
+def names_of(runs: list[Run]) -> list[str]:
     """Return the runs' names, with whatever else sets each apart from those of its kind."""
     names = []
     for run in runs:
@@ -88,7 +90,7 @@ def names_of(runs):
     return names
 
 
-def read_runs(folders):
+def read_runs(folders: list[str]) -> tuple[list[Run], list[str]]:
     """Return ([Run], [why another folder is left out])."""
     runs, left_out = [], []
     for folder in filter(os.path.isdir, folders):  # a shell's results/* names our own files too
@@ -108,7 +110,8 @@ def read_runs(folders):
     return runs, left_out
 
 
-def table_rows(runs, values_of):
+def table_rows(runs: list[Run],
+               values_of: Callable[[list[dict]], dict[BitWidth, dict]]) -> list[dict]:
     """Return the rows of the CSV as dicts; values_of: a run's history -> {bits: values}."""
     return [{"dataset": run.kind[0], "model": run.kind[1], "configuration": name,
              "seed": run.seed, "bits": bits, "top1": values["top1"], "top5": values["top5"],
@@ -117,7 +120,7 @@ def table_rows(runs, values_of):
             for bits, values in sorted(values_of(run.history).items())]
 
 
-def panels(rows):
+def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
     """Return [(title, bit-widths, {configuration: {bits: [top-1 per seed]}})], one a table."""
     found = {}
     for row in rows:
@@ -127,7 +130,7 @@ def panels(rows):
     return [(title, sorted(set().union(*panel.values())), panel) for title, panel in found.items()]
 
 
-def markdown(rows, which):
+def markdown(rows: list[dict], which: str) -> str:
     """Return the tables, one a data set and model."""
     def cell(values):
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -146,7 +149,7 @@ def markdown(rows, which):
     return "\n".join(text)
 
 
-def save_comparison_figure(path, rows):
+def save_comparison_figure(path: str, rows: list[dict]) -> None:
     """Draw a panel a data set and model, a line a configuration, with standard deviations."""
     drawn = panels(rows)
     figure, axes = new_figure(len(drawn))
@@ -160,7 +163,7 @@ def save_comparison_figure(path, rows):
     save_figure(figure, path)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
     parser.add_argument("--epoch", choices=EPOCHS, default="last",
@@ -171,7 +174,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     """Print the table; write it, the picture and the numbers."""
     runs, left_out = read_runs(args.results)
     which, values_of = EPOCHS[args.epoch]

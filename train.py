@@ -16,11 +16,13 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from dataset.loader import count_classes
+from dataset.loader import Loader, count_classes
 from engine import published
 from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
 from engine.console import Console
@@ -31,19 +33,20 @@ from engine.distributed import (any_process, broadcast_buffers, broadcast_parame
 from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
-from engine.resume import refuse_packed, resolve
+from engine.forward_pass import ForwardPass
+from engine.resume import Checkpoint, refuse_packed, resolve
 from engine.run_folder import RunFolder, log
 from engine.setup import (describe_images, initialize_model, load_pretrained, make_forward_pass,
                           make_model, make_optimizer, make_train_loader, make_val_loader,
                           open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState
-from models import check_bit_widths, layer_table
+from models import BitWidth, check_bit_widths, layer_table
 from models.checkpoint import BEST, read_checkpoint
 from models.converted import AnyPrecisionNetwork
 from utils import flag_text, write_text
 
 
-def main(flags):
+def main(flags: Namespace) -> Path:
     """Train, or evaluate, as the flags say (see parse_flags); return the results folder."""
     device = choose_device(getattr(flags, "device", "auto"))
     if device.type == "cuda":
@@ -60,7 +63,8 @@ def main(flags):
         return train(args, checkpoint, device, () if checkpoint else defaulted)
 
 
-def train(args, checkpoint, device, defaulted=()):
+def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
+          defaulted: Sequence[str] = ()) -> Path:
     """Train, from a Checkpoint if any; return the results folder.
 
     defaulted: arguments that the log names, as they are left to their defaults.
@@ -107,7 +111,9 @@ def train(args, checkpoint, device, defaulted=()):
     return run.path
 
 
-def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
+def train_one_epoch(state: TrainingState, loader: Loader, forward_pass: ForwardPass, loss: str,
+                    console: Console, run: RunFolder,
+                    stop: StopRequest) -> tuple[dict[BitWidth, dict[str, float]], float]:
     """Train over what is left of the epoch; return its metrics per bit-width, and images/s.
 
     Raises Stopped between two steps, at log points where there are several processes.
@@ -144,7 +150,8 @@ def train_one_epoch(state, loader, forward_pass, loss, console, run, stop):
     return metrics.averages(), totals["count"] / totals["seconds"]
 
 
-def prepare(args, device):
+def prepare(args: Namespace,
+            device: torch.device) -> tuple[TrainingState, ForwardPass, Loader, Loader]:
     """Return a new TrainingState, its ForwardPass, and the loaders to train and to validate."""
     train_set, val_set = open_data(args)
     classes = count_classes(args.dataset, train_set, val_set)
@@ -164,7 +171,8 @@ def prepare(args, device):
     return state, forward_pass, train_loader, val_loader
 
 
-def load_initial_state(state, args, checkpoint, forward_pass, train_loader):
+def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkpoint | None,
+                       forward_pass: ForwardPass, train_loader: Loader) -> str | None:
     """Restore the checkpoint, or load --pretrain; return a message on the latter.
 
     All processes begin with rank 0's network, should its values depend on the data or the process.
@@ -186,7 +194,8 @@ def load_initial_state(state, args, checkpoint, forward_pass, train_loader):
     return message
 
 
-def log_run_info(args, device, state, run, message, defaulted, steps_per_epoch):
+def log_run_info(args: Namespace, device: torch.device, state: TrainingState, run: RunFolder,
+                 message: str | None, defaulted: Sequence[str], steps_per_epoch: int) -> None:
     loss = args.loss if len(args.bit_width_list) > 1 else "hard"
     several = f", {world_size()} processes" if world_size() > 1 else ""
     log.info(f"{args.model} on {args.dataset} ({args.train_split}), "
@@ -221,8 +230,8 @@ def learning_rate_factor(args: Namespace, epoch: int) -> float:
     return 0.1 ** bisect.bisect_right(args.lr_decay, epoch)
 
 
-def choose_bit_widths(bit_widths: list, count: int | None, seed: int, epoch: int,
-                      step: int) -> list:
+def choose_bit_widths(bit_widths: list[BitWidth], count: int | None, seed: int, epoch: int,
+                      step: int) -> list[BitWidth]:
     """Return the bit-widths that a step visits: the highest, the lowest, count - 2 between them.
 
     count: None for all. They are a function of the arguments alone: the same on all processes and
@@ -235,7 +244,7 @@ def choose_bit_widths(bit_widths: list, count: int | None, seed: int, epoch: int
     return [lowest, *generator.sample(between, count - 2), highest]
 
 
-def finish(run, name, best_by):
+def finish(run: RunFolder, name: str, best_by: str) -> None:
     """Draw the run's picture and log its best and last accuracy."""
     if rank() == 0 and run.history:  # a finished run, resumed into another folder, has none
         save_training_figure(run.path / "accuracy.png", run.history, name, best_by)

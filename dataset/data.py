@@ -3,15 +3,19 @@ import gzip
 import os
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, transforms
 
 from utils import one_line, replacing
+
+Samples = Dataset | list  # of (PIL image, label)
 
 data_paths = {name: f"data/{name}" for name in (
     "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
@@ -24,7 +28,7 @@ class DataError(Exception):
     """Data that is missing, damaged, or does not go together."""
 
 
-def open_digits(root, split):
+def open_digits(root: str | Path, split: str) -> list[tuple[Image.Image, int]]:
     """Open scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels, here RGB.
 
     train: 1,437, val: 360, stratified by class. Returns a list of (PIL image, label).
@@ -40,7 +44,7 @@ def open_digits(root, split):
             for image, label in zip(images, labels)]
 
 
-def open_fashion_mnist(root, split):
+def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
     """Open Fashion-MNIST, from FASHION_MNIST_COPY where root has none and there is one."""
     raw = Path(root, "FashionMNIST", "raw")
     for packed in FASHION_MNIST_COPY.glob("*.gz"):
@@ -56,7 +60,7 @@ def open_fashion_mnist(root, split):
     return open_downloadable(datasets.FashionMNIST, root, train=split == "train")
 
 
-def open_image_folder(root, split):
+def open_image_folder(root: str | Path, split: str) -> datasets.ImageFolder:
     """Open ImageNet's split: a folder of images per class."""
     folder = Path(root, split)
     try:
@@ -81,7 +85,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
                         f"({one_line(error)}): replace or remove it") from None
 
 
-def open_downloadable(kind, root, **split):
+def open_downloadable(kind: type[datasets.VisionDataset], root: str | Path,
+                      **split: str | bool) -> Dataset:
     """Open a torchvision data set, verified; downloaded where it is missing or altered."""
     try:
         return kind(root, download=True, **split)
@@ -92,14 +97,15 @@ def open_downloadable(kind, root, **split):
 
 
 class DataSet(NamedTuple):
-    open: callable  # (root, split) -> a sequence of (PIL image, label)
-    val_split: dict  # each split to train on -> the split to validate on; the first is the default
+    open: Callable[[str | Path, str], Samples]  # (root, split) -> images and labels
+    # Each split to train on -> the split to validate on; the first is the default.
+    val_split: dict[str, str]
     num_classes: int | None = 10  # None: as many as there are class folders
     image_size: int = 40  # pixels, after the transform
-    mean: tuple = HALF  # per channel, of images in [0, 1]
-    std: tuple = HALF
-    train: tuple = ()  # transforms of training images
-    eval: tuple = ()  # of the others
+    mean: tuple[float, ...] = HALF  # per channel, of images in [0, 1]
+    std: tuple[float, ...] = HALF
+    train: tuple[Callable, ...] = ()  # transforms of training images
+    eval: tuple[Callable, ...] = ()  # of the others
     in_memory: bool = True  # small enough to be kept as arrays
 
 
@@ -139,7 +145,7 @@ DATASETS = {
 }
 
 
-def get_transform(name, train, normalized=True):
+def get_transform(name: str, train: bool, normalized: bool = True) -> transforms.Compose:
     """Return a data set's transform: PIL image -> (3, size, size) float32, or uint8 as it is."""
     row = DATASETS[name]
     end = ([transforms.ToTensor(), transforms.Normalize(row.mean, row.std)] if normalized
@@ -150,18 +156,19 @@ def get_transform(name, train, normalized=True):
 class Transformed(Dataset):
     """A data set of (image, label) with a transform of its images."""
 
-    def __init__(self, dataset, transform):
+    def __init__(self, dataset: Samples, transform: Callable):
         self.dataset, self.transform = dataset, transform
 
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.dataset[index]
         return self.transform(image), label
 
 
-def get_dataset(name, split, transform=None, data_dir=None):
+def get_dataset(name: str, split: str, transform: Callable | None = None,
+                data_dir: str | Path | None = None) -> Samples:
     """Return a split of a data set of DATASETS, as (transform(PIL image), label) samples.
 
     It is read from data_paths[name], or from data_dir/name. Raises DataError where it is missing

@@ -1,17 +1,21 @@
 """Seeded batches on the device: from memory, or from workers that read and transform images."""
+from __future__ import annotations
+
 import contextlib
 import functools
 import itertools
 import random
 import signal
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 
-from dataset.data import DATASETS, DataError, Transformed, get_transform
+from dataset.data import DATASETS, DataError, Samples, Transformed, get_transform
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
 
@@ -22,7 +26,7 @@ class ImageSizeError(DataError):
 
 class InMemoryTransforms(NamedTuple):
     """What is done to the images of a data set that is kept in memory."""
-    fixed: tuple = ()  # transforms applied once, when the arrays are read
+    fixed: tuple[Callable, ...] = ()  # transforms applied once, when the arrays are read
     flip: float = 0.0  # probability of a horizontal flip, drawn anew every epoch
     padding: int = 0  # black pixels on each side, before a random crop of the image's own size
 
@@ -46,12 +50,12 @@ def in_memory_transforms(name: str, train: bool) -> InMemoryTransforms | None:
     return None if rest else InMemoryTransforms(fixed, flip, padding)
 
 
-def is_flip(transform) -> bool:
+def is_flip(transform: Callable) -> bool:
     return (type(transform) is transforms.RandomHorizontalFlip
             and type(transform.p) in (int, float) and 0 <= transform.p <= 1)
 
 
-def is_crop(transform, size: int) -> bool:
+def is_crop(transform: Callable, size: int) -> bool:
     """Return whether a transform crops images of size x size, padded with black, to their size."""
     return (type(transform) is transforms.RandomCrop and transform.size == (size, size)
             and type(transform.padding) is int and transform.padding > 0
@@ -59,14 +63,16 @@ def is_crop(transform, size: int) -> bool:
             and not transform.pad_if_needed)
 
 
-def ignore_stop_signals(worker=None):
+def ignore_stop_signals(worker: int | None = None) -> None:
     """Let the training process decide when to stop: Ctrl-C reaches its data workers too."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_size=1, workers=0,
-                memory_format=torch.channels_last, in_memory=True):
+def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: int, train: bool,
+                seed: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0,
+                memory_format: torch.memory_format = torch.channels_last,
+                in_memory: bool = True) -> Loader:
     """Return the batches of a get_dataset without transform, as float32 (n, 3, H, W) on the device.
 
     batch_size: images over all processes where train, else of this one. Training batches are
@@ -96,7 +102,8 @@ def make_loader(dataset, name, device, batch_size, train, seed=0, rank=0, world_
         worker_init_fn=ignore_stop_signals, **order)
 
 
-def read_into_memory(dataset, name, train, workers):
+def read_into_memory(dataset: Samples, name: str, train: bool,
+                     workers: int) -> tuple[Tensor, Tensor] | None:
     """Return a data set's images and labels as read_arrays does, after the row's fixed transforms.
 
     Returns None where memory cannot give what the row's transforms do.
@@ -113,13 +120,13 @@ def read_into_memory(dataset, name, train, workers):
         raise
 
 
-def collate_of(name, train):
+def collate_of(name: str, train: bool) -> Callable[[list[tuple[Tensor, int]]], list[Tensor]]:
     """Return the function that makes a batch of a row's samples."""
     part = "train" if train else "eval"
     return functools.partial(collate, name=name, part=part, size=DATASETS[name].image_size)
 
 
-def collate(samples, name, part, size):
+def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int) -> list[Tensor]:
     """Return samples of (uint8 (3, size, size), label) as (n, 3, size, size) and (n,) int64.
 
     Raises ImageSizeError where an image is of another shape after the row's `part` transforms.
@@ -136,7 +143,7 @@ def collate(samples, name, part, size):
     return default_collate(samples)
 
 
-def count_classes(name, *parts):
+def count_classes(name: str, *parts: Samples) -> int:
     """Return the number of classes; DataError where class folders, and so labels, differ."""
     if DATASETS[name].num_classes:
         return DATASETS[name].num_classes
@@ -148,28 +155,28 @@ def count_classes(name, *parts):
     return len(first.classes)
 
 
-def normalize(images, name, memory_format):
+def normalize(images: Tensor, name: str, memory_format: torch.memory_format) -> Tensor:
     """Turn uint8 (N, 3, H, W) into what the data set's transform ends with, on the same device."""
     mean, std = statistics(name, images.device)
     return images.to(torch.float32, memory_format=memory_format).div_(255).sub_(mean).div_(std)
 
 
 @functools.cache  # copied to the device once: a copy would wait for it
-def statistics(name, device):
+def statistics(name: str, device: torch.device) -> Tensor:
     return torch.tensor([DATASETS[name].mean, DATASETS[name].std], device=device)[..., None, None]
 
 
 class SeededSamples(Transformed):
     """A data set whose random transforms draw from the seed that comes with each index."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = key
         with seeded(seed):
             return super().__getitem__(index)
 
 
 @contextlib.contextmanager
-def seeded(seed):
+def seeded(seed: int) -> Iterator[None]:
     """Within it torch, Python and NumPy draw from the seed; later the first two go on as before.
 
     NumPy goes on from the seed: to restore its state takes longer than to flip and crop an image.
@@ -194,7 +201,8 @@ class ShuffledBatches:
     processes.
     """
 
-    def __init__(self, num_samples, batch_size, seed, rank=0, world_size=1):
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0,
+                 world_size: int = 1):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
@@ -207,11 +215,11 @@ class ShuffledBatches:
     def __len__(self):
         return -(-self.num_samples // self.batch_size)
 
-    def size(self, step):
+    def size(self, step: int) -> int:
         """Return the number of images in batch `step`, over all processes."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
-    def batches(self, device="cpu"):
+    def batches(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
         """Yield indices and seeds, below 2^62, of this process's batches, (n,) int64 on device."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator).to(device)
@@ -226,7 +234,8 @@ class ShuffledBatches:
             yield list(zip(indices.tolist(), seeds.tolist()))
 
 
-def read_arrays(dataset, workers=0, collate_fn=None):
+def read_arrays(dataset: Samples, workers: int = 0,
+                collate_fn: Callable | None = None) -> tuple[Tensor, Tensor]:
     """Read samples of (uint8 (3, H, W), label) into images (N, H, W, 3) and labels (N,) int64."""
     images = torch.empty(len(dataset), *dataset[0][0].shape[1:], 3, dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.int64)
@@ -238,7 +247,8 @@ def read_arrays(dataset, workers=0, collate_fn=None):
     return images, labels
 
 
-def flipped_crops(images, indices, seeds, padding, flip=0.5):
+def flipped_crops(images: Tensor, indices: Tensor, seeds: Tensor, padding: int,
+                  flip: float = 0.5) -> Tensor:
     """Flip images[indices] with probability `flip`, and crop them from a black padding.
 
     images: (N, H, W, 3) uint8; indices: (n,); seeds: (n,) int64 below 2^62, which say what is
@@ -266,8 +276,9 @@ class InMemoryLoader:
     world_size-th.
     """
 
-    def __init__(self, images, labels, name, batch_sampler=None, batch_size=1, rank=0, world_size=1,
-                 memory_format=torch.channels_last):
+    def __init__(self, images: Tensor, labels: Tensor, name: str,
+                 batch_sampler: ShuffledBatches | None = None, batch_size: int = 1, rank: int = 0,
+                 world_size: int = 1, memory_format: torch.memory_format = torch.channels_last):
         self.images = images
         self.labels = labels
         self.name = name
@@ -299,7 +310,8 @@ class InMemoryLoader:
 class WorkerLoader(DataLoader):
     """A DataLoader of uint8 images, whose batches are normalised on `device`."""
 
-    def __init__(self, name, device, memory_format, **kwargs):
+    def __init__(self, name: str, device: torch.device, memory_format: torch.memory_format,
+                 **kwargs):
         super().__init__(**kwargs)
         self.name, self.device, self.memory_format = name, device, memory_format
 
@@ -307,3 +319,6 @@ class WorkerLoader(DataLoader):
         for images, labels in super().__iter__():
             images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
             yield normalize(images, self.name, self.memory_format), labels
+
+
+Loader = InMemoryLoader | WorkerLoader  # iterates over (images, labels) on the device

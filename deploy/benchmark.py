@@ -4,11 +4,14 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import torch
+from torch import Tensor, nn
 
+from deploy.graph import Run
 from engine.device import describe
 from engine.figures import new_figure, save_figure
 from models import set_bit_width
@@ -18,7 +21,9 @@ from utils import one_line, write_json, write_text
 REPEATS = {1: 30, 8: 15, 64: 5}  # of each batch size: calls of everything, in turn
 
 
-def benchmark(stem, model, run, images, sizes, checked, float_run):
+def benchmark(stem: str, model: nn.Module, run: Run, images: numpy.ndarray,
+              sizes: dict[BitWidth, int], checked: dict[BitWidth, dict[str, float]],
+              float_run: Run | str) -> None:
     """Measure at all bit-widths; write a table, a picture of accuracy against latency, and JSON.
 
     run: of the files; sizes: {bits: bytes of its file}; checked: {bits: {"top1"}}; float_run: run
@@ -39,7 +44,8 @@ def benchmark(stem, model, run, images, sizes, checked, float_run):
     print(f"{text}\nwritten to {stem}.md, {stem}.json and {stem}.png")
 
 
-def measure(model, run, images, bits, size, float_run):
+def measure(model: nn.Module, run: Run, images: numpy.ndarray, bits: BitWidth, size: int,
+            float_run: Run | None) -> dict:
     """Return a row: milliseconds a batch of `size` images, of all that there is."""
     batch = numpy.resize(images, (size, *images.shape[1:]))  # again from the first, where few
     ways = {"file": lambda: run(batch, bits)}
@@ -58,7 +64,8 @@ def measure(model, run, images, bits, size, float_run):
     return {"bits": BitWidth.of(bits).plain, "batch": size, **median}
 
 
-def torch_call(model, batch, bits, layout):
+def torch_call(model: nn.Module, batch: numpy.ndarray, bits: BitWidth,
+               layout: torch.memory_format) -> Callable[[], Tensor]:
     """Return a call of the network in a memory format of its own; its weights are kept."""
     own = copy.deepcopy(model).to(memory_format=layout)
     images = torch.from_numpy(batch).contiguous(memory_format=layout)
@@ -70,7 +77,7 @@ def torch_call(model, batch, bits, layout):
     return call
 
 
-def float_runner(network, image_size):
+def float_runner(network: nn.Module | None, image_size: int) -> Run | str:
     """Return run(images, bits) of the network at 32 bits in ONNX Runtime, or why there is none."""
     if network is None:
         return "a packed file has no float weights"
@@ -85,7 +92,7 @@ def float_runner(network, image_size):
         return one_line(error)
 
 
-def table(rows, sizes):
+def table(rows: list[dict], sizes: dict[BitWidth, int]) -> str:
     """Return the Markdown table: latency of a batch, images/s, and how many times faster."""
     others = [name for name in ("torch", "onnxruntime") if name in rows[0]]
     lines = [f"| bits | bytes | batch | ms | images/s | {' | '.join(map(heading, others))} |",
@@ -98,11 +105,11 @@ def table(rows, sizes):
     return "\n".join(lines) + "\n"
 
 
-def heading(name):
+def heading(name: str) -> str:
     return {"torch": "torch", "onnxruntime": "ONNX Runtime float32"}[name]
 
 
-def draw(path, rows, checked):
+def draw(path: str, rows: list[dict], checked: dict[BitWidth, dict[str, float]]) -> None:
     """Draw top-1 against the latency of one image, a point a bit-width."""
     figure, (axis,) = new_figure(1, "accuracy against latency, batch 1")
     for way, top1 in (("file", "top1"), ("torch", "network_top1")):

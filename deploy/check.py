@@ -1,14 +1,17 @@
 """Compare an exported file with the network it was made from, on images of the validation split."""
 import copy
+from argparse import Namespace
+from collections.abc import Iterable
 
 import numpy
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dataset.loader import make_loader
-from deploy.graph import image_shape, is_rounding, step_of
+from deploy.graph import ImageSize, Run, image_shape, is_rounding, step_of
 from engine.setup import open_data
-from models import set_bit_width
+from models import BitWidth, set_bit_width
 from models.quan_ops import ActivationQ
 from utils import write_json, write_text
 
@@ -30,7 +33,7 @@ LAYERS = {  # likewise, of compare_layers()
     "largest relative difference of other outputs": ("relative", ".1e")}
 
 
-def read_images(settings, count):
+def read_images(settings: Namespace, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return images (n, 3, H, W) float32 and labels (n,) of the validation split, as NumPy's.
 
     They stand evenly apart in it, count of them or all there are: some splits go class by class.
@@ -43,7 +46,8 @@ def read_images(settings, count):
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
 
 
-def compare(model, run, images, labels, bit_widths):
+def compare(model: nn.Module, run: Run, images: numpy.ndarray, labels: numpy.ndarray,
+            bit_widths: Iterable[BitWidth]) -> dict[BitWidth, dict[str, float]]:
     """Return {bits: a row of what COLUMNS says, and `images`}; run: as the formats' load gives."""
     exact, results = copy.deepcopy(model).double(), {}
     for bits in bit_widths:
@@ -60,7 +64,8 @@ def compare(model, run, images, labels, bit_widths):
     return results
 
 
-def check_logits(model, run, bit_widths, image_size):
+def check_logits(model: nn.Module, run: Run, bit_widths: Iterable[BitWidth],
+                 image_size: ImageSize) -> None:
     """Raise ValueError unless a file has the network's logits, on random images.
 
     The median of the images counts: in some a level lies where float32 may choose either.
@@ -84,7 +89,8 @@ def check_logits(model, run, bit_widths, image_size):
                              "format does not hold; take the packed format")
 
 
-def row(found, ours, exact, flipped, labels):
+def row(found: numpy.ndarray, ours: numpy.ndarray, exact: numpy.ndarray, flipped: numpy.ndarray,
+        labels: numpy.ndarray) -> dict[str, float]:
     """Return a row of one bit-width from logits (N, classes) of the file and both networks."""
     answers, expected = found.argmax(1), ours.argmax(1)
     from32, from64 = numpy.abs(found - ours), numpy.abs(found - exact)
@@ -97,7 +103,8 @@ def row(found, ours, exact, flipped, labels):
 
 
 @torch.no_grad()
-def forward(model, images, bits):
+def forward(model: nn.Module, images: numpy.ndarray,
+            bits: BitWidth) -> tuple[numpy.ndarray, list[Tensor]]:
     """Return logits (n, classes), NumPy's, and the levels of each activation, (n, ...) uint8."""
     levels = []
 
@@ -115,7 +122,7 @@ def forward(model, images, bits):
             hook.remove()
 
 
-def falls_short(results):
+def falls_short(results: dict[BitWidth, dict[str, float]]) -> str:
     """Return what is not as close to the network as it must be; an empty text where all is."""
     short = []
     for bits, values in results.items():
@@ -131,7 +138,7 @@ def falls_short(results):
     return "; ".join(short)
 
 
-def table(results, columns):
+def table(results: dict[BitWidth, dict[str, float]], columns: dict[str, tuple[str, str]]) -> str:
     """Return a Markdown table, a row a bit-width, of those that have the columns."""
     lines = [f"| bits | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for bits, values in results.items():
@@ -142,7 +149,7 @@ def table(results, columns):
     return "\n".join(lines) + "\n"
 
 
-def write(stem, results, source, form):
+def write(stem: str, results: dict[BitWidth, dict[str, float]], source: str, form: str) -> None:
     """Print the table, and write it to stem.md, and all numbers to stem.json."""
     count = next(iter(results.values()))["images"]
     text = f"{source} ({form}) beside its network, {count} images\n\n{table(results, COLUMNS)}"

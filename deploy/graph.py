@@ -1,13 +1,19 @@
 """A network at one bit-width as a short list of operations, which a file format writes down."""
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
-from models.bit_widths import FULL_PRECISION
+from models.bit_widths import FULL_PRECISION, BitWidth
 from models.float_layers import BatchNorm2d, Classifier
 from models.graph import Tracer
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
+
+# run(images (N, 3, H, W) float32, bits) -> logits (N, classes), of an exported file.
+Run = Callable[[numpy.ndarray, BitWidth | int | str], numpy.ndarray]
+ImageSize = int | tuple[int, int, int]  # of square images of three channels, or (C, H, W)
 
 # What stands in a graph as a function or a method of tensors, by name.
 FUNCTIONS = {"add": "add", "iadd": "add", "add_": "add", "flatten": "flatten", "cat": "cat",
@@ -30,12 +36,12 @@ class Operation(NamedTuple):
     """
     name: str
     kind: str
-    inputs: tuple
+    inputs: tuple[str, ...]
     layer: nn.Module | None = None
     path: str = ""
 
 
-def trace(model, bits):
+def trace(model: nn.Module, bits: BitWidth | int | str) -> list[Operation]:
     """Return the Operations of a model at `bits` bits, in order; the last is its output.
 
     Sets the model's bit-width. Raises ValueError, naming the layer, for one that is not covered.
@@ -63,7 +69,7 @@ def trace(model, bits):
     return operations
 
 
-def kind_of(node, layer, name):
+def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
     """Return an Operation's kind; ValueError where there is none."""
     if node.op in ("placeholder", "output"):
         return {"placeholder": "input", "output": "output"}[node.op]
@@ -94,12 +100,12 @@ def kind_of(node, layer, name):
     return kind
 
 
-def has_hooks(layer):
+def has_hooks(layer: nn.Module) -> bool:
     """Return whether something else runs where a layer is called."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def is_spatial_mean(node):
+def is_spatial_mean(node: fx.Node) -> bool:
     """Return whether a call of mean is over height and width: (N, C, H, W) -> (N, C)."""
     _, *arguments = node.args
     dims = arguments or [node.kwargs.get("dim")]
@@ -107,18 +113,18 @@ def is_spatial_mean(node):
     return known and len(dims) == 1 and dims[0] in ((2, 3), [2, 3], (-2, -1), [-2, -1])
 
 
-def image_shape(image_size):
+def image_shape(image_size: ImageSize) -> tuple[int, int, int]:
     """Return (C, H, W), given that or the size of square images of three channels."""
     return (3, image_size, image_size) if isinstance(image_size, int) else image_size
 
 
-def pool_settings(layer):
+def pool_settings(layer: nn.MaxPool2d) -> list[list[int]]:
     """Return a max pool's size, stride, padding and dilation, lists of two numbers."""
     return [[part] * 2 if isinstance(part, int) else list(part)
             for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
 
 
-def affine_of(layer):
+def affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Return a BatchNorm's scale and shift in evaluation, (C,) in float64."""
     norm = layer.bn_dict[layer.width] if isinstance(layer, SwitchableBatchNorm2d) else layer
     mean, var = norm.running_mean.double(), norm.running_var.double()
@@ -126,7 +132,7 @@ def affine_of(layer):
     return scale.detach(), (norm.bias.double() - scale * mean).detach()
 
 
-def integer_weight(operation):
+def integer_weight(operation: Operation) -> tuple[Tensor, float | numpy.ndarray]:
     """Return the integers m, int64, and the scale s, float64, of a quantized weight: it is s m.
 
     Scales of output channels are (O, 1, 1); one scale is a number.
@@ -148,7 +154,7 @@ def integer_weight(operation):
     return m, scale.double().numpy()[:, 0]
 
 
-def float_weight(layer):
+def float_weight(layer: nn.Conv2d) -> Tensor:
     """Return the weight, float32, that a convolution applies to what is not integer."""
     if not isinstance(layer, Conv2dQ):
         return layer.weight.detach()
@@ -156,16 +162,16 @@ def float_weight(layer):
         return layer.quantized_weight().detach()
 
 
-def takes_levels(layer):
+def takes_levels(layer: nn.Module) -> bool:
     return isinstance(layer, Conv2dQ) and layer.bits != FULL_PRECISION
 
 
-def is_rounding(layer):
+def is_rounding(layer: ActivationQ) -> bool:
     """Return whether an ActivationQ gives levels."""
     return layer.rounding and layer.bits != FULL_PRECISION
 
 
-def step_of(layer):
+def step_of(layer: ActivationQ) -> float:
     """Return the step of an ActivationQ's levels, a float; those are 0 to 2^bits - 1 of them."""
     return float(layer.quantizer.step())
 
@@ -173,7 +179,7 @@ def step_of(layer):
 # ---- what is written is what the layer computes
 
 @torch.no_grad()
-def check_layer(operation):
+def check_layer(operation: Operation) -> None:
     """Raise ValueError where a layer does not compute what its type says, as one that was edited.
 
     It is tried on random numbers.
@@ -206,7 +212,7 @@ def check_layer(operation):
                          "says, so an exported file would not hold it: take the packed format")
 
 
-def check_activation(layer, name):
+def check_activation(layer: ActivationQ, name: str) -> None:
     """Raise ValueError where an ActivationQ is not the clipping and rounding that formats hold."""
     step = 1.0
     n = 1

@@ -3,18 +3,21 @@ import copy
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
+import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deploy.graph import is_rounding, step_of, takes_levels, trace
+from deploy.graph import Operation, is_rounding, step_of, takes_levels, trace
+from models.bit_widths import BitWidth
 from models.quan_ops import ActivationQ
 
 NEAR = 1e-5  # from a threshold, of an activation in [0, 1]: there float32 may choose either level
 PASSED = ("batch_norm", "max_pool", "same")  # what may stand between a convolution and its levels
 
 
-def integer_layers(operations):
+def integer_layers(operations: list[Operation]) -> dict[str, list[nn.Module]]:
     """Return {name: modules}: each convolution of levels, and what turns its sums into levels.
 
     Where something else follows, such as an addition, the modules end before that.
@@ -43,7 +46,8 @@ def integer_layers(operations):
 
 
 @torch.no_grad()
-def compare_layers(model, files, images, bits):
+def compare_layers(model: nn.Module, files: ModuleType, images: numpy.ndarray,
+                   bits: BitWidth) -> dict[str, float]:
     """Return what a format's exporter makes of each integer layer of a model at `bits`.
 
     files: the module of the format; images (n, 3, H, W), of which the layers see what the model
@@ -76,7 +80,8 @@ def compare_layers(model, files, images, bits):
     return result
 
 
-def outputs(modules, x, files, bits):
+def outputs(modules: list[nn.Module], x: Tensor, files: ModuleType,
+            bits: BitWidth) -> tuple[Tensor, Tensor]:
     """Return a layer's outputs, by a file of it alone and in float64, before its activation.
 
     modules: the activation that makes its input, the convolution, and what follows.

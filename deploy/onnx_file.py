@@ -3,18 +3,24 @@
 A layer's output is s acc + shift: acc an integer sum, s and shift of its weight's scale and its
 BatchNorm. What requantizes it is round(n (s acc + shift)), clipped to [0, n], n = 2^bits - 1.
 """
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from numpy.typing import ArrayLike, DTypeLike
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor, nn
 
-from deploy.graph import (NESTED, affine_of, float_weight, image_shape, integer_weight,
-                          pool_settings, step_of, takes_levels, trace)
-from models.bit_widths import FULL_PRECISION, check_bit_widths
+from deploy.graph import (NESTED, ImageSize, Operation, Run, affine_of, float_weight, image_shape,
+                          integer_weight, pool_settings, step_of, takes_levels, trace)
+from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models.quan_ops import QuantizedLayer
 
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
 ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
@@ -39,16 +45,16 @@ class Writer:
     outer: the Writer of the graph around this one, if any: it holds what the bit-widths share.
     """
 
-    def __init__(self, prefix="", outer=None):
+    def __init__(self, prefix: str = "", outer: Writer | None = None):
         self.prefix, self.outer = prefix, outer
         self.nodes, self.constants, self.known, self.values = [], [], {}, {}
 
-    def node(self, kind, *inputs, **attributes):
+    def node(self, kind: str, *inputs: str, **attributes: object) -> str:
         name = f"{self.prefix}{kind}{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
         return name
 
-    def constant(self, array, dtype=numpy.float32):
+    def constant(self, array: ArrayLike, dtype: DTypeLike = numpy.float32) -> str:
         array = numpy.ascontiguousarray(numpy.asarray(array, dtype))
         if self.outer and array.size >= LARGE:  # folded where it is loaded, then optimised as any
             flat = self.outer.constant(array.ravel(), dtype)
@@ -59,7 +65,7 @@ class Writer:
             self.constants.append(numpy_helper.from_array(array, self.known[key]))
         return self.known[key]
 
-    def write(self, operations, output):
+    def write(self, operations: list[Operation], output: str) -> None:
         """Write all; `output` is the name of the logits."""
         for operation in operations[:-1]:
             inputs = [self.values[name] for name in operation.inputs]
@@ -69,7 +75,7 @@ class Writer:
 
     # ---- numbers
 
-    def scaled(self, value, factor=1.0):
+    def scaled(self, value: Value, factor: float = 1.0) -> str:
         """Return the float tensor of factor times what a Value stands for."""
         tensor, kind, scale, shift = value
         if kind != "float":
@@ -81,25 +87,25 @@ class Writer:
             tensor = self.node("Add", tensor, self.constant(shift * factor))
         return tensor
 
-    def as_float(self, value):
+    def as_float(self, value: Value) -> str:
         """Return the float tensor of what a Value stands for, written once."""
         known = self.values.setdefault("floats", {})
         if value.tensor not in known or value.kind != "levels":
             known[value.tensor] = self.scaled(value)
         return known[value.tensor]
 
-    def clipped(self, tensor, high):
+    def clipped(self, tensor: str, high: float) -> str:
         return self.node("Clip", tensor, self.constant(0), self.constant(high))
 
     # ---- layers
 
-    def input(self, operation):
+    def input(self, operation: Operation) -> Value:
         return Value("images")
 
-    def same(self, operation, value):
+    def same(self, operation: Operation, value: Value) -> Value:
         return value
 
-    def convolution(self, operation, value):
+    def convolution(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         settings = dict(strides=layer.stride, pads=layer.padding * 2, dilations=layer.dilation,
                         group=layer.groups, kernel_shape=layer.kernel_size)
@@ -119,7 +125,7 @@ class Writer:
             sums = self.node("Add", twice, box)
         return Value(sums, "sums", scale * value.scale, bias)
 
-    def integer_weight(self, operation):
+    def integer_weight(self, operation: Operation) -> tuple[str, float | numpy.ndarray, bool]:
         """Return the tensor of a Conv2dQ's uint8 weight, its scale, and whether it is halved.
 
         The weight is its integers plus 128; where they are odd up to 255, their levels.
@@ -136,7 +142,7 @@ class Writer:
             tensor = self.constant(integers + ZERO, numpy.uint8)
         return tensor, scale, False
 
-    def from_highest(self, operation, levels):
+    def from_highest(self, operation: Operation, levels: numpy.ndarray) -> str | None:
         """Return the tensor of a uint8 weight, computed from the levels at the highest bit-width.
 
         None where many of its levels do not follow from those.
@@ -158,7 +164,7 @@ class Writer:
         level = self.node("Add", level, self.constant(ZERO - n))
         return self.node("Cast", level, to=TensorProto.UINT8)
 
-    def batch_norm(self, operation, value):
+    def batch_norm(self, operation: Operation, value: Value) -> Value:
         scale, shift = (column(part) for part in affine_of(operation.layer))
         if value.kind == "levels":
             value = Value(self.as_float(value))
@@ -166,7 +172,7 @@ class Writer:
         added = 0 if value.shift is None else scale * value.shift
         return Value(value.tensor, value.kind, scale * before, shift + added)
 
-    def activation(self, operation, value):
+    def activation(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         if layer.bits == FULL_PRECISION:
             tensor = self.as_float(value)
@@ -179,10 +185,10 @@ class Writer:
         level = self.node("Round", self.clipped(self.scaled(value, 1 / step), n))
         return Value(self.node("Cast", level, to=TensorProto.UINT8), "levels", numpy.float64(step))
 
-    def relu(self, operation, value):
+    def relu(self, operation: Operation, value: Value) -> Value:
         return Value(self.node("Relu", self.as_float(value)))
 
-    def max_pool(self, operation, value):
+    def max_pool(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         size, stride, padding, dilation = pool_settings(layer)
         if value.kind != "levels":
@@ -191,26 +197,26 @@ class Writer:
                            pads=padding * 2, dilations=dilation, ceil_mode=int(layer.ceil_mode))
         return value._replace(tensor=tensor)
 
-    def average(self, operation, value):
+    def average(self, operation: Operation, value: Value) -> Value:
         return Value(self.node("GlobalAveragePool", self.as_float(value)))
 
-    def mean(self, operation, value):
+    def mean(self, operation: Operation, value: Value) -> Value:
         return self.flatten(operation, self.average(operation, value))
 
-    def add(self, operation, *values):
+    def add(self, operation: Operation, *values: Value) -> Value:
         return Value(self.node("Add", *map(self.as_float, values)))
 
-    def cat(self, operation, *values):
+    def cat(self, operation: Operation, *values: Value) -> Value:
         are_levels = all(value.kind == "levels" for value in values)
         if are_levels and len({float(value.scale) for value in values}) == 1:
             tensor = self.node("Concat", *(value.tensor for value in values), axis=1)
             return values[0]._replace(tensor=tensor)
         return Value(self.node("Concat", *map(self.as_float, values), axis=1))
 
-    def flatten(self, operation, value):
+    def flatten(self, operation: Operation, value: Value) -> Value:
         return Value(self.node("Flatten", self.as_float(value), axis=1))
 
-    def linear(self, operation, value):
+    def linear(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         inputs = [self.as_float(value), self.constant(layer.weight.detach().numpy())]
         if layer.bias is not None:
@@ -219,7 +225,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def at_bits(layer, bits):
+def at_bits(layer: QuantizedLayer, bits: int) -> Iterator[None]:
     """Let a layer have these bits."""
     before = layer.quantizer.state
     layer.quantizer.switch(bits, str(bits))
@@ -229,12 +235,13 @@ def at_bits(layer, bits):
         layer.quantizer.state = before
 
 
-def column(values):
+def column(values: Tensor) -> numpy.ndarray:
     """Return values of channels (C,) as float64 (C, 1, 1)."""
     return values.detach().double().numpy()[:, None, None]
 
 
-def export(model, bit_widths, path, image_size, any_width=False):
+def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
+           image_size: ImageSize, any_width: bool = False) -> None:
     """Write a model (in evaluation, float32, on the CPU) as one ONNX file.
 
     Its input `images` is (N, 3, H, W) float32, as the network takes it, its output `logits` (N,
@@ -259,11 +266,12 @@ def export(model, bit_widths, path, image_size, any_width=False):
     Path(path).write_bytes(content.SerializeToString(deterministic=True))
 
 
-def logits_info(name):
+def logits_info(name: str) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None])
 
 
-def any_width_graph(model, bit_widths):
+def any_width_graph(model: nn.Module, bit_widths: tuple[BitWidth, ...],
+                    ) -> tuple[Sequence[NodeProto], list[ValueInfoProto], list[TensorProto]]:
     """Return nodes, further inputs and constants: a branch a bit-width, weights stored once."""
     others = sorted(set(bit_widths) - {*NESTED})
     if others:
@@ -282,7 +290,7 @@ def any_width_graph(model, bit_widths):
     return branch.node, inputs, [*outer.constants, *branch.initializer]
 
 
-def either(bits, graph, otherwise):
+def either(bits: BitWidth, graph: GraphProto, otherwise: GraphProto) -> GraphProto:
     """Return the graph that is `graph` where the input `bits` is that, else `otherwise`."""
     number = numpy_helper.from_array(numpy.array(bits.weights), f"is{bits}")
     equal = helper.make_node("Equal", ["bits", number.name], [f"equal{bits}"])
@@ -292,7 +300,7 @@ def either(bits, graph, otherwise):
                              [number])
 
 
-def load(path, threads=1):
+def load(path: str | Path, threads: int = 1) -> Run:
     """Return run(images, bits) by ONNX Runtime: float32 (N, 3, H, W) to logits (N, classes).
 
     Raises ValueError for bits that the file does not have.

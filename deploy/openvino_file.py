@@ -7,14 +7,20 @@ in float32.
 """
 import functools
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 import openvino
+from numpy.typing import ArrayLike
+from openvino import Node, Output
 from openvino import opset13 as ops
+from torch import nn
 
-from deploy.graph import (affine_of, float_weight, image_shape, integer_weight, is_rounding,
-                          pool_settings, step_of, takes_levels, trace)
+from deploy.graph import (ImageSize, Operation, Run, affine_of, float_weight, image_shape,
+                          integer_weight, is_rounding, pool_settings, step_of, takes_levels,
+                          trace)
 from models.bit_widths import FULL_PRECISION, BitWidth
 
 CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
@@ -25,19 +31,19 @@ INT16 = 2**15 - 1
 
 class Value(NamedTuple):
     """A float tensor; where it is a quantized activation also what it is the activation of."""
-    tensor: object
-    before: object | None = None
+    tensor: Node | Output
+    before: Node | Output | None = None
 
 
 class Writer:
     """Writes the operations of a network at one bit-width as an OpenVINO model."""
 
-    def __init__(self, image_size):
+    def __init__(self, image_size: ImageSize):
         self.values, self.readers, self.is_binary = {}, Counter(), False
         self.largest_weight = 0  # of those stored in int8
         self.images = ops.parameter([-1, *image_shape(image_size)], numpy.float32, "images")
 
-    def write(self, operations):
+    def write(self, operations: list[Operation]) -> openvino.Model:
         """Return the openvino.Model of all operations."""
         rounding = [operation.layer for operation in operations
                     if operation.kind == "activation" and is_rounding(operation.layer)]
@@ -55,13 +61,13 @@ class Writer:
         content.set_rt_info("yes" if saturates else "no", "saturates")
         return content
 
-    def input(self, operation):
+    def input(self, operation: Operation) -> Value:
         return Value(self.images)
 
-    def same(self, operation, value):
+    def same(self, operation: Operation, value: Value) -> Value:
         return value
 
-    def convolution(self, operation, value):
+    def convolution(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         if value.before is None or not takes_levels(layer):
             y = convolve(layer, value.tensor, constant(float_weight(layer).numpy()))
@@ -82,11 +88,13 @@ class Writer:
             y = ops.add(y, channels(layer.bias.detach().numpy()))
         return Value(y)
 
-    def integer_convolution(self, layer, x, m, scale):
+    def integer_convolution(self, layer: nn.Conv2d, x: Node, m: numpy.ndarray,
+                            scale: float | numpy.ndarray) -> Node:
         self.largest_weight = max(self.largest_weight, abs(m).max())
         return convolve(layer, x, scaled_weight(m, scale))
 
-    def binary_convolution(self, layer, x, odd, scale):
+    def binary_convolution(self, layer: nn.Conv2d, x: Node, odd: numpy.ndarray,
+                           scale: float) -> Node:
         """Convolve the 1-bit activation of x, levels k in {0, 1}, with weights m of -1 and 1.
 
         A BinaryConvolution takes k as a = 2 k - 1, and what lies outside the image as -1 too:
@@ -106,11 +114,11 @@ class Writer:
         y = ops.multiply(sums, constant(scale / 2))
         return ops.add(y, channels(odd.sum((1, 2, 3)) * scale / 2))
 
-    def batch_norm(self, operation, value):
+    def batch_norm(self, operation: Operation, value: Value) -> Value:
         scale, shift = (channels(part.numpy()) for part in affine_of(operation.layer))
         return Value(ops.add(ops.multiply(value.tensor, scale), shift))
 
-    def activation(self, operation, value):
+    def activation(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         if layer.bits == FULL_PRECISION:
             return Value(ops.clamp(value.tensor, 0.0, layer.limit) if layer.limit
@@ -125,10 +133,10 @@ class Writer:
         low, high = numpy.float32(0), numpy.float32((LEVELS - 1) * step)
         return Value(ops.fake_quantize(clipped, low, high, low, high, LEVELS), value.tensor)
 
-    def relu(self, operation, value):
+    def relu(self, operation: Operation, value: Value) -> Value:
         return Value(ops.relu(value.tensor))
 
-    def max_pool(self, operation, value):
+    def max_pool(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         size, stride, padding, dilation = pool_settings(layer)
 
@@ -138,50 +146,50 @@ class Writer:
         # The activation rises with its input, so it may as well come after the maximum.
         return Value(pool(value.tensor), None if value.before is None else pool(value.before))
 
-    def average(self, operation, value):
+    def average(self, operation: Operation, value: Value) -> Value:
         return Value(ops.reduce_mean(value.tensor, numpy.array([2, 3]), keep_dims=True))
 
-    def mean(self, operation, value):
+    def mean(self, operation: Operation, value: Value) -> Value:
         return self.flatten(operation, self.average(operation, value))
 
-    def add(self, operation, *values):
+    def add(self, operation: Operation, *values: Value) -> Value:
         y = ops.add(*(value.tensor for value in values))
         # A binary convolution, a sum that nothing else reads, and rounding would be fused, wrongly.
         if self.is_binary and self.readers[operation.name] == 1:
             y = ops.maximum(y, constant(-LARGE))  # changes nothing
         return Value(y)
 
-    def cat(self, operation, *values):
+    def cat(self, operation: Operation, *values: Value) -> Value:
         whole = all(value.before is not None for value in values)
         before = ops.concat([value.before for value in values], 1) if whole else None
         return Value(ops.concat([value.tensor for value in values], 1), before)
 
-    def flatten(self, operation, value):
+    def flatten(self, operation: Operation, value: Value) -> Value:
         return Value(ops.reshape(value.tensor, numpy.array([0, -1]), True))
 
-    def linear(self, operation, value):
+    def linear(self, operation: Operation, value: Value) -> Value:
         layer = operation.layer
         y = ops.matmul(value.tensor, constant(layer.weight.detach().numpy()), False, True)
         return Value(y if layer.bias is None else ops.add(y, constant(layer.bias.detach().numpy())))
 
 
-def constant(array):
+def constant(array: ArrayLike) -> Node:
     return ops.constant(numpy.asarray(array, numpy.float32))
 
 
-def channels(values):
+def channels(values: ArrayLike) -> Node:
     """Return a constant (1, C, 1, 1) of values (C,)."""
     return constant(numpy.asarray(values)[None, :, None, None])
 
 
-def scaled_weight(integers, scale):
+def scaled_weight(integers: numpy.ndarray, scale: float | numpy.ndarray) -> Node:
     """Return the weight scale * integers, integers in [-128, 127], stored as int8."""
     scales = numpy.broadcast_to(numpy.reshape(scale, (-1, 1, 1, 1)), (len(integers), 1, 1, 1))
     integers = ops.convert(ops.constant(integers.astype(numpy.int8)), numpy.float32)
     return ops.multiply(integers, constant(scales))
 
 
-def convolve(layer, x, weight):
+def convolve(layer: nn.Conv2d, x: Node, weight: Node) -> Node:
     """Return the convolution of x by a weight (O, I / groups, h, w) with a layer's settings."""
     settings = (list(part) for part in (layer.stride, layer.padding, layer.padding, layer.dilation))
     if layer.groups == 1:
@@ -191,7 +199,8 @@ def convolve(layer, x, weight):
     return ops.group_convolution(x, ops.reshape(weight, shape, False), *settings)
 
 
-def export(model, bit_widths, path, image_size):
+def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
+           image_size: ImageSize) -> None:
     """Write a model (in evaluation, float32, on the CPU) at one bit-width to path, an .xml file.
 
     Its weights go to the .bin file beside it. Its input `images` is (N, 3, H, W) float32, as the
@@ -204,7 +213,7 @@ def export(model, bit_widths, path, image_size):
     openvino.save_model(content, path, compress_to_fp16=False)
 
 
-def load(path, threads=1):
+def load(path: str | Path, threads: int = 1) -> Run:
     """Return run(images, bits): float32 images (N, 3, H, W) to logits (N, classes), by OpenVINO.
 
     Raises ValueError for bits that the file does not have, and for a file whose sums saturate on
@@ -233,20 +242,20 @@ def load(path, threads=1):
 
 
 @functools.cache
-def core():
+def core() -> openvino.Core:
     """Return OpenVINO, the same as long as the process runs: where it ends, signals meet a stack
     that its CPU plugin has taken back."""
     return openvino.Core()
 
 
-def compiled(content, threads=1):
+def compiled(content: openvino.Model, threads: int = 1) -> openvino.CompiledModel:
     """Compile a model for this CPU; without the hint it would compute in bfloat16."""
     return core().compile_model(content, "CPU", {
         "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
 
 
 @functools.cache
-def sums_are_exact():
+def sums_are_exact() -> bool:
     """Return whether this CPU adds products of uint8 and int8 without saturating, by trying it."""
     x = ops.parameter([1, 64, 8, 8], numpy.float32)
     low, high = numpy.float32(0), numpy.float32(1)

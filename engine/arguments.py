@@ -3,7 +3,9 @@ import argparse
 import math
 import os
 from argparse import ArgumentTypeError, Namespace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from dataset.data import DATASETS
 from engine.distributed import rank, world_size
@@ -40,7 +42,8 @@ def names_of(*kinds: str) -> list[str]:
     return [name for name, flag in FLAGS.items() if flag.kind in kinds]
 
 
-def number(kind, least, most=2**31 - 1, above=False):
+def number(kind: type[int] | type[float], least: float, most: float = 2**31 - 1,
+           above: bool = False) -> Callable[[str], float]:
     """Return a type: a number of `kind`, int or float, from `least` up (or above it) to `most`."""
     def parse(text):
         try:
@@ -56,7 +59,7 @@ def number(kind, least, most=2**31 - 1, above=False):
     return parse
 
 
-def bit_width_list(text):
+def bit_width_list(text: str) -> list[int | str]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     try:
         return [width.plain for width in sorted(check_bit_widths(parts))]
@@ -64,7 +67,7 @@ def bit_width_list(text):
         raise ArgumentTypeError(str(error)) from None
 
 
-def model_name(text):
+def model_name(text: str) -> str:
     if text in MODELS:
         return text
     if not zoo.is_torchvision(text):
@@ -76,7 +79,7 @@ def model_name(text):
         raise ArgumentTypeError(str(error)) from None
 
 
-def epoch_list(text):
+def epoch_list(text: str) -> list[int]:
     parts = text.split(",") if text.strip() else []
     epochs = [int(part) if part.strip().isdecimal() else 0 for part in parts]
     if 0 in epochs or sorted(set(epochs)) != epochs:
@@ -85,7 +88,7 @@ def epoch_list(text):
     return epochs
 
 
-def source(text):
+def source(text: str) -> str | None:
     return None if text in ("", "None") else text  # as published scripts write it
 
 
@@ -99,16 +102,16 @@ class HelpFormatter(argparse.HelpFormatter):
 class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, and shows defaults in the help."""
 
-    def __init__(self, description, **kwargs):
+    def __init__(self, description: str | None, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter,
                          **kwargs)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         text = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
         self.exit(UsageError.exit_code, text if rank() == 0 else None)
 
 
-def make_parser(description=None):
+def make_parser(description: str | None = None) -> OneLineParser:
     parser = OneLineParser(description)
 
     def add(flag, *names, kind, evaluated=False, in_name=False, **kwargs):
@@ -121,11 +124,11 @@ def make_parser(description=None):
     return parser
 
 
-def choice(names, more=""):
+def choice(names: Iterable[str], more: str = "") -> dict[str, object]:
     return {"choices": names, "metavar": "NAME", "help": ", ".join(names) + more}
 
 
-def add_network(add):
+def add_network(add: Callable[..., None]) -> None:
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
     add("--model", kind=NETWORK, evaluated=True, in_name=True, type=model_name, default="svhnq",
         metavar="NAME",
@@ -138,7 +141,7 @@ def add_network(add):
         **choice(QUANTIZERS, ": of weights and activations"))
 
 
-def add_training(add):
+def add_training(add: Callable[..., None]) -> None:
     add("--dataset", kind=RUN, evaluated=True, in_name=True, default="digits", **choice(DATASETS))
     add("--train_split", "--train-split", kind=RUN, evaluated=True,
         help="unset: train, for svhn train_extra")
@@ -181,7 +184,7 @@ def add_training(add):
         "statistics of the whole batch; unset: of each process's part, as published")
 
 
-def add_running(add):
+def add_running(add: Callable[..., None]) -> None:
     add("--pretrain", kind=RUN, type=source, help="start from these weights: a checkpoint, a "
         "folder with model_best.pth.tar, a URL, or a published name")
     add("--resume", kind=TASK, type=source,
@@ -231,7 +234,7 @@ def parse_flags(argv: list[str] | None = None, description: str | None = None) -
     return flags
 
 
-def check_saved(arguments: dict, path) -> dict:
+def check_saved(arguments: dict, path: str | Path) -> dict:
     """Return a checkpoint's arguments; UserError naming one that no command line could have set.
 
     A precision that there was once passes: check_settings says what to do.
@@ -259,7 +262,7 @@ def check_saved(arguments: dict, path) -> dict:
     return arguments
 
 
-def check_task(args):
+def check_task(args: Namespace) -> None:
     """Raise UsageError where training, evaluating and their sources do not go together."""
     if args.evaluate and not (args.pretrain or args.resume):
         raise UsageError("--evaluate needs something to evaluate: give --pretrain SOURCE")
@@ -286,7 +289,7 @@ def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
     return args
 
 
-def check_settings(args):
+def check_settings(args: Namespace) -> None:
     """Raise UsageError where the settings of a run do not go together."""
     data, count = DATASETS[args.dataset], world_size()
     if args.train_split not in data.val_split:
@@ -323,11 +326,11 @@ def check_settings(args):
                          f"than --epochs {args.epochs}")
 
 
-def flag_name(name):
+def flag_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def run_name(args):
+def run_name(args: Namespace) -> str:
     """Name a run by what sets it apart: data, model, bit-widths, loss, widths per step, seed."""
     parts = [args.dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
     parts += [args.loss] * (len(args.bit_width_list) > 1) + ["allconv"] * args.all_conv

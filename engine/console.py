@@ -5,19 +5,21 @@ import time
 
 from tqdm import tqdm
 
-from engine.metrics import mean_loss
+from engine.metrics import Metrics, mean_loss
 from engine.run_folder import log
+from models import BitWidth
 
 
 class Console:
     """Shows the progress of a run of `epochs` epochs of `steps` steps, every print_freq steps."""
 
-    def __init__(self, bit_widths, epochs, steps, print_freq, bar):
+    def __init__(self, bit_widths: list[BitWidth], epochs: int, steps: int, print_freq: int,
+                 bar: bool):
         self.bit_widths, self.epochs, self.steps = bit_widths, epochs, steps
         self.print_freq, self.shows_bar = print_freq, bar
         self.rows, self.started, self.bar = 0, time.monotonic(), None
 
-    def step(self, epoch, metrics):
+    def step(self, epoch: int, metrics: Metrics) -> None:
         """Show a step of `epoch`, counted from 0; at log points waits for the device."""
         name = f"epoch {epoch + 1}/{self.epochs}"
         if self.bar is None:
@@ -33,7 +35,7 @@ class Console:
             top1 = "  ".join(f"{bits}b {values['top1']:.2f}" for bits, values in averages.items())
             log.info(f"{name}  step {metrics.steps}/{self.steps}  {loss}  top-1 {top1}")
 
-    def row(self, record):
+    def row(self, record: dict) -> None:
         """Show an epoch by its record of metrics.jsonl."""
         if self.bar:
             self.bar.close()
@@ -51,7 +53,7 @@ class Console:
                  f" | val {val} | {record['images_per_second']:8.0f} "
                  f"{datetime.timedelta(seconds=round(eta))!s:>8}")
 
-    def cells(self, averages):
+    def cells(self, averages: dict[BitWidth, dict[str, float]]) -> str:
         """Return the top-1 of each bit-width, aligned; "-" where it has seen no image."""
         return " ".join(f"{averages[bits]['top1']:6.2f}" if bits in averages else f"{'-':>6}"
                         for bits in self.bit_widths)

@@ -10,7 +10,7 @@ import torch
 from engine.errors import UsageError, UserError
 
 
-def choose_device(name):
+def choose_device(name: str) -> torch.device:
     """Return the device called `name`: auto, cpu, cuda or cuda:i.
 
     auto and cuda take the GPU with the most free memory; of several processes, each takes the GPU
@@ -28,7 +28,7 @@ def choose_device(name):
     return torch.device(name)
 
 
-def freest_gpu():
+def freest_gpu() -> int:
     """Return the index, among the GPUs that torch sees, of the one with the most free memory."""
     if torch.cuda.device_count() == 1:
         return 0
@@ -44,7 +44,7 @@ def freest_gpu():
         str(torch.cuda.get_device_properties(index).uuid), -1))
 
 
-def describe(device):
+def describe(device: torch.device) -> str:
     """Return the device's name for people."""
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"

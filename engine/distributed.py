@@ -2,26 +2,31 @@
 import contextlib
 import datetime
 import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
 
 
 class ProcessError(Exception):
     """The processes of a run cannot be joined, or lost each other."""
 
 
-def rank():
+def rank() -> int:
     """Return this process's number, from 0; rank 0 writes."""
     return int(os.environ.get("RANK", 0))
 
 
-def world_size():
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
-def processes(device, timeout):
+def processes(device: torch.device, timeout: int) -> Iterator[None]:
     """Join the processes of the run, by NCCL on GPUs and gloo on CPUs.
 
     timeout: seconds that one waits for the others; with gloo a ProcessError follows, NCCL ends the
@@ -52,7 +57,7 @@ def processes(device, timeout):
 
 
 @contextlib.contextmanager
-def one_at_a_time_per_machine():
+def one_at_a_time_per_machine() -> Iterator[None]:
     """Let the first process of each machine go first, such as to download, then the others."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
@@ -62,7 +67,7 @@ def one_at_a_time_per_machine():
         wait()
 
 
-def gather(value):
+def gather(value: T) -> list[T]:
     """Return every process's value, as a list by rank."""
     values = [value] * world_size()
     if world_size() > 1:
@@ -70,7 +75,7 @@ def gather(value):
     return values
 
 
-def sum_over_processes(tensor):
+def sum_over_processes(tensor: Tensor) -> Tensor:
     """Return the sum of `tensor` over the processes, as a new tensor."""
     total = tensor.clone()
     if world_size() > 1:
@@ -78,12 +83,12 @@ def sum_over_processes(tensor):
     return total
 
 
-def any_process(flags):
+def any_process(flags: list[bool]) -> list[bool]:
     """Return, for each of the booleans, whether it is true on any process. Waits for all."""
     return [any(flag) for flag in zip(*gather(flags))]
 
 
-def wait():
+def wait() -> None:
     """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
@@ -125,13 +130,13 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
                  broadcast)
 
 
-def broadcast(tensor):
+def broadcast(tensor: Tensor) -> None:
     """Overwrite a tensor with rank 0's."""
     dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()
-def exchange(tensors, collective):
+def exchange(tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
     """Run an in-place collective once on tensors of one type, joined."""
     if tensors and world_size() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -3,7 +3,10 @@ import contextlib
 import multiprocessing
 import signal
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -32,7 +35,7 @@ class StopRequest:
                          for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def remember(self, number, frame):
+    def remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
@@ -44,14 +47,14 @@ class StopRequest:
 class Stopped(UserError):
     """The run was asked to stop by signal `number` (None: another process got it), and is saved."""
 
-    def __init__(self, number, where=""):
+    def __init__(self, number: int | None, where: str = ""):
         number = number or signal.SIGTERM
         super().__init__(f"stopped by {signal.Signals(number).name} {where}")
         self.number, self.exit_code = number, 128 + number
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path: str | Path) -> Iterator[None]:
     """Raise UserError naming `path` where a field of it is missing or of another kind.
 
     For the reading of fields alone: in it no code of a network runs.
@@ -64,7 +67,7 @@ def reading(path):
                         "project") from None
 
 
-def run_program(main, parse):
+def run_program(main: Callable[[Namespace], object], parse: Callable[[], Namespace]) -> None:
     """Run main(parse()); what the user can mend becomes one line on stderr and an exit code."""
     try:
         main(parse())
@@ -87,7 +90,7 @@ def run_program(main, parse):
     sys.exit(code)
 
 
-def explained(error):
+def explained(error: Exception) -> str:
     """Return what to do about an error of torch, or raise it again."""
     if "more than 1 value per channel" in str(error):
         return ("a BatchNorm got one image of one pixel, which has no variance: choose a "

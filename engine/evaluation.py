@@ -1,18 +1,21 @@
 """The accuracy of a network at every bit-width, and --evaluate."""
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from dataset.data import DATASETS
-from dataset.loader import count_classes
+from dataset.data import DATASETS, Samples
+from dataset.loader import Loader, count_classes
 from engine.arguments import FLAGS, run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
-from engine.errors import Stopped, UsageError, UserError
+from engine.errors import Stopped, StopRequest, UsageError, UserError
 from engine.figures import evaluation_table, save_evaluation_figure
+from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
-from engine.resume import plain
+from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
 from engine.setup import (make_forward_pass, make_train_loader, make_val_loader,
                           open_data)
@@ -24,7 +27,9 @@ from utils import flag_text, write_json
 
 
 @torch.no_grad()
-def evaluate(model, forward_pass, loader, bit_widths, device, what="validation", stop=None):
+def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
+             bit_widths: Sequence[BitWidth], device: torch.device, what: str = "validation",
+             stop: StopRequest | None = None) -> dict[BitWidth, dict[str, float]]:
     """Return {bits: {"loss", "top1", "top5"}} over the loaders of all processes, each image once.
 
     stop: a StopRequest, for which one process raises Stopped between two batches. Raises UserError,
@@ -46,7 +51,7 @@ def evaluate(model, forward_pass, loader, bit_widths, device, what="validation",
     return metrics.averages()
 
 
-def evaluate_checkpoint(args, checkpoint, device):
+def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.device) -> Path:
     """Write evaluation.json, a table and a picture; return the results folder."""
     path, content = checkpoint.path, checkpoint.content
     present = saved_bit_widths(content["state_dict"])
@@ -92,7 +97,7 @@ def evaluate_checkpoint(args, checkpoint, device):
     return run.path
 
 
-def check_classes(model, classes, path, dataset):
+def check_classes(model: nn.Module, classes: int, path: str | Path, dataset: str) -> None:
     """Raise UserError where a network has fewer outputs than there are classes.
 
     More of them stay: a published network may be evaluated on some of ImageNet's folders.
@@ -103,12 +108,13 @@ def check_classes(model, classes, path, dataset):
                         "data set that it was trained on, by --dataset")
 
 
-def copies_quantizers(model):
+def copies_quantizers(model: nn.Module) -> bool:
     """Return whether quantizers keep something per bit-width, as BatchNorm does."""
     return any("quantizer." in key and ENTRY.fullmatch(key) for key in model.state_dict())
 
 
-def calibration_batches(args, train_set, forward_pass, device):
+def calibration_batches(args: Namespace, train_set: Samples, forward_pass: ForwardPass,
+                        device: torch.device) -> Loader:
     """Return a loader of the first --calibrate training batches, whole ones on every process."""
     loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     if args.calibrate > len(loader):
@@ -119,7 +125,8 @@ def calibration_batches(args, train_set, forward_pass, device):
     return loader
 
 
-def save_calibrated(args, checkpoint, model, added):
+def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
+                    added: Iterable[BitWidth]) -> None:
     """Write an ordinary checkpoint that knows which of its bit-widths were calibrated."""
     content = checkpoint.content
     save_checkpoint(Path(args.save_calibrated), {

@@ -1,22 +1,27 @@
 """Tables and pictures of accuracy against bit-width."""
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display is asked for
 
 from engine.metrics import best_key
+from models import BitWidth
 from utils import replacing
 
 
-def best_record(history, best_by="highest"):
+def best_record(history: list[dict], best_by: str = "highest") -> dict:
     """Return the record of the epoch of model_best.pth.tar; of epochs that tie the last."""
     return max(reversed(history), key=lambda record: best_key(record["val"], best_by))
 
 
-def best_of_each(history):
+def best_of_each(history: list[dict]) -> dict[BitWidth, dict[str, float]]:
     """Return {bits: its best values over all epochs}, which no one network has."""
     return {bits: max((record["val"][bits] for record in history), key=lambda value: value["top1"])
             for bits in sorted(history[0]["val"])}
 
 
-def best_and_last(history, best_by="highest"):
+def best_and_last(history: list[dict], best_by: str = "highest") -> str:
     """Return the closing table of a run: val top-1 per bit-width."""
     best = best_record(history, best_by)
     last = history[-1]
@@ -30,7 +35,8 @@ def best_and_last(history, best_by="highest"):
     return "\n".join(lines)
 
 
-def evaluation_table(results, trained):
+def evaluation_table(results: dict[BitWidth, dict[str, float]],
+                     trained: Container[BitWidth]) -> str:
     """Return a table of {bits: {"loss", "top1", "top5"}}, the untrained bit-widths marked."""
     header = f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"
     return "\n".join([header, *(
@@ -38,7 +44,8 @@ def evaluation_table(results, trained):
         f"{'' if bits in trained else '   not trained'}" for bits, value in results.items())])
 
 
-def save_training_figure(path, history, title, best_by="highest"):
+def save_training_figure(path: str | Path, history: list[dict], title: str,
+                         best_by: str = "highest") -> None:
     """Draw a run's val top-1 against bit-width, and against epoch per bit-width, as PNG."""
     figure, (by_width, by_epoch) = new_figure(2, title)
     widths = sorted(history[0]["val"])
@@ -56,14 +63,15 @@ def save_training_figure(path, history, title, best_by="highest"):
     save_figure(figure, path)
 
 
-def save_evaluation_figure(path, results, title):
+def save_evaluation_figure(path: str | Path, results: dict[BitWidth, dict[str, float]],
+                           title: str) -> None:
     """Draw an evaluation's top-1 against bit-width, as PNG."""
     figure, (axis,) = new_figure(1, title)
     plot_by_width(axis, sorted(results), {bits: value["top1"] for bits, value in results.items()})
     save_figure(figure, path)
 
 
-def new_figure(columns, title=None):
+def new_figure(columns: int, title: str | None = None) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(6 * columns, 4.5), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -72,7 +80,8 @@ def new_figure(columns, title=None):
     return figure, axes
 
 
-def plot_by_width(axis, widths, top1, spread=None, **style):
+def plot_by_width(axis: Axes, widths: list[BitWidth], top1: dict[BitWidth, float],
+                  spread: dict[BitWidth, float] | None = None, **style: object) -> None:
     """Plot top1 {bits: %} over evenly spaced widths, with error bars where spread is given."""
     present = [bits for bits in widths if bits in top1]
     axis.errorbar([widths.index(bits) for bits in present], [top1[bits] for bits in present],
@@ -82,6 +91,6 @@ def plot_by_width(axis, widths, top1, spread=None, **style):
     axis.set(xlabel="bits (weights and activations)", ylabel="val top-1 (%)")
 
 
-def save_figure(figure, path):
+def save_figure(figure: Figure, path: str | Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -2,10 +2,14 @@
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor, nn
 
 from engine.errors import UserError
+from models import BitWidth
 from models.graph import link_inputs
 from models.losses import (any_precision_backward, forward_loss, prepare_weights,
                            shared_computation)
@@ -13,7 +17,7 @@ from models.losses import (any_precision_backward, forward_loss, prepare_weights
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def check_precision(precision, device):
+def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError where the device cannot compute in `precision`."""
     choice, lacking = "fp32, or bf16, which is slow on most CPUs", precision == "tf32"
     if device.type == "cuda":
@@ -38,7 +42,8 @@ class ForwardPass:
 
     shared = True  # whether bit-widths share what none of them changes
 
-    def __init__(self, model, device, precision="fp32", batch_size=None, backend="inductor"):
+    def __init__(self, model: nn.Module, device: torch.device, precision: str = "fp32",
+                 batch_size: int | None = None, backend: str | Callable = "inductor"):
         check_precision(precision, device)
         self.model = model
         allow_tf32 = precision == "tf32"  # torch's own default for convolutions
@@ -59,7 +64,7 @@ class ForwardPass:
         if precision != "fp32":
             link_inputs(model)
 
-    def compile(self, device, precision, backend):
+    def compile(self, device: torch.device, precision: str, backend: str | Callable) -> None:
         # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
@@ -73,18 +78,19 @@ class ForwardPass:
         self.prepare = compiled(prepare_weights)
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it every time
 
-    def __call__(self, model, images, target):
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         compiles = len(images) == self.batch_size
         return (self.compiled if compiles else forward_loss)(model, images, target)
 
-    def backward(self, images, labels, bit_widths, loss, loss_scale=1.0):
+    def backward(self, images: Tensor, labels: Tensor, bit_widths: Iterable[BitWidth | int | str],
+                 loss: str, loss_scale: float = 1.0) -> dict[BitWidth, tuple[Tensor, Tensor]]:
         """Call models.losses.any_precision_backward, computed this way."""
         return any_precision_backward(
             self.model, images, labels, bit_widths, loss, loss_scale, self.shared,
             share_stem=not self.batch_size, forward=self, prepare=self.prepare,
             autocast=self.autocast)
 
-    def sharing(self, images):
+    def sharing(self, images: Tensor) -> AbstractContextManager:
         """Return the context in which bit-widths share what none of them changes."""
         if not self.shared:
             return contextlib.nullcontext()

@@ -1,8 +1,12 @@
 """Loss and accuracy per bit-width."""
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from engine.distributed import rank, sum_over_processes
 from engine.errors import UserError
+from models import BitWidth
 
 
 class Metrics:
@@ -11,7 +15,7 @@ class Metrics:
     A step may leave bit-widths out: each is averaged over the images that it has seen.
     """
 
-    def __init__(self, bit_widths, device):
+    def __init__(self, bit_widths: Sequence[BitWidth], device: torch.device):
         self.sums = torch.zeros(len(bit_widths), 3, dtype=torch.float64, device=device)
         self.bit_widths = sorted(bit_widths)
         self.counts = dict.fromkeys(self.bit_widths, 0)  # images that each has seen
@@ -20,7 +24,7 @@ class Metrics:
         self.seconds = 0.0  # spent on them
         self.unread = []  # a step's (bit-widths, losses), since the last check_finite
 
-    def add(self, results: dict, labels: torch.Tensor) -> None:
+    def add(self, results: dict[BitWidth, tuple[Tensor, Tensor]], labels: Tensor) -> None:
         """Add a batch: {bits: (mean loss, logits (N, classes))} and labels (N,). Does not wait."""
         visited = [bits for bits in self.bit_widths if bits in results]
         losses = torch.stack([results[bits][0] for bits in visited])
@@ -39,7 +43,7 @@ class Metrics:
         self.count += len(labels)
         self.steps += 1
 
-    def check_finite(self, what):
+    def check_finite(self, what: str) -> None:
         """Raise UserError naming `what` and the first loss that is not finite. Waits."""
         if not self.unread:
             return
@@ -55,7 +59,7 @@ class Metrics:
                         f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or "
                         "look at the data; the last good checkpoint is kept")
 
-    def averages(self):
+    def averages(self) -> dict[BitWidth, dict[str, float]]:
         """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent. Waits.
 
         A bit-width that has seen no image is left out.
@@ -68,7 +72,7 @@ class Metrics:
                 averages[bits] = {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
         return averages
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor | list[int] | int | float]:
         """Return the sums and counts over all processes, each of which must ask. Waits."""
         counted = self.sums.new_tensor([*self.counts.values(), self.count])
         total = sum_over_processes(torch.cat([self.sums.flatten(), counted]))
@@ -76,7 +80,7 @@ class Metrics:
         return {"sums": sums.view_as(self.sums), "counts": list(map(int, counts.tolist())),
                 "count": int(count), "steps": self.steps, "seconds": self.seconds}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Tensor | list[int] | int | float]) -> None:
         """Restore saved sums, on rank 0; other processes have counted none of them."""
         self.steps = state["steps"]
         self.seconds = state["seconds"]
@@ -88,7 +92,7 @@ class Metrics:
             self.counts = dict(zip(self.bit_widths, counts, strict=True))
 
 
-def best_key(averages, best_by):
+def best_key(averages: dict[BitWidth, dict[str, float]], best_by: str) -> tuple[float, float]:
     """Return what is largest in the best epoch: top-1 of the highest bit-width, and the mean.
 
     best_by: highest, or mean, which comes first; the other breaks ties.
@@ -98,6 +102,6 @@ def best_key(averages, best_by):
     return (highest, mean) if best_by == "highest" else (mean, highest)
 
 
-def mean_loss(averages: dict) -> float:
+def mean_loss(averages: dict[BitWidth, dict[str, float]]) -> float:
     """Return the mean loss over the bit-widths that are there."""
     return sum(values["loss"] for values in averages.values()) / len(averages)

@@ -19,7 +19,7 @@ FILES = json.loads(Path(__file__).with_suffix(".json").read_text())  # name: its
 DATASET = {"resnet20q": "cifar10", "svhnq": "svhn", "resnet50q": "imagenet"}  # trained on
 
 
-def find_checkpoint(source, *names):
+def find_checkpoint(source: str | Path, *names: str) -> Path:
     """Return the checkpoint file that `source` means; UserError where there is none.
 
     A file; a folder that holds, in it or in its ckpt/, the first of `names`; an http(s) URL; a key
@@ -37,12 +37,12 @@ def find_checkpoint(source, *names):
                     "_any_recursive (of resnet50q no hard and soft)")
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Return where downloads are kept: ~/.cache/any_precision, or under XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision").expanduser()
 
 
-def download(url, name):
+def download(url: str, name: str) -> Path:
     """Fetch url to cache_folder()/name, whole and readable as a checkpoint, or not at all; once."""
     path = cache_folder() / name
     if path.is_file():

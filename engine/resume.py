@@ -1,5 +1,6 @@
 """What a run takes over from a checkpoint: to resume, and to evaluate."""
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine import published
@@ -19,7 +20,7 @@ class Checkpoint:
     say of its network is theirs.
     """
 
-    def __init__(self, path, in_place=False, flags=None):
+    def __init__(self, path: Path, in_place: bool = False, flags: Namespace | None = None):
         self.path = path
         self.in_place = in_place
         self.content = read_checkpoint(path)
@@ -46,7 +47,7 @@ class Checkpoint:
                                                               DEFAULTS["dataset"])
 
 
-def plain(bit_widths):
+def plain(bit_widths: Iterable[BitWidth]) -> list[int | str]:
     """Return bit-widths as arguments and files hold them."""
     return [width.plain for width in bit_widths]
 
@@ -72,7 +73,8 @@ def resolve(flags: Namespace) -> tuple[Namespace, Checkpoint | None]:
     return resolve_resumed(flags, given.resume, Checkpoint(path, in_place, flags))
 
 
-def resolve_resumed(flags, source, checkpoint):
+def resolve_resumed(flags: Namespace, source: str | Path,
+                    checkpoint: Checkpoint) -> tuple[Namespace, Checkpoint]:
     """Return arguments to go on with: the saved run's; UsageError for a flag that says otherwise.
 
     The machine's flags may change, and --epochs. A published checkpoint's missing settings are
@@ -108,7 +110,7 @@ def resolve_resumed(flags, source, checkpoint):
     return merge_args(Namespace(**given), saved), checkpoint
 
 
-def resolve_same_command(flags, checkpoint):
+def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Namespace, Checkpoint]:
     """Go on by the same command; UserError naming what another command changes."""
     folder = checkpoint.path.parent.parent
     saved = {**DEFAULTS, **checkpoint.arguments}
@@ -124,7 +126,7 @@ def resolve_same_command(flags, checkpoint):
     return resolve_resumed(flags, folder, checkpoint)
 
 
-def differences(saved, ours, free=()):
+def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     """Return what makes another run of ours than of saved arguments; `free` ones may differ."""
     machine = names_of(MACHINE)
     return "; ".join(f"{flag_name(name)} is {flag_text(saved[name])}, not {flag_text(value)}"
@@ -132,14 +134,14 @@ def differences(saved, ours, free=()):
                      if name in saved and name not in (*machine, *free) and saved[name] != value)
 
 
-def refuse_packed(content, path, purpose):
+def refuse_packed(content: dict, path: str | Path, purpose: str) -> None:
     """Raise UserError where what read_checkpoint returned is of a packed file."""
     if "packed" in content:
         raise UserError(f"{path} is a packed file, whose integers are no weights to {purpose}: "
                         "give the checkpoint that it was exported from")
 
 
-def resolve_evaluation(flags, given):
+def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, Checkpoint]:
     """Return an evaluation's arguments: what no flag sets is taken from the checkpoint."""
     names = [BEST] if given.pretrain else [LATEST, BEST]
     path = published.find_checkpoint(given.pretrain or given.resume, *names)

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
+from engine.state import TrainingState
 from models import BitWidth
 from utils import one_line, with_text_keys, write_json, write_text
 
@@ -33,13 +34,14 @@ class RunFolder:
     it cannot be written, another run is writing it, or it holds one (in_place: which goes on).
     """
 
-    def __init__(self, folder, name, in_place=False, save_every=None):
+    def __init__(self, folder: str | Path | None, name: str, in_place: bool = False,
+                 save_every: float | None = None):
         self.save_every, self.last_save = save_every, time.monotonic()  # minutes, seconds
         self.history, self.writer, self.lock = [], None, None
         self.path = Path(gather(self.open(folder, name, in_place) if rank() == 0 else None)[0])
         self.metrics_file = self.path / "metrics.jsonl"
 
-    def open(self, results_dir, name, in_place):
+    def open(self, results_dir: str | Path | None, name: str, in_place: bool) -> Path:
         folder, count = Path(results_dir or f"results/{name}"), 1
         kept = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl")
         if results_dir and not in_place and any(
@@ -76,7 +78,7 @@ class RunFolder:
                 file.close()
         log.handlers = []
 
-    def write_config(self, arguments, device, **more):
+    def write_config(self, arguments: dict, device: torch.device, **more: object) -> None:
         """Write config.json: arguments, seed, command, versions, commit and device."""
         if rank() > 0:
             return
@@ -93,7 +95,7 @@ class RunFolder:
             "processes": world_size(), **more, "versions": versions, "commit": commit(),
             "device": describe(device)})
 
-    def begin(self, epoch):
+    def begin(self, epoch: int) -> None:
         """Keep the records of `epoch` epochs; a resumed run makes the later ones again."""
         if rank() == 0:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
@@ -101,7 +103,7 @@ class RunFolder:
             write_metrics(self.metrics_file, self.history)
             self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch)
 
-    def log_epoch(self, record):
+    def log_epoch(self, record: dict) -> None:
         """Add an epoch's record to metrics.jsonl, and to TensorBoard under the published tags."""
         if rank() > 0:
             return
@@ -115,18 +117,18 @@ class RunFolder:
                     self.writer.add_scalar(f"{part}_{tag}_{bits}", values[name], epoch)
         self.writer.flush()
 
-    def save(self, state, best=False):
+    def save(self, state: TrainingState, best: bool = False) -> None:
         """Save a TrainingState here; all processes call it."""
         state.save(self.path, best)
         self.last_save = time.monotonic()
 
-    def save_is_due(self):
+    def save_is_due(self) -> bool:
         """Return whether save_every minutes have passed since the last save, by rank 0's clock."""
         minutes = (time.monotonic() - self.last_save) / 60
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
 
 
-def write_metrics(path, records):
+def write_metrics(path: Path, records: list[dict]) -> None:
     """Write a metrics.jsonl, a line a record; UserError where that fails, as on a full disk."""
     try:
         write_text(path, "".join(json.dumps(with_text_keys(record)) + "\n" for record in records))
@@ -134,7 +136,7 @@ def write_metrics(path, records):
         raise UserError(f"{path} cannot be written ({one_line(error)}): make room there") from None
 
 
-def read_metrics(path):
+def read_metrics(path: Path) -> list[dict]:
     """Return the records of a metrics.jsonl; a line that a kill cut short is passed over."""
     records = []
     for line in path.read_text().splitlines():
@@ -147,7 +149,7 @@ def read_metrics(path):
     return records
 
 
-def commit():
+def commit() -> str | None:
     """Return this project's commit; None without git, or outside a repository."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
                "--abbrev=40", "--dirty= with local changes"]

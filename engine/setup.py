@@ -1,28 +1,31 @@
 """The parts of a run, made as the arguments say."""
 from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from dataset.data import DATASETS, get_dataset
-from dataset.loader import make_loader
+from dataset.data import DATASETS, Samples, get_dataset
+from dataset.loader import Loader, make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass
-from models import (add_missing_bit_widths, build, initialize_quantizers, saved_bit_widths,
-                    sets_parameters, zoo)
+from models import (BitWidth, add_missing_bit_widths, build, initialize_quantizers,
+                    saved_bit_widths, sets_parameters, zoo)
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
-def open_data(args):
+def open_data(args: Namespace) -> list[Samples]:
     """Return the data sets to train and to validate on, without transforms; downloads them."""
     splits = args.train_split, DATASETS[args.dataset].val_split[args.train_split]
     with one_at_a_time_per_machine():  # the first may have to download them
         return [get_dataset(args.dataset, split, data_dir=args.data_dir) for split in splits]
 
 
-def describe_images(name, dataset):
+def describe_images(name: str, dataset: Samples) -> dict:
     """Return of what images a network is, as checkpoints hold it."""
     row = DATASETS[name]
     names = getattr(dataset, "classes", None)
@@ -30,7 +33,8 @@ def describe_images(name, dataset):
             "class_names": list(map(str, names)) if names else None}
 
 
-def make_train_loader(args, dataset, memory_format, device):
+def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
+                      device: torch.device) -> Loader:
     if args.train_fraction < 1:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
         count = max(1, round(args.train_fraction * len(dataset)))
@@ -39,7 +43,8 @@ def make_train_loader(args, dataset, memory_format, device):
                        world_size(), args.workers, memory_format)
 
 
-def make_val_loader(args, dataset, memory_format, device):
+def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
+                    device: torch.device) -> Loader:
     batch_size = images_per_process(args)
     if DATASETS[args.dataset].in_memory and not args.compile:  # which takes batches of one size
         batch_size *= 4  # nothing is kept for a backward pass, so there is room
@@ -47,11 +52,12 @@ def make_val_loader(args, dataset, memory_format, device):
                        world_size(), args.workers, memory_format)
 
 
-def images_per_process(args):
+def images_per_process(args: Namespace) -> int:
     return max(1, args.batch_size // world_size())
 
 
-def make_model(args, bit_widths, num_classes):
+def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
+               num_classes: int) -> nn.Module:
     try:
         return build(args.model, bit_widths, num_classes, args.width, args.all_conv, args.quantizer)
     except ValueError as error:
@@ -60,7 +66,8 @@ def make_model(args, bit_widths, num_classes):
         raise UsageError(f"--model {args.model}: {error}") from None
 
 
-def load_pretrained(model, path, state_dict):
+def load_pretrained(model: nn.Module, path: str | Path,
+                    state_dict: dict[str, Tensor]) -> tuple[str, bool]:
     """Load --pretrain, of this model or of the float network it was made from.
 
     Returns a message, and whether the quantizers' parameters are new: those of a checkpoint that
@@ -89,7 +96,8 @@ def load_pretrained(model, path, state_dict):
     return message, are_new
 
 
-def initialize_model(model, forward_pass, loader, bit_widths):
+def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader,
+                     bit_widths: Iterable[BitWidth]) -> None:
     """Let quantizers set their parameters from the first training batch of rank 0."""
     if not sets_parameters(model) or rank() > 0:
         return
@@ -98,7 +106,7 @@ def initialize_model(model, forward_pass, loader, bit_widths):
         initialize_quantizers(model, images, bit_widths)
 
 
-def synchronize_batch_norm(model, device):
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model with torch's SyncBatchNorm; UserError on CPUs, where it does not work."""
     if device.type != "cuda":
         raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs, and this run is on "
@@ -106,7 +114,7 @@ def synchronize_batch_norm(model, device):
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def make_forward_pass(args, model, device):
+def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -> ForwardPass:
     """Return the ForwardPass that args ask for."""
     return ForwardPass(model, device, args.precision,
                        images_per_process(args) if args.compile else None)
@@ -121,7 +129,8 @@ def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
     return [{"params": list(model.parameters())}]
 
 
-def make_optimizer(args: Namespace, parameters) -> torch.optim.Optimizer:
+def make_optimizer(args: Namespace,
+                   parameters: Iterable[dict] | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of --optimizer; parameters: groups, or an iterable of parameters.
 
     Each of its groups holds its learning rate before any schedule, as "initial_lr".

@@ -1,11 +1,14 @@
 """What a checkpoint holds, saved and restored whole."""
 import math
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from engine.distributed import gather, rank, wait
 from engine.errors import UserError, reading
 from engine.metrics import Metrics, best_key
+from models import BitWidth
 from models.checkpoint import load_weights
 from utils import one_line, replacing
 
@@ -17,7 +20,9 @@ class TrainingState:
     images: of what images it is, as checkpoints hold it.
     """
 
-    def __init__(self, model, optimizer, bit_widths, device, arguments, num_samples, images=None):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer,
+                 bit_widths: list[BitWidth], device: torch.device, arguments: dict,
+                 num_samples: int, images: dict | None = None):
         self.model = model
         self.optimizer = optimizer
         self.device = device
@@ -33,7 +38,7 @@ class TrainingState:
         for group in optimizer.param_groups:  # torch's own key, by which a resumed run compares
             group["param_names"] = [names[parameter] for parameter in group["params"]]
 
-    def finish_epoch(self, val_metrics):
+    def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
         """Count an epoch as done; return whether it is the best until now, ties included."""
         key = best_key(val_metrics, self.arguments["best_by"])
         improved = key >= self.best
@@ -44,7 +49,7 @@ class TrainingState:
         self.metrics = Metrics(self.bit_widths, self.device)
         return improved
 
-    def save(self, folder, best=False):
+    def save(self, folder: Path, best: bool = False) -> None:
         """Write model_latest.pth.tar, and model_best.pth.tar where best, whole or not at all.
 
         All processes call it, and return when it is written; of the network rank 0's is. Raises
@@ -70,7 +75,7 @@ class TrainingState:
                 save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", content)
         wait()
 
-    def restore(self, path, content):
+    def restore(self, path: str | Path, content: dict) -> None:
         """Take over what read_checkpoint has read from `path`; UserError where it does not fit."""
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
@@ -97,7 +102,7 @@ class TrainingState:
                             f"split has {self.num_samples}: resume on the same data")
 
 
-def save_checkpoint(path, content):
+def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint whole or not at all; UserError where that fails, as on a full disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +117,7 @@ def save_checkpoint(path, content):
 OF_THIS_RUN = ("lr", "initial_lr", "param_names", "fused", "foreach", "capturable")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path,
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path,
                    published: bool = False) -> None:
     """Load an optimizer's state; UserError where it is of another optimizer, network or grouping.
 

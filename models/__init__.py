@@ -1,5 +1,5 @@
 """Any-precision networks by name, and the switch that sets their bit-width."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -21,7 +21,7 @@ DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}
 
 def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: int, width: int = 1,
           all_conv: bool = False, quantizer: str = "dorefa",
-          keep: Iterable[str] = ()) -> nn.Module:
+          keep: Sequence[str] = ()) -> nn.Module:
     """Return a network of MODELS, or a converted one of torchvision.
 
     keep: of a converted one, as in `convert`. The network's attribute `spec` says what built it, as

@@ -1,17 +1,19 @@
 """A network of float layers, made into one that runs at any precision."""
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from models import graph as graphs
-from models.bit_widths import check_bit_widths
+from models.bit_widths import BitWidth, check_bit_widths
 from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 
-def convert(network, bit_widths, keep=()):
+def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
+            keep: Sequence[str] = ()) -> AnyPrecisionNetwork:
     """Return a copy of a float network, with its weights, that runs at any of the bit-widths.
 
     Conv2d becomes Conv2dQ, BatchNorm2d one for each bit-width, ReLU and ReLU6 ActivationQ. In full
@@ -41,11 +43,11 @@ def convert(network, bit_widths, keep=()):
     return model.train(training)
 
 
-def call(network, x):
+def call(network: nn.Module, x: Tensor) -> Tensor:
     return network(x)
 
 
-def check_layers(network, keep):
+def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
     """Raise ValueError for a network without what a conversion needs, or with what it cannot."""
     modules = dict(network.named_modules())
     for name in keep:
@@ -68,11 +70,12 @@ def check_layers(network, keep):
                              "it with affine=True and track_running_stats=True, or name it in keep")
 
 
-def is_within(name, keep):
+def is_within(name: str, keep: Sequence[str]) -> bool:
     return any(name == kept or name.startswith(f"{kept}.") for kept in keep)
 
 
-def full_precision(network, graph, keep):
+def full_precision(network: nn.Module, graph: fx.Graph | None,
+                   keep: Sequence[str]) -> dict[str, str]:
     """Return {name: why} of the modules that stay; ValueError where no convolution is left."""
     modules = dict(network.named_modules())
     order = [node.target for node in graph.nodes if node.op == "call_module"] if graph else modules
@@ -87,7 +90,8 @@ def full_precision(network, graph, keep):
     return why
 
 
-def replace_modules(network, bit_widths, why, activations):
+def replace_modules(network: nn.Module, bit_widths: tuple[BitWidth, ...], why: dict[str, str],
+                    activations: bool) -> None:
     """Replace the modules that are not in `why`; ReLUs where `activations` says so."""
     done = {}  # a module may stand under several names
     for name, layer in list(network.named_modules(remove_duplicate=False)):
@@ -97,7 +101,8 @@ def replace_modules(network, bit_widths, why, activations):
             network.set_submodule(name, done[id(layer)])
 
 
-def replacement(layer, bit_widths, why, activations):
+def replacement(layer: nn.Module, bit_widths: tuple[BitWidth, ...], why: str | None,
+                activations: bool) -> nn.Module:
     kind = type(layer)
     if kind is nn.Linear and why == CLASSIFIER:
         layer.__class__ = Classifier  # the same state, another forward

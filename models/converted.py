@@ -1,8 +1,9 @@
 """A converted network: how it runs, what became of its layers, and weights of the float one."""
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, fx, nn
 
 from models import graph as graphs
 from models.quan_ops import Conv2dQ
@@ -27,18 +28,19 @@ class AnyPrecisionNetwork(nn.Module):
     seen, or "".
     """
 
-    def __init__(self, network, run, layers, note):
+    def __init__(self, network: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
+                 layers: list[Layer], note: str):
         super().__init__()
         self.network = network
         self.run = run
         self.layers = layers
         self.note = note
 
-    def forward(self, x):  # (N, 3, H, W) -> (N, classes)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, classes)
         return self.run(self.network, x)
 
 
-def describe(network, graph, why):
+def describe(network: nn.Module, graph: fx.Graph | None, why: dict[str, str]) -> list[Layer]:
     """Return a Layer for each convolution and linear layer, in the order in which they run."""
     modules = dict(network.named_modules())
     makers = graphs.input_makers(graph, modules) if graph else dict.fromkeys(modules, "?")
@@ -60,7 +62,7 @@ def describe(network, graph, why):
     return rows
 
 
-def layer_table(model):
+def layer_table(model: AnyPrecisionNetwork) -> str:
     """Return a Markdown table of a converted model's layers, a summary, what was not seen."""
     rows = [("layer", "kind", "weights", "input", "why not"), *model.layers]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -73,7 +75,8 @@ def layer_table(model):
     return "\n".join([*lines, *([model.note] if model.note else [])])
 
 
-def fit_float_weights(model, state_dict):
+def fit_float_weights(model: AnyPrecisionNetwork,
+                      state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Return a converted model's state dict from its float network's, and the entries left new.
 
     Every bit-width's BatchNorm gets the one there is; quantizers keep their own parameters. Left

@@ -29,7 +29,7 @@ LAYERS = (QuantizedLayer, ActivationQ, SwitchableBatchNorm2d, BatchNorm2d, Class
 class Tracer(fx.Tracer):
     """Traces a network down to its layers, torch's and ours."""
 
-    def is_leaf_module(self, module, name):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
 
 
@@ -54,7 +54,7 @@ def link_inputs(model: nn.Module) -> None:
         object.__setattr__(layer, "input_quantizer", quantizer)  # it is no submodule of the layer
 
 
-def activation_before(node, modules):
+def activation_before(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQ | None:
     """Return the ActivationQ whose values a node's output holds; None where there is none."""
     while isinstance(node, fx.Node):
         layer = module_of(node, modules)
@@ -69,11 +69,11 @@ def activation_before(node, modules):
 class IsTraining(nn.Module):
     """Returns whether it is in training mode, which a traced graph would hold as a constant."""
 
-    def forward(self):
+    def forward(self) -> bool:
         return self.training
 
 
-def trace(network):
+def trace(network: nn.Module) -> fx.Graph:
     """Return the network's graph in either mode; adds to the network an IsTraining it may call.
 
     Raises whatever torch.fx does where it cannot trace, and ValueError for several inputs, or
@@ -106,25 +106,25 @@ def trace(network):
     return graph
 
 
-def module_of(node, modules):
+def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     """Return the module that a node calls; None for a function, a method or an input."""
     return modules[node.target] if node.op == "call_module" else None
 
 
-def name_of(node, modules):
+def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     """Return the name of a node's function or method, or of its module's class."""
     module = module_of(node, modules)
     return type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
 
 
-def relu_of(node, modules):
+def relu_of(node: fx.Node, modules: dict[str, nn.Module]) -> type[nn.Module] | None:
     """Return the kind of ReLU that a node is, nn.ReLU or nn.ReLU6; None for another."""
     if node.op == "call_module":
         return RELU.get(type(module_of(node, modules)))
     return RELU.get(node.target) or RELU.get(name_of(node, modules))
 
 
-def replace_activations(graph, network, kept):
+def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str]) -> None:
     """Give each ReLU and ReLU6 of the graph, module or function, an ActivationQ of its own.
 
     Those in `kept` stay. Where one works in place, what reads its input later reads its output.
@@ -161,7 +161,7 @@ def replace_activations(graph, network, kept):
             layer.rounding = needs_rounding(node, modules)
 
 
-def needs_rounding(node, modules):
+def needs_rounding(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Return whether anything but full-precision layers takes in what a node gives."""
     for user in node.users:
         layer, name = module_of(user, modules), name_of(user, modules)
@@ -172,7 +172,7 @@ def needs_rounding(node, modules):
     return False
 
 
-def input_makers(graph, modules):
+def input_makers(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, str]:
     """Return {name of a layer: what makes its input other than quantized activations, or ""}.
 
     Layers that are functions stand under their nodes' names.
@@ -195,7 +195,7 @@ def input_makers(graph, modules):
     return makers
 
 
-def image_layers(graph, modules):
+def image_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """Return the names of the convolutions that see the image: no other layer lies before them."""
     behind, found = set(), []
     for node in graph.nodes:

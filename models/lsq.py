@@ -3,16 +3,17 @@
 At 1 bit, which the paper does not have, weights are -s and s, and s starts at mean |w|.
 """
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from models.bit_widths import FULL_PRECISION
+from models.bit_widths import FULL_PRECISION, BitWidth
 from models.quan_ops import (ActivationQuantizer, QuantizedLayer, Quantizer, WeightQuantizer, clamp,
                              round_ste)
 
 
-def lsq(layer: nn.Module, bit_widths) -> Quantizer:
+def lsq(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
     """Return the quantizer of a layer: of its weight, or of activations."""
     if isinstance(layer, QuantizedLayer):
         return LSQWeight(layer, bit_widths)
@@ -27,7 +28,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 class LSQWeight(WeightQuantizer):
     """round(clamp(w / s, -2^(bits - 1), 2^(bits - 1) - 1)) s;  at 32 bits w."""
 
-    def __init__(self, layer, bit_widths):
+    def __init__(self, layer: QuantizedLayer, bit_widths: Iterable[BitWidth]):
         super().__init__()
         steps = {}
         for width in bit_widths:
@@ -36,14 +37,14 @@ class LSQWeight(WeightQuantizer):
                 steps[str(width)] = initial_weight_step(layer.weight, bits)
         self.step_dict = nn.ParameterDict(steps)
 
-    def initialize(self, w):
+    def initialize(self, w: Tensor) -> None:
         if self.bits != FULL_PRECISION:
             self.step_dict[self.width].copy_(initial_weight_step(w, self.bits))
 
-    def full_precision(self, w):
+    def full_precision(self, w: Tensor) -> Tensor:
         return w
 
-    def integers(self, w):
+    def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
         largest = largest_weight(self.bits)
         s = scale_gradient(step_of(self), 1 / math.sqrt(w.numel() * largest))
         if self.bits == 1:
@@ -54,7 +55,7 @@ class LSQWeight(WeightQuantizer):
 class LSQActivation(ActivationQuantizer):
     """round(clamp(x / s, 0, 2^bits - 1)) s;  at 32 bits ReLU(x)."""
 
-    def __init__(self, layer, bit_widths):
+    def __init__(self, layer: nn.Module, bit_widths: Iterable[BitWidth]):
         super().__init__()
         steps = {}
         for width in bit_widths:
@@ -63,21 +64,21 @@ class LSQActivation(ActivationQuantizer):
                 steps[str(width)] = torch.tensor(1 / (2**bits - 1))  # until there is a batch
         self.step_dict = nn.ParameterDict(steps)
 
-    def initialize(self, x):
+    def initialize(self, x: Tensor) -> None:
         if self.bits != FULL_PRECISION and (x > 0).any():
             self.step_dict[self.width].copy_(initial_step(torch.relu(x), 2**self.bits - 1))
 
-    def full_precision(self, x):
+    def full_precision(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
-    def integers(self, x, rounding=True):
+    def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor]:
         largest = 2**self.bits - 1
         features = x[0].numel()
         s = scale_gradient(step_of(self), 1 / math.sqrt(features * largest))
         a = clamp(x / s, 0, largest)
         return round_ste(a) if rounding else a, s
 
-    def step(self):
+    def step(self) -> Tensor:
         return step_of(self).detach()
 
 

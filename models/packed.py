@@ -6,9 +6,11 @@ quantizers keep, of its bit-widths; all else in float32; and one JSON text, with
 """
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
+import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class PackedWeight(WeightQuantizer):
                 < weights):
             raise ValueError("weights and their table do not fit each other")
 
-    def full_precision(self, w):
+    def full_precision(self, w: Tensor) -> NoReturn:
         raise self.absent()
 
     def column(self) -> int:
@@ -69,7 +71,7 @@ class PackedWeight(WeightQuantizer):
             raise self.absent()
         return found
 
-    def integers(self, w):
+    def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
         column = self.column()
         codes = Codes(w.contiguous().flatten(), self.high_bits, self.exceptions,
                       self.exception_levels)
@@ -137,7 +139,8 @@ def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str
     Path(path).write_bytes(content)
 
 
-def stored_bit_widths(model, bit_widths, stored):
+def stored_bit_widths(model: nn.Module, bit_widths: list[BitWidth],
+                      stored: Iterable[BitWidth | int | str] | None) -> list[BitWidth]:
     """Return the bit-widths at which weights are stored; ValueError for 32 bits.
 
     Where a quantizer keeps something per bit-width, there are those of the model alone.
@@ -152,11 +155,11 @@ def stored_bit_widths(model, bit_widths, stored):
     return stored
 
 
-def keeps_per_width(layer):
+def keeps_per_width(layer: nn.Module) -> bool:
     return any(ENTRY.fullmatch(key) for key in layer.state_dict(prefix="."))
 
 
-def is_kept(key, bit_widths, layers):
+def is_kept(key: str, bit_widths: list[BitWidth], layers: dict[str, nn.Module]) -> bool:
     """Return whether a state dict's entry is stored as it is."""
     if key.endswith(COUNTED):
         return False
@@ -170,7 +173,7 @@ def is_kept(key, bit_widths, layers):
 class Column:
     """A layer's weights at one bit-width: bits, levels (weights,) int64, scale and grid."""
 
-    def __init__(self, name, layer):
+    def __init__(self, name: str, layer: QuantizedLayer):
         self.bits = layer.bits
         if self.bits == FULL_PRECISION:
             raise ValueError(f"layer {name} has 32 bits of its own, which a packed file, of "
@@ -193,7 +196,7 @@ class Column:
                              f"{whole.min()} to {whole.max()}, are not of {n + 1} levels")
 
 
-def columns_of(name, layer, stored):
+def columns_of(name: str, layer: QuantizedLayer, stored: list[BitWidth]) -> dict[str, Column]:
     """Return {name: Column} of a layer at the stored bit-widths: one for each that differs."""
     per_width = keeps_per_width(layer)
     columns = {}
@@ -205,7 +208,8 @@ def columns_of(name, layer, stored):
     return columns
 
 
-def check_is(name, layer, quantizer, weight, stored):
+def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
+             stored: list[BitWidth]) -> None:
     """Raise ValueError unless a packed layer has the layer's own weights, to the last bit."""
     for width in stored:
         layer.switch_bit_width(width)
@@ -268,7 +272,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, about
 
 
-def from_format_1(tensors, about):
+def from_format_1(tensors: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
     """Return a file of format 1, DoReFa's levels with one E a layer, in the form of this one."""
     stored = about["stored_bits"]
     layers = [key.removesuffix(".weight") for key, value in tensors.items()
@@ -352,7 +356,8 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
         raise ValueError(f"it lacks the weights of {next(iter(layers))}")
 
 
-def load_runner(path, memory_format=torch.contiguous_format):
+def load_runner(path: str | Path, memory_format: torch.memory_format = torch.contiguous_format,
+                ) -> Callable[[numpy.ndarray, BitWidth | int | str], numpy.ndarray]:
     """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) to logits (N, classes).
 
     The contiguous memory format has the logits of the network that was packed, bit for bit.

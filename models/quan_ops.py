@@ -4,6 +4,8 @@ Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net
 Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
 and 32-bit weights pass through tanh too.
 """
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -112,21 +114,21 @@ class DoReFaWeight(WeightQuantizer):
         bits = 32:  E v
     """
 
-    def prepare(self, w):
+    def prepare(self, w: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.tanh(w)
         v = t / t.abs().amax()  # the maximum is not detached
         return v, w.abs().mean().detach()
 
-    def prepare_once(self, w):
+    def prepare_once(self, w: Tensor) -> tuple[Tensor, ...]:
         if type(self).prepare is not DoReFaWeight.prepare or not torch.is_grad_enabled():
             return super().prepare_once(w)
         # Computed again backward rather than kept; another one may draw numbers, or count.
         return checkpoint(super().prepare_once, w, use_reentrant=False, preserve_rng_state=False)
 
-    def full_precision(self, v, e):
+    def full_precision(self, v: Tensor, e: Tensor) -> Tensor:
         return e * v
 
-    def integers(self, v, e):
+    def integers(self, v: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         n = 2**self.bits - 1
         return 2 * round_ste(n * (v / 2 + 0.5)) - n, e / n
 
@@ -138,14 +140,14 @@ class DoReFaActivation(ActivationQuantizer):
         bits = 32:  ReLU(x)
     """
 
-    def full_precision(self, x):
+    def full_precision(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
-    def integers(self, x, rounding=True):
+    def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, float]:
         a = (2**self.bits - 1) * clamp(x, 0, 1)
         return round_ste(a) if rounding else a, self.step()
 
-    def step(self):
+    def step(self) -> float:
         return 1 / (2**self.bits - 1)
 
 
@@ -164,24 +166,24 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 class RoundSTE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x: Tensor) -> Tensor:
         return x.round()  # torch 2.11 compiles an in-place end to a zero gradient
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> Tensor:
         return grad
 
 
 class Clamp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, high):
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.low = low
         ctx.high = high
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         x, = ctx.saved_tensors
         # hardtanh's gradient leaves its ends out: just outside.
         limits = torch.finfo(x.dtype)
@@ -239,7 +241,8 @@ class QuantizedLayer:
         integers, scale = self.integer_weight()
         return integers * scale
 
-    def apply_quantized(self, x: Tensor, linear_map) -> Tensor:
+    def apply_quantized(self, x: Tensor,
+                        linear_map: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """Return linear_map(x, weight, bias) with the quantized weight.
 
         Where operands are rounded, by autocast or to TF32, they are integers over a power of two,
@@ -278,7 +281,7 @@ class QuantizedLayer:
 class Conv2dQ(QuantizedLayer, nn.Conv2d):
     """A convolution with a quantized weight: (N, C_in, H, W) -> (N, C_out, H', W')."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.apply_quantized(x, self._conv_forward)
 
 
@@ -305,7 +308,7 @@ class ActivationQ(nn.Module):
     def switch_bit_width(self, bit_width: BitWidth) -> None:
         self.quantizer.switch(self.own_bits or bit_width.activations, str(bit_width))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.bits != FULL_PRECISION:
             integers, scale = self.quantizer.integers(x, self.rounding)
             return integers * scale
@@ -316,7 +319,7 @@ class ActivationQ(nn.Module):
 class SwitchableBatchNorm2d(nn.Module):
     """One BatchNorm2d per bit-width: all that the published networks' bit-widths do not share."""
 
-    def __init__(self, num_features, bit_widths):
+    def __init__(self, num_features: int, bit_widths: Iterable[BitWidth | int | str]):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
         self.bn_dict = nn.ModuleDict(
@@ -326,7 +329,7 @@ class SwitchableBatchNorm2d(nn.Module):
     def switch_bit_width(self, bit_width: BitWidth) -> None:
         self.width = str(bit_width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.bn_dict[self.width](x)
 
 

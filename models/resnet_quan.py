@@ -1,9 +1,10 @@
 """Pre-activation ResNets with shared quantized weights and one BatchNorm per bit-width."""
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from models.bit_widths import check_bit_widths
+from models.bit_widths import BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
@@ -12,7 +13,8 @@ class BasicBlock(nn.Module):
     """BN, act, Q 3x3, BN, act, Q 3x3, plus a shortcut: the input, or where the shape changes a 1x1
     convolution of the first activation and an ordinary BatchNorm, which all bit-widths share."""
 
-    def __init__(self, in_channels, channels, stride, bn, shortcut_conv):
+    def __init__(self, in_channels: int, channels: int, stride: int, bn: Callable[[int], nn.Module],
+                 shortcut_conv: type[nn.Conv2d]):
         super().__init__()
         self.bn0 = bn(in_channels)
         self.act0 = ActivationQ()
@@ -25,7 +27,7 @@ class BasicBlock(nn.Module):
             self.skip_conv = shortcut_conv(in_channels, channels, 1, stride, bias=False)
             self.skip_bn = BatchNorm2d(channels)
 
-    def forward(self, x):  # (N, C_in, H, W) -> (N, C, H / stride, W / stride)
+    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) -> (N, C, H / stride, W / stride)
         a = self.act0(self.bn0(x))
         shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(a))
         out = self.conv1(self.act1(self.bn1(self.conv0(a))))
@@ -39,7 +41,8 @@ class ResNet20(nn.Module):
     every convolution. Raises ValueError for bit-widths that check_bit_widths refuses.
     """
 
-    def __init__(self, bit_widths, num_classes=10, width=5, all_conv=False):
+    def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 10,
+                 width: int = 5, all_conv: bool = False):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
@@ -57,7 +60,7 @@ class ResNet20(nn.Module):
         self.fc = Classifier(in_channels, num_classes)
         set_bit_width(self, bit_widths[0])
 
-    def forward(self, x):  # (N, 3, H, W) -> (N, num_classes)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, num_classes)
         x = self.bn(self.layers(self.conv0(x)))
         return self.fc(self.pool(x).flatten(1))  # no activation before the pool, as published
 
@@ -68,7 +71,8 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels, channels, stride, bn, shortcut_conv):
+    def __init__(self, in_channels: int, channels: int, stride: int, bn: Callable[[int], nn.Module],
+                 shortcut_conv: type[nn.Conv2d]):
         super().__init__()
         out_channels = self.expansion * channels
         self.bn0 = bn(in_channels)
@@ -85,7 +89,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(
                 shortcut_conv(in_channels, out_channels, 1, stride, bias=False), bn(out_channels))
 
-    def forward(self, x):  # (N, C_in, H, W) -> (N, 4 C, H / stride, W / stride)
+    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W) -> (N, 4 C, H / stride, W / stride)
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.conv0(self.act0(self.bn0(x)))
         out = self.conv1(self.act1(self.bn1(out)))
@@ -99,7 +103,8 @@ class ResNet50(nn.Module):
     Four stages of 3, 4, 6 and 3 bottlenecks, 64 to 512 times `width` channels within them.
     """
 
-    def __init__(self, bit_widths, num_classes=1000, width=1, all_conv=False):
+    def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 1000,
+                 width: int = 1, all_conv: bool = False):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
@@ -123,7 +128,7 @@ class ResNet50(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         set_bit_width(self, bit_widths[0])
 
-    def forward(self, x):  # (N, 3, H, W) -> (N, num_classes)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, num_classes)
         x = self.maxpool(self.conv1(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.pool(self.act(self.bn(x))).flatten(1))

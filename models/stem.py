@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Shared:
             torch.autograd.backward([tensor for tensor, _ in used], [grad for _, grad in used])
 
 
-def state_of(tensors) -> Hashable:
+def state_of(tensors: Iterable[Tensor]) -> Hashable:
     """Return what a result depends on besides its input: tensors as they are, and torch's modes."""
     return (tuple((id(t), t._version) for t in tensors), torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
@@ -61,7 +61,7 @@ class SharedStem:
             module.forward = StemForward(self, module)
         return self
 
-    def run(self, module: nn.Module, *args, **kwargs) -> Tensor:
+    def run(self, module: nn.Module, *args: object, **kwargs: object) -> Tensor:
         label = self.label(module, args, kwargs)
         if label is None:
             return type(module).forward(module, *args, **kwargs)
@@ -75,7 +75,7 @@ class SharedStem:
         output.stem = label, output._version
         return output
 
-    def label(self, module, args, kwargs) -> Hashable | None:
+    def label(self, module: nn.Module, args: tuple, kwargs: dict) -> Hashable | None:
         """Return what a module's output is known by; None where it is not shared."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or x.is_inference() or getattr(module, "inplace", False):

@@ -1,9 +1,10 @@
 """The SVHN network: eight layers, shared quantized weights, one BatchNorm per bit-width."""
+from collections.abc import Iterable
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from models.bit_widths import check_bit_widths
+from models.bit_widths import BitWidth, check_bit_widths
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
@@ -14,7 +15,8 @@ class SVHNNet(nn.Module):
     `width` is the paper's expansion e; all_conv quantizes the stem's weights too.
     """
 
-    def __init__(self, bit_widths, num_classes=10, width=2, all_conv=False):
+    def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 10,
+                 width: int = 2, all_conv: bool = False):
         super().__init__()
         bit_widths = check_bit_widths(bit_widths)
         stem_conv = Conv2dQ if all_conv else nn.Conv2d
@@ -35,5 +37,5 @@ class SVHNNet(nn.Module):
         self.fc = Classifier(64 * e, num_classes)
         set_bit_width(self, bit_widths[0])
 
-    def forward(self, x):  # (N, 3, 40, 40) -> (N, num_classes)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, 40, 40) -> (N, num_classes)
         return self.fc(self.layers(x).flatten(1))

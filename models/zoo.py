@@ -1,16 +1,17 @@
 """Torchvision's classification networks, by name."""
 import difflib
 
+from torch import nn
 from torchvision import models
 
 PREFIX = "torchvision:"
 
 
-def is_torchvision(name):
+def is_torchvision(name: object) -> bool:
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
-def check_name(name):
+def check_name(name: str) -> str:
     """Return the name; ValueError where torchvision has no classification network of it."""
     known, given = models.list_models(module=models), name.removeprefix(PREFIX)
     if given not in known:
@@ -20,7 +21,7 @@ def check_name(name):
     return name
 
 
-def torchvision_network(name, num_classes):
+def torchvision_network(name: str, num_classes: int) -> nn.Module:
     """Return a new float network; ValueError for an unknown one, or one with auxiliary outputs."""
     check_name(name)
     given = name.removeprefix(PREFIX)
