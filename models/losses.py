@@ -1,13 +1,15 @@
 """The any-precision step: who teaches whom (paper, Algorithm 1), and what is computed once."""
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.bit_widths import BitWidth, check_bit_widths
-from models.quan_ops import QuantizedLayer, WeightQuantizer, set_bit_width
-from models.stem import Shared, SharedStem, SharedWeight
+from models.quan_ops import DoReFaWeight, QuantizedLayer, WeightQuantizer, set_bit_width
+from models.stem import Shared, SharedStem, SharedWeight, without_bit_width
 
 # What the next lower bit-width learns from: (target, logits, labels) -> labels or probabilities.
 NEXT_TARGET = {
@@ -25,7 +27,17 @@ def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tens
 
 def prepare_weights(layers: list[QuantizedLayer]) -> list[tuple[Tensor, ...]]:
     """Return what each layer's quantizer prepares of its weight, for torch.compile."""
-    return [layer.quantizer.prepare_once(layer.weight) for layer in layers]
+    return [prepare_weight(layer) for layer in layers]
+
+
+def prepare_weight(layer: QuantizedLayer) -> tuple[Tensor, ...]:
+    """Return what a layer's quantizer prepares of its weight."""
+    quantizer = layer.quantizer
+    if type(quantizer).prepare is not DoReFaWeight.prepare:
+        return quantizer.prepare(layer.weight)
+    # Computed again backward rather than kept; another one may draw numbers, or count.
+    return checkpoint(quantizer.prepare, layer.weight, use_reentrant=False,
+                      preserve_rng_state=False)
 
 
 def any_precision_backward(
@@ -86,10 +98,13 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
     try:
         if prepare is None:
             for layer in layers:
-                layer.shared = SharedWeight(shared)
+                layer.shared = SharedWeight(shared, prepare_weight)
         else:
-            for layer, tensors in zip(layers, prepare(layers), strict=True):
-                layer.shared = shared.leaves(layer, tensors)
+            with without_bit_width(layers):
+                prepared = prepare(layers)
+            leaves = iter(shared.leaves("weights", tuple(itertools.chain(*prepared))))
+            for layer, tensors in zip(layers, prepared, strict=True):
+                layer.shared = tuple(itertools.islice(leaves, len(tensors)))
         with SharedStem(model, images) if share_stem else contextlib.nullcontext():
             yield
     finally:

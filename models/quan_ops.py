@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d
@@ -67,14 +66,6 @@ class WeightQuantizer(Quantizer):
         """Return what no bit-width changes, which is computed once a step."""
         return (w,)
 
-    def prepare_once(self, w: Tensor) -> tuple[Tensor, ...]:
-        """Return `prepare(w)`, which may not depend on the bit-width."""
-        self.preparing = True
-        try:
-            return self.prepare(w)
-        finally:
-            self.preparing = False
-
     def full_precision(self, *prepared: Tensor) -> Tensor:
         """Return the weight at 32 bits."""
         raise NotImplementedError
@@ -118,12 +109,6 @@ class DoReFaWeight(WeightQuantizer):
         t = torch.tanh(w)
         v = t / t.abs().amax()  # the maximum is not detached
         return v, w.abs().mean().detach()
-
-    def prepare_once(self, w: Tensor) -> tuple[Tensor, ...]:
-        if type(self).prepare is not DoReFaWeight.prepare or not torch.is_grad_enabled():
-            return super().prepare_once(w)
-        # Computed again backward rather than kept; another one may draw numbers, or count.
-        return checkpoint(super().prepare_once, w, use_reentrant=False, preserve_rng_state=False)
 
     def full_precision(self, v: Tensor, e: Tensor) -> Tensor:
         return e * v

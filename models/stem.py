@@ -1,8 +1,9 @@
 """What bit-widths share, computed at its first use in a step and reused while it stays the same."""
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,18 @@ def state_of(tensors: Iterable[Tensor]) -> Hashable:
     """Return what a result depends on besides its input: tensors as they are, and torch's modes."""
     return (tuple((id(t), t._version) for t in tensors), torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+@contextlib.contextmanager
+def without_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let quantizers refuse to say their bit-width: what is prepared is of all of them."""
+    for layer in layers:
+        layer.quantizer.preparing = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quantizer.preparing = False
 
 
 class SharedStem:
@@ -112,14 +125,16 @@ class StemForward:
 class SharedWeight:
     """What a quantizer prepares of a layer's weight, once for each state of the weight."""
 
-    def __init__(self, shared: Shared):
+    def __init__(self, shared: Shared, prepare: Callable):
         self.shared = shared
+        self.prepare = prepare
 
     def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
         weight = layer.weight
         label = layer, state_of((weight, *layer.quantizer.parameters()))
         if label not in self.shared.found:
-            self.shared.leaves(label, layer.quantizer.prepare_once(weight))
+            with without_bit_width([layer]):
+                self.shared.leaves(label, self.prepare(layer))
         return self.shared.found[label]
 
     def __deepcopy__(self, memo):
