@@ -304,8 +304,9 @@ def read_checkpoint(path: str | Path) -> dict:
         images = {field: about.get(field) for field in ("mean", "std")}
         images["size"] = about.get("image_size")
         images["class_names"] = about.get("class_names")
-        images["dataset"] = about["arguments"].get("dataset")
-        return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
+        arguments = about.get("arguments", {})
+        images["dataset"] = arguments.get("dataset")
+        return {"model": about["model"], "epoch": None, "arguments": arguments,
                 "network": network, "images": images, "stored": about["stored"],
                 "packed": {"groups": groups, "own_bits": about.get("own_bits", {})},
                 "state_dict": tensors}
