@@ -1,9 +1,9 @@
-"""Export a run as a file that leaves the framework: small, in integers, at any precision.
+"""Export a run to a file that leaves the framework: small, in integers, at any precision.
 
     python export.py results/RUN --format packed --bits any --output net.safetensors --check 360
     python export.py results/RUN --format onnx --bits any --output net.onnx
     python export.py results/RUN --format openvino --bits 1,4 --output net.xml --benchmark
-    python train.py --evaluate --pretrain net.safetensors        # a packed file is one to evaluate
+    python train.py --evaluate --pretrain net.safetensors             # evaluates a packed file
 """
 import contextlib
 import os
@@ -29,18 +29,18 @@ from models.checkpoint import BEST, network_of
 from utils import flag_text, one_line
 
 FORMATS = ("packed", "onnx", "openvino")
-LAYER_IMAGES = 8  # of which --check takes the inputs of single layers
-IMAGES = 500  # of a benchmark's accuracy, where --check does not say
+LAYER_IMAGES = 8  # from which --check computes the inputs of single layers
+IMAGES = 500  # for a benchmark's accuracy, without --check
 
 
 def main(args: Namespace) -> None:
-    """Write the file or files; check and benchmark them as asked."""
+    """Export the file or files; check and benchmark them as the arguments say."""
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(writing(args.output))
         checkpoint = Checkpoint(published.find_checkpoint(args.source, BEST))
         bit_widths = chosen_bit_widths(args, checkpoint)
         model, _ = network_of(checkpoint.content, checkpoint.path)
-        images = image_facts(args, checkpoint)
+        images = image_metadata(args, checkpoint)
         with format_errors(args.format):
             files = write(args, checkpoint, model, images, bit_widths, place)
             from deploy import check
@@ -48,6 +48,7 @@ def main(args: Namespace) -> None:
             run = runner(args.format, {bits: place / name for bits, name in files.items()})
             check.check_logits(model, run, list(files), images["size"])
         publish(files, place, args.output.parent)
+
     files = {bits: args.output.parent / name for bits, name in files.items()}
     for path in dict.fromkeys(files.values()):
         print(f"{path}: {size_of(path):,} bytes")
@@ -55,8 +56,8 @@ def main(args: Namespace) -> None:
         measure(args, images, checkpoint, model, files)
 
 
-def image_facts(args: Namespace, checkpoint: Checkpoint) -> dict:
-    """Return of what images a network is: the checkpoint's word, or its data set's row."""
+def image_metadata(args: Namespace, checkpoint: Checkpoint) -> dict:
+    """Return a description of the network's images: the checkpoint's, or its data set's."""
     images = dict(checkpoint.content.get("images") or {})
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
     row = DATASETS.get(name)
@@ -66,10 +67,10 @@ def image_facts(args: Namespace, checkpoint: Checkpoint) -> dict:
 
 
 def chosen_bit_widths(args: Namespace, checkpoint: Checkpoint) -> list[BitWidth]:
-    """Return the bit-widths to export; UserError for one that has no BatchNorm."""
+    """Return the bit-widths to export; raises UserError for one without a BatchNorm."""
     present = saved_bit_widths(checkpoint.content["state_dict"])
     integer = [bits for bits in present if FULL_PRECISION not in (bits.weights, bits.activations)]
-    if args.format == "onnx" and args.bits == "any":  # one stored byte, which is rounded again
+    if args.format == "onnx" and args.bits == "any":  # computed from 8-bit weights
         left_out = [bits for bits in integer if bits not in NESTED]
         integer = [bits for bits in integer if bits in NESTED]
         if integer and left_out:
@@ -79,6 +80,7 @@ def chosen_bit_widths(args: Namespace, checkpoint: Checkpoint) -> list[BitWidth]
             raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "
                             f"{how_to('1,2,4,8', args)}")
         return integer
+
     wanted = sorted(check_bit_widths(args.bits))
     absent = flag_text([bits for bits in wanted if bits not in present])
     if absent:
@@ -88,6 +90,7 @@ def chosen_bit_widths(args: Namespace, checkpoint: Checkpoint) -> list[BitWidth]
 
 
 def how_to(bits: str, args: Namespace) -> str:
+    """Return the command that calibrates bit-widths."""
     return (f"calibrate first: python train.py --evaluate --pretrain {args.source} "
             f"--bit_width_list {bits} --calibrate 20 --save-calibrated FILE")
 
@@ -96,7 +99,7 @@ def how_to(bits: str, args: Namespace) -> str:
 
 @contextlib.contextmanager
 def writing(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside the output; UserError where one cannot be made there."""
+    """Yield a temporary folder beside the output; raises UserError where it cannot be created."""
     if output.exists():
         raise UserError(f"--output {output} exists: remove it, or give another name")
     try:
@@ -109,7 +112,7 @@ def writing(output: Path) -> Iterator[Path]:
 
 
 def publish(files: dict[BitWidth, str], place: Path, folder: Path) -> None:
-    """Move all that was written beside the output; UserError, and nothing, where some exists."""
+    """Move all files from `place` to `folder`; raises UserError, and moves none, if one exists."""
     names = sorted(path.name for path in place.iterdir())
     for name in names:
         if (folder / name).exists():
@@ -122,7 +125,7 @@ def publish(files: dict[BitWidth, str], place: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def format_errors(form: str) -> Iterator[None]:
-    """Raise UserError for what a format cannot hold, and for packages that it needs."""
+    """Raise UserError where a format cannot represent the network, or its packages are missing."""
     try:
         yield
     except ValueError as error:
@@ -134,7 +137,7 @@ def format_errors(form: str) -> Iterator[None]:
 
 def write(args: Namespace, checkpoint: Checkpoint, model: nn.Module, images: dict,
           bit_widths: list[BitWidth], place: Path) -> dict[BitWidth, str]:
-    """Write the files into a folder; return {bits: name}."""
+    """Write the files into a folder; return {bit-width: file name}."""
     whole = args.output.name
     image_size = images["size"]
     if args.format == "packed":
@@ -142,10 +145,12 @@ def write(args: Namespace, checkpoint: Checkpoint, model: nn.Module, images: dic
         packed.save(model, bit_widths, place / whole, export_metadata(checkpoint, model, images),
                     stored)
         return dict.fromkeys(bit_widths, whole)
+
     files = exporter(args.format)
     if args.bits == "any":
         files.export(model, bit_widths, place / whole, image_size, any_width=True)
         return dict.fromkeys(bit_widths, whole)
+
     several = len(bit_widths) > 1
     names = {bits: f"{args.output.stem}_{bits}{args.output.suffix}" if several else whole
              for bits in bit_widths}
@@ -157,7 +162,7 @@ def write(args: Namespace, checkpoint: Checkpoint, model: nn.Module, images: dic
 
 
 def exporter(form: str) -> ModuleType:
-    """Return the module of a format that needs packages of its own."""
+    """Import and return the module of a format, whose packages are optional."""
     if form == "onnx":
         from deploy import onnx_file
         return onnx_file
@@ -166,7 +171,7 @@ def exporter(form: str) -> ModuleType:
 
 
 def export_metadata(checkpoint: Checkpoint, model: nn.Module, images: dict) -> dict:
-    """Return what a packed file says: how to build the network, and of what images it is."""
+    """Return a packed file's metadata: what builds the network, its images, its arguments."""
     arguments = {name: value for name, value in checkpoint.arguments.items()
                  if name in FLAGS and FLAGS[name].evaluated and FLAGS[name].kind != MACHINE
                  and name not in ("batch_size", "precision")}
@@ -177,7 +182,7 @@ def export_metadata(checkpoint: Checkpoint, model: nn.Module, images: dict) -> d
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of an exported file, with the weights that OpenVINO keeps beside it."""
+    """Return the bytes of an exported file, including OpenVINO's .bin."""
     parts = [path, path.with_suffix(".bin")]
     return sum(part.stat().st_size for part in parts if part.exists())
 
@@ -185,7 +190,7 @@ def size_of(path: Path) -> int:
 # ---- check and benchmark
 
 def runner(form: str, files: dict[BitWidth, Path], **options: torch.memory_format) -> Run:
-    """Return run(images, bits), as the formats' load, over {bits: path}."""
+    """Return run(images, bits) of exported files, given {bit-width: path}."""
     load = partial(packed.load_runner, **options) if form == "packed" else exporter(form).load
     runs = {path: load(path) for path in dict.fromkeys(files.values())}
     return lambda images, bits: runs[files[bits]](images, bits)
@@ -193,7 +198,7 @@ def runner(form: str, files: dict[BitWidth, Path], **options: torch.memory_forma
 
 def measure(args: Namespace, images: dict, checkpoint: Checkpoint, model: nn.Module,
             files: dict[BitWidth, Path]) -> None:
-    """Check the files, and benchmark them; UserError where the check falls short."""
+    """Check and benchmark the files; raises UserError where the check finds a shortfall."""
     from deploy import check
     from deploy.layers import compare_layers
 
@@ -204,9 +209,10 @@ def measure(args: Namespace, images: dict, checkpoint: Checkpoint, model: nn.Mod
                            "model": model.spec["model"], "data_dir": args.data_dir})
     batch, labels = check.read_images(settings, args.check or IMAGES)
     results = check.compare(model, run, batch, labels, list(files))
+
     stem = f"{args.output.with_suffix('')}_{args.format}"
     if args.check:
-        if args.format != "packed":  # whose layers are the network's own
+        if args.format != "packed":  # its layers are the network's own
             for bits in set(files) - {BitWidth(FULL_PRECISION)}:
                 results[bits].update(compare_layers(
                     model, exporter(args.format), batch[:LAYER_IMAGES], bits))
@@ -219,16 +225,18 @@ def measure(args: Namespace, images: dict, checkpoint: Checkpoint, model: nn.Mod
             float_network, _ = network_of(checkpoint.content, checkpoint.path,
                                           {*files, BitWidth(FULL_PRECISION)})
         if args.format == "packed":
-            run = runner(args.format, files, memory_format=torch.channels_last)  # the faster one
+            run = runner(args.format, files, memory_format=torch.channels_last)  # faster
         sizes = {bits: size_of(path) for bits, path in files.items()}
         benchmark.benchmark(f"{stem}_benchmark", model, run, batch, sizes, results,
                             benchmark.float_runner(float_network, batch.shape[-1]))
-    short = check.falls_short(results)
-    if args.check and short:
-        raise UserError(f"{args.output} is written but falls short of the network: {short}")
+
+    shortfall = check.falls_short(results)
+    if args.check and shortfall:
+        raise UserError(f"{args.output} is written but falls short of the network: {shortfall}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a results folder, a checkpoint, a packed file, a URL, or "
@@ -236,15 +244,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--format", choices=FORMATS, required=True, help="packed: for this project, bit for bit; "
         "onnx: for ONNX Runtime; openvino: for x86 CPUs")
     add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, or any: one file "
-        "that switches; unset: all that the network has")
+        "that switches; default: all that the network has")
     add("--output", type=Path, required=True, metavar="FILE", help="with several bit-widths, onnx "
         "and openvino write a file each: net.onnx is net_4.onnx")
     add("--check", type=number(int, 1), metavar="N", help="compare with the network on N images of "
         "the validation split; exit code 1 where it falls short")
-    add("--benchmark", action="store_true", help="measure it beside torch and ONNX Runtime's "
+    add("--benchmark", action="store_true", help="measure against torch and ONNX Runtime's "
         "float32, on one thread")
-    add("--dataset", choices=DATASETS, metavar="NAME", help="unset: that of the checkpoint")
-    add("--data-dir", help="folder that holds the data sets' folders; unset: data")
+    add("--dataset", choices=DATASETS, metavar="NAME", help="data set to check on; "
+        "default: that of the checkpoint")
+    add("--data-dir", help="folder that holds the data sets' folders; default: data")
     args = parser.parse_args(argv)
     if args.bits == "any" and args.format == "openvino":
         parser.error("--bits any has no --format openvino: choose packed or onnx, or list "
@@ -255,6 +264,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def bits_or_any(text: str) -> list[int | str] | str:
+    """Parse --bits."""
     return text if text == "any" else bit_width_list(text)
 
 

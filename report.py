@@ -1,4 +1,4 @@
-"""Compare runs: accuracy per bit-width as a Markdown table, a picture and CSV.
+"""Compare runs: accuracy per bit-width as a Markdown table, a figure and CSV.
 
     python report.py results/*                # prints the table, writes results/report.{md,png,csv}
     python report.py results/* --epoch best --output comparison
@@ -20,7 +20,7 @@ from engine.run_folder import read_metrics
 from models import BitWidth
 from utils import flag_text, one_line, replacing, write_text
 
-EPOCHS = {  # of --epoch: its name in the table, and its values per bit-width
+EPOCHS = {  # --epoch: (name in the table, function of a history to values per bit-width)
     "last": ("last epoch", lambda history: history[-1]["val"]),
     "checkpoint": ("best checkpoint", lambda history: best_record(history)["val"]),
     "best": ("best epoch of each bit-width", best_of_each),
@@ -28,20 +28,21 @@ EPOCHS = {  # of --epoch: its name in the table, and its values per bit-width
 
 
 class Run(NamedTuple):
+    """A results folder."""
     folder: str
     kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
-    bit_widths: str  # that it was trained at; of dedicated ones all are alike
-    settings: dict[str, str]  # argument: text, of whatever else may set it apart
+    bit_widths: str  # those of training; "all" for dedicated networks
+    settings: dict[str, str]  # {argument: text} of what else may differ between runs
     seed: int
-    history: list[dict]  # records of metrics.jsonl; of an evaluation a single one
+    history: list[dict]  # records of metrics.jsonl; one for an evaluation
 
 
 def load_run(folder: str | Path) -> Run:
-    """Return the Run of a results folder; UserError where it is none or has no finished epoch."""
+    """Load the Run of a folder; raises UserError where it is no run, or has no finished epoch."""
     try:
         config = json.loads(Path(folder, "config.json").read_text())
-        arguments = {**DEFAULTS, **config["arguments"]}  # of an older run some are missing
+        arguments = {**DEFAULTS, **config["arguments"]}  # an older run lacks some
         bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
         name = f"any, {arguments['loss']}" if len(bit_widths) > 1 else "dedicated"
         if arguments["evaluate"]:
@@ -63,13 +64,13 @@ def load_run(folder: str | Path) -> Run:
     settings = {argument: flag_text(value) for argument, value in sorted(arguments.items())
                 if value is not None and value is not False
                 and sets_apart(argument, arguments["evaluate"])}
-    kind = arguments["dataset"], arguments["model"], arguments["evaluate"]
-    return Run(str(folder), kind, name, flag_text(bit_widths) if len(bit_widths) > 1 else "all",
-               settings, arguments["seed"], history)
+    kind = (arguments["dataset"], arguments["model"], arguments["evaluate"])
+    trained = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
+    return Run(str(folder), kind, name, trained, settings, arguments["seed"], history)
 
 
 def sets_apart(argument: str, evaluated: bool) -> bool:
-    """Return whether an argument may set runs apart, other than by its part in their names."""
+    """Return whether an argument that is not part of a run's name may distinguish runs."""
     flag = FLAGS.get(argument)
     if flag is None or flag.in_name or flag.kind in (MACHINE, TASK):
         return False
@@ -77,7 +78,7 @@ def sets_apart(argument: str, evaluated: bool) -> bool:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """Return the runs' names, with whatever else sets each apart from those of its kind."""
+    """Return the runs' names, each with what distinguishes it from others of its kind."""
     names = []
     for run in runs:
         peers = [peer for peer in runs if peer.kind == run.kind]
@@ -85,15 +86,18 @@ def names_of(runs: list[Run]) -> list[str]:
                    if len({peer.settings.get(argument) for peer in peers}) > 1]
         alike = {peer.bit_widths for peer in peers
                  if (peer.name, peer.settings) == (run.name, run.settings)}
-        names.append(", ".join([run.name, *varying])
-                     + (f" ({run.bit_widths})" if len(alike) > 1 else ""))
+        name = ", ".join([run.name, *varying])
+        if len(alike) > 1:
+            name += f" ({run.bit_widths})"
+        names.append(name)
     return names
 
 
 def read_runs(folders: list[str]) -> tuple[list[Run], list[str]]:
-    """Return ([Run], [why another folder is left out])."""
-    runs, left_out = [], []
-    for folder in filter(os.path.isdir, folders):  # a shell's results/* names our own files too
+    """Load the runs of folders; return them, and the reason for each folder that is left out."""
+    runs = []
+    left_out = []
+    for folder in filter(os.path.isdir, folders):  # results/* of a shell includes our own files
         try:
             run = load_run(folder)
         except UserError as error:
@@ -112,7 +116,7 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str]]:
 
 def table_rows(runs: list[Run],
                values_of: Callable[[list[dict]], dict[BitWidth, dict]]) -> list[dict]:
-    """Return the rows of the CSV as dicts; values_of: a run's history -> {bits: values}."""
+    """Return the rows of the CSV; values_of: a function of EPOCHS."""
     return [{"dataset": run.kind[0], "model": run.kind[1], "configuration": name,
              "seed": run.seed, "bits": bits, "top1": values["top1"], "top5": values["top5"],
              "loss": values["loss"], "results": run.folder}
@@ -121,7 +125,7 @@ def table_rows(runs: list[Run],
 
 
 def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
-    """Return [(title, bit-widths, {configuration: {bits: [top-1 per seed]}})], one a table."""
+    """Return (title, bit-widths, {configuration: {bit-width: [top-1 per seed]}}) of each table."""
     found = {}
     for row in rows:
         panel = found.setdefault(f"{row['model']} on {row['dataset']}", {})
@@ -131,7 +135,7 @@ def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
 
 
 def markdown(rows: list[dict], which: str) -> str:
-    """Return the tables, one a data set and model."""
+    """Return the Markdown tables, one per data set and model; which: the name of the epoch."""
     def cell(values):
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{spread}" if values else ""
@@ -150,7 +154,7 @@ def markdown(rows: list[dict], which: str) -> str:
 
 
 def save_comparison_figure(path: str, rows: list[dict]) -> None:
-    """Draw a panel a data set and model, a line a configuration, with standard deviations."""
+    """Save a PNG with a panel per data set and model, and a line per configuration."""
     drawn = panels(rows)
     figure, axes = new_figure(len(drawn))
     for axis, (title, widths, configurations) in zip(axes, drawn):
@@ -164,6 +168,7 @@ def save_comparison_figure(path: str, rows: list[dict]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
     parser.add_argument("--epoch", choices=EPOCHS, default="last",
@@ -175,15 +180,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    """Print the table; write it, the picture and the numbers."""
+    """Print the table; write it, the figure and the CSV."""
     runs, left_out = read_runs(args.results)
     which, values_of = EPOCHS[args.epoch]
     rows = table_rows(runs, values_of)
+
     evaluated = {run.kind[2] for run in runs}
     if evaluated == {True}:
         which = "evaluated checkpoint"
     elif True in evaluated:
         which += ", or the checkpoint that was evaluated"
+
     table = markdown(rows, which)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_text(f"{args.output}.md", table)
@@ -192,6 +199,7 @@ def main(args: Namespace) -> None:
         writer.writeheader()
         writer.writerows(rows)
     save_comparison_figure(f"{args.output}.png", rows)
+
     print(table)
     for reason in left_out:
         print(f"left out: {reason}")

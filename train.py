@@ -4,7 +4,7 @@ Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
 
     python train.py                                              # svhnq on digits, all bit-widths
     python train.py --loss hard --bit_width_list 2               # a dedicated 2-bit model
-    python train.py --resume results/RUN                         # go on where that run stopped
+    python train.py --resume results/RUN                         # continue where that run stopped
     torchrun --standalone --nproc-per-node 4 train.py ...        # on four GPUs
     python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20
@@ -47,16 +47,18 @@ from utils import flag_text, write_text
 
 
 def main(flags: Namespace) -> Path:
-    """Train, or evaluate, as the flags say (see parse_flags); return the results folder."""
+    """Train or evaluate by the flags of parse_flags; return the results folder."""
     device = choose_device(getattr(flags, "device", "auto"))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # helper threads, such as one that pins memory, go by it
+        torch.cuda.set_device(device)  # for helper threads, such as one that pins memory
     with processes(device, getattr(flags, "timeout", 600)):
         with one_at_a_time_per_machine():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
+
         torch.manual_seed(args.seed)
         if args.evaluate:
             return evaluate_checkpoint(args, checkpoint, device)
+
         defaulted = [name for name in names_of(SCHEDULE) if name not in flags]
         if args.schedule == "cosine":
             defaulted.remove("lr_decay")
@@ -65,9 +67,9 @@ def main(flags: Namespace) -> Path:
 
 def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
           defaulted: Sequence[str] = ()) -> Path:
-    """Train, from a Checkpoint if any; return the results folder.
+    """Train, from a Checkpoint if there is one; return the results folder.
 
-    defaulted: arguments that the log names, as they are left to their defaults.
+    defaulted: arguments left to their defaults, which the log names.
     """
     state, forward_pass, train_loader, val_loader = prepare(args, device)
     message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
@@ -78,7 +80,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
         run.begin(state.epoch)
         log_run_info(args, device, state, run, message, defaulted, len(train_loader))
         if not in_place:
-            run.save(state)  # shows before an hour's work whether it can be saved
+            run.save(state)  # fails now, not after an hour, where it cannot be saved
         console = Console(state.bit_widths, args.epochs, len(train_loader), args.print_freq,
                           rank() == 0 and sys.stdout.isatty())
         try:
@@ -91,7 +93,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
                         state, train_loader, forward_pass, args.loss, console, run, stop)
                     broadcast_buffers(state.model)
                     if world_size() > 1:
-                        run.save(state)  # they do not stop in the validation
+                        run.save(state)  # several processes do not stop within the validation
                     val_metrics = evaluate(state.model, forward_pass, val_loader, state.bit_widths,
                                            device, f"epoch {epoch + 1}, validation", stop)
                     improved = state.finish_epoch(val_metrics)
@@ -107,6 +109,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
             command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
             where = f"after step {state.metrics.steps} of {len(train_loader)}; to go on: {command}"
             raise Stopped(stopped.number, f"in epoch {state.epoch + 1}, {where}") from None
+
         finish(run, run_name(args), args.best_by)
     return run.path
 
@@ -114,28 +117,34 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
 def train_one_epoch(state: TrainingState, loader: Loader, forward_pass: ForwardPass, loss: str,
                     console: Console, run: RunFolder,
                     stop: StopRequest) -> tuple[dict[BitWidth, dict[str, float]], float]:
-    """Train over what is left of the epoch; return its metrics per bit-width, and images/s.
+    """Train the rest of an epoch; return its metrics per bit-width, and images/s.
 
-    Raises Stopped between two steps, at log points where there are several processes.
+    Raises Stopped between two steps, with several processes at log points alone.
     """
-    model, optimizer, metrics = state.model, state.optimizer, state.metrics
-    batches, parameters = loader.batch_sampler, list(state.model.parameters())
+    model = state.model
+    optimizer = state.optimizer
+    metrics = state.metrics
     settings = state.arguments
+    parameters = list(model.parameters())
+
     model.train()
-    batches.epoch, batches.start = state.epoch, metrics.steps
+    batches = loader.batch_sampler
+    batches.epoch = state.epoch
+    batches.start = metrics.steps
     began = time.perf_counter()
     for images, labels in loader:
-        share = len(labels) / batches.size(metrics.steps)  # of the batch of all processes
+        fraction = len(labels) / batches.size(metrics.steps)  # of the batch of all processes
         optimizer.zero_grad()
         bit_widths = choose_bit_widths(state.bit_widths, settings["widths_per_step"],
                                        settings["seed"], state.epoch, metrics.steps)
-        results = forward_pass.backward(images, labels, bit_widths, loss, share)
+        results = forward_pass.backward(images, labels, bit_widths, loss, fraction)
         exchange_gradients(parameters)
         optimizer.step()
         metrics.add(results, labels)
+
         log_point = metrics.steps % console.print_freq == 0 or metrics.steps == len(batches)
         if log_point:
-            metrics.check_finite(f"epoch {state.epoch + 1}, training")  # synchronises
+            metrics.check_finite(f"epoch {state.epoch + 1}, training")  # synchronizes
         metrics.seconds += time.perf_counter() - began
         console.step(state.epoch, metrics)
         if log_point or world_size() == 1:
@@ -146,6 +155,7 @@ def train_one_epoch(state: TrainingState, loader: Loader, forward_pass: ForwardP
                 broadcast_buffers(model)
                 run.save(state)
         began = time.perf_counter()
+
     totals = metrics.state_dict()
     return metrics.averages(), totals["count"] / totals["seconds"]
 
@@ -159,7 +169,7 @@ def prepare(args: Namespace,
     if args.sync_bn and world_size() > 1:
         model = synchronize_batch_norm(model, device)
     if rank() > 0:
-        torch.manual_seed(args.seed + 1_000_003 * rank())  # the same weights, dropout of its own
+        torch.manual_seed(args.seed + 1_000_003 * rank())  # same weights as rank 0, other dropout
     forward_pass = make_forward_pass(args, model, device)
     train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
@@ -173,9 +183,9 @@ def prepare(args: Namespace,
 
 def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkpoint | None,
                        forward_pass: ForwardPass, train_loader: Loader) -> str | None:
-    """Restore the checkpoint, or load --pretrain; return a message on the latter.
+    """Restore the checkpoint, or load --pretrain and return a message for the log.
 
-    All processes begin with rank 0's network, should its values depend on the data or the process.
+    All processes start with rank 0's network.
     """
     message = None
     quantizers_are_new = not checkpoint
@@ -187,6 +197,7 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
         content = read_checkpoint(path)
         refuse_packed(content, path, "train")
         message, quantizers_are_new = load_pretrained(state.model, path, content["state_dict"])
+
     if quantizers_are_new:
         initialize_model(state.model, forward_pass, train_loader, state.bit_widths)
     broadcast_parameters(state.model)
@@ -196,6 +207,7 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
 
 def log_run_info(args: Namespace, device: torch.device, state: TrainingState, run: RunFolder,
                  message: str | None, defaulted: Sequence[str], steps_per_epoch: int) -> None:
+    """Log what is trained, on what device, from which state and into which folder."""
     loss = args.loss if len(args.bit_width_list) > 1 else "hard"
     several = f", {world_size()} processes" if world_size() > 1 else ""
     log.info(f"{args.model} on {args.dataset} ({args.train_split}), "
@@ -220,10 +232,10 @@ def log_run_info(args: Namespace, device: torch.device, state: TrainingState, ru
 
 
 def learning_rate_factor(args: Namespace, epoch: int) -> float:
-    """Return what multiplies the learning rates in epoch 0, 1, ...
+    """Return the factor of the learning rates in an epoch, counted from 0.
 
-    It is of the epoch alone, so that no resumed run is out of step. A cosine's is above 0 in the
-    last epoch, too.
+    It depends on nothing else, so that a resumed run continues it. A cosine's is above 0 in the
+    last epoch too.
     """
     if args.schedule == "cosine":
         return (1 + math.cos(math.pi * epoch / args.epochs)) / 2
@@ -232,10 +244,10 @@ def learning_rate_factor(args: Namespace, epoch: int) -> float:
 
 def choose_bit_widths(bit_widths: list[BitWidth], count: int | None, seed: int, epoch: int,
                       step: int) -> list[BitWidth]:
-    """Return the bit-widths that a step visits: the highest, the lowest, count - 2 between them.
+    """Return the bit-widths that a step trains: the highest, the lowest, count - 2 between them.
 
-    count: None for all. They are a function of the arguments alone: the same on all processes and
-    in a resumed run, whose other random numbers they leave as they are.
+    count: None for all. They depend on the arguments alone, so that all processes and a resumed run
+    choose the same, and other random numbers are unaffected.
     """
     if count is None or count >= len(bit_widths):
         return list(bit_widths)
@@ -245,8 +257,8 @@ def choose_bit_widths(bit_widths: list[BitWidth], count: int | None, seed: int, 
 
 
 def finish(run: RunFolder, name: str, best_by: str) -> None:
-    """Draw the run's picture and log its best and last accuracy."""
-    if rank() == 0 and run.history:  # a finished run, resumed into another folder, has none
+    """Save the run's figure, and log its best and last accuracy."""
+    if rank() == 0 and run.history:  # none where a finished run is resumed in another folder
         save_training_figure(run.path / "accuracy.png", run.history, name, best_by)
         log.info("\n%s\n", best_and_last(run.history, best_by))
     log.info("checkpoints, metrics.jsonl and accuracy.png are in %s", run.path)

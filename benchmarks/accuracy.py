@@ -1,12 +1,12 @@
-"""Compare the accuracy that train.py reaches on digits with the reference way's, over seeds.
+"""Compare the accuracy of train.py on digits with that of the reference way, over seeds.
 
     python benchmarks/accuracy.py                        # 8 seeds: 40 minutes on 2 CPU cores
     python benchmarks/accuracy.py --flags="--precision bf16 --compile"    # of train.py
     python benchmarks/accuracy.py --loss hard --seeds 3
 
-Runs lie in --folder: the same command goes on where it stopped. Prints a Markdown table of val
-top-1, mean ± standard error over the seeds: of the last epoch, and of the mean of the last five, in
-which the weights barely move (their learning rate is 1e-5 or less) and chance weighs less.
+Runs are saved in --folder: the same command continues where it stopped. Prints a Markdown table of
+val top-1, mean ± standard error over the seeds: of the last epoch, and of the mean of the last
+five, in which the weights barely move (the learning rate is 1e-5 or less) and noise is lower.
 """
 import math
 import shlex
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from reference_way import PROGRAMS, ROOT  # first: the project's modules are found through it
+from reference_way import PROGRAMS, ROOT  # first: it adds the project to the path
 
 from engine.arguments import OneLineParser, number
 from engine.errors import run_program
@@ -24,7 +24,7 @@ from models.losses import NEXT_TARGET
 
 
 def trained(program, folder, flags):
-    """Return the records of the epochs of the run in folder, which is made or finished first."""
+    """Train in a folder, unless that is done; return the records of its epochs."""
     if not (folder / "accuracy.png").exists():
         command = [sys.executable, ROOT / program, *flags, "--results-dir", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -32,13 +32,13 @@ def trained(program, folder, flags):
 
 
 def top1(histories, epochs):
-    """Return {bits: val top-1 of each seed's history, the mean of its last `epochs` epochs}."""
+    """Return {bit-width: [val top-1 of each history, mean of its last `epochs` epochs]}."""
     return {bits: [statistics.mean(record["val"][bits]["top1"] for record in history[-epochs:])
                    for history in histories] for bits in histories[0][-1]["val"]}
 
 
 def cells(values, reference):
-    """Return a table's row: mean ± standard error of each bit-width, and how far from reference."""
+    """Return a row: mean ± standard error per bit-width, and its difference from the reference."""
     row = []
     for bits, seeds in values.items():
         mean = statistics.mean(seeds)
@@ -50,7 +50,7 @@ def cells(values, reference):
 
 
 def main(options):
-    """Print the table; return {bits: default less reference of each seed}, of the last five."""
+    """Print the table; return {bit-width: [default - reference]} of the last five epochs."""
     ways = {"reference": "", "default": options.flags}
     histories = {}
     for way, flags in ways.items():

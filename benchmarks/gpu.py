@@ -1,4 +1,4 @@
-"""Check on a GPU what only a GPU can show: first that the numbers are right, then the speed.
+"""Check on a GPU what only a GPU can show: correct numbers first, then speed.
 
     python benchmarks/gpu.py                      # all, on one NVIDIA GPU
     python benchmarks/gpu.py levels compiled_is_eager cifar
@@ -12,7 +12,7 @@ import traceback
 
 import torch
 
-from gpu_checks import CHECKS  # first: the project's modules are found through it
+from gpu_checks import CHECKS  # first: it adds the project to the path
 from gpu_speeds import MEASUREMENTS
 from engine.arguments import OneLineParser
 from engine.device import choose_device, describe
@@ -22,13 +22,13 @@ ALL = {**CHECKS, **MEASUREMENTS}
 
 
 def passes(name, device):
-    """Run a check or measurement and tell of it; return whether it passed."""
+    """Run a check or measurement and print its outcome; return whether it passed."""
     print(f"\n## {name}: {' '.join(ALL[name].__doc__.split())}", flush=True)
     began = time.perf_counter()
     try:
         ALL[name](device)
         outcome = "ok"
-    except Exception as error:  # the others are still worth knowing
+    except Exception as error:  # go on with the others
         where = traceback.extract_tb(error.__traceback__)[-1]
         outcome = f"FAILED: {type(error).__name__}: {str(error)[:500]} (line {where.lineno})"
     print(f"{name}: {outcome} ({time.perf_counter() - began:.0f} s)", flush=True)
@@ -36,7 +36,7 @@ def passes(name, device):
 
 
 def versions(device):
-    """Tell what the figures are of."""
+    """Print the versions and the device that the numbers belong to."""
     cudnn = torch.backends.cudnn.version()
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
           f"cuDNN {cudnn}; {describe(device)}")
@@ -53,7 +53,7 @@ def main(options):
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*ALL, []], metavar="NAME",
-                        help=f"of {', '.join(ALL)}; unset: all of them")
+                        help=f"checks to run, of {', '.join(ALL)}; default: all")
     parser.add_argument("--device", default="cuda", help="cuda:1, or cpu to try the checks")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""The checks of gpu.py: that what a device computes is right. On a CPU most of them run too."""
+"""The checks of gpu.py: a device computes correct numbers. Most of them run on a CPU too."""
 import contextlib
 import math
 import os
@@ -27,20 +27,22 @@ from models.quan_ops import ActivationQ, Conv2dQ
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 BITS = (1, 2, 4, 8, 32)
-COUNT = 16  # images of a batch
+COUNT = 16  # images per batch
 
 
 def precisions(device):
+    """Return the precisions that a device supports."""
     return ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
 
 
 def random(*shape, seed=0):
+    """Return seeded normal numbers, on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @contextlib.contextmanager
 def deterministic():
-    """Have torch choose deterministic algorithms, the same ones every time."""
+    """Use deterministic algorithms, and the same ones every time, within the context."""
     class Deterministic(ForwardPass):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -55,12 +57,13 @@ def deterministic():
 
 
 class Steps:
-    """Training steps of a narrow network; `seed` is of its weights, and of dropout."""
+    """Training steps of a narrow network on one batch; seed: of its weights and dropout."""
 
     def __init__(self, device, name="resnet20q", precision="fp32", compiles=False, bit_widths=BITS,
                  optimizer=torch.optim.Adam, seed=0):
         torch.manual_seed(seed)
-        self.device, self.bit_widths = device, bit_widths
+        self.device = device
+        self.bit_widths = bit_widths
         self.model = MODELS[name](bit_widths, num_classes=10, width=1).to(device).train()
         self.forward_pass = setup.ForwardPass(
             self.model, device, precision, COUNT if compiles else None)
@@ -97,18 +100,18 @@ def activation(bits):
 
 
 def levels(device):
-    """Activations take float64's levels, but within rounding of a threshold."""
+    """Activations have float64's levels, except within rounding of a threshold."""
     x = 1.5 * random(1 << 20)
     for bits in range(1, 9):
         n = 2**bits - 1
         u = n * x.double().clamp(0, 1)
         found = (n * activation(bits)(x.to(device)).cpu().double()).round()
-        odd = found != u.round()
-        assert ((u - u.floor() - 0.5).abs()[odd] < 1e-4).all(), bits
+        differs = found != u.round()
+        assert ((u - u.floor() - 0.5).abs()[differs] < 1e-4).all(), bits
 
 
 def integer_operands(device):
-    """Low-precision convolutions are float64's of the same levels: bf16 but for its output."""
+    """Low-precision convolutions equal float64's of the same levels; in bf16 but for the output."""
     def error(y, exact):
         return float((y.double().cpu() - exact).abs().max() / exact.abs().max())
 
@@ -136,7 +139,7 @@ def integer_operands(device):
 # ---- a step
 
 def agree(found, expected):
-    """Check that {bits: a tensor} is what is expected, and no other bit-width's."""
+    """Check that each of {bit-width: tensor} is near the expected one, and far from the others."""
     for bits, value in found.items():
         def distance(other):
             return float((value - expected[other]).norm() / expected[other].norm())
@@ -145,11 +148,12 @@ def agree(found, expected):
 
 
 def compiled_is_eager(device):
-    """From the same weights, each bit-width by itself: logits and gradients of all parameters."""
+    """Compiled logits and gradients equal eager ones, from the same weights, per bit-width."""
     for precision in precisions(device):
         found = {}
         for compiles in (False, True):
-            logits, gradients = {}, {}
+            logits = {}
+            gradients = {}
             steps = Steps(device, precision=precision, compiles=compiles)
             for bits in BITS:
                 steps.optimizer.zero_grad()
@@ -163,7 +167,7 @@ def compiled_is_eager(device):
 
 
 def steps_repeat(device):
-    """Bit for bit, by deterministic algorithms: with another lr, a partial batch, evaluations."""
+    """Steps repeat bit for bit, with another lr, a partial batch, and evaluations in between."""
     def weights(optimizer, precision, compiles, evaluates):
         steps = Steps(device, "svhnq", precision, compiles, optimizer=optimizer)
         for step in range(4):
@@ -186,7 +190,7 @@ def steps_repeat(device):
 
 
 def dropout_differs(device):
-    """Two compiled steps from the same weights drop other activations."""
+    """Two compiled steps from the same weights drop different activations."""
     with deterministic():
         steps = Steps(device, "svhnq", compiles=True)
         first, second = (steps.backward((32,))[32][1] for _ in range(2))
@@ -194,13 +198,13 @@ def dropout_differs(device):
 
 
 def shared_is_not_shared(device):
-    """In float64 the gradients of the default are those of everything computed anew."""
+    """In float64 the default's gradients equal those of computing everything at each bit-width."""
     gradients = []
     for shared in (False, True):
         steps = Steps(device)
         model = steps.model.double()
         with torch.no_grad():
-            for index, parameter in enumerate(model.parameters()):  # none on the clamp's ends
+            for index, parameter in enumerate(model.parameters()):  # off the ends of the clamp
                 parameter += 0.1 * random(*parameter.shape, seed=index).to(parameter)
         any_precision_backward(
             model, steps.images.double(), steps.labels, BITS, shared=shared)
@@ -209,14 +213,15 @@ def shared_is_not_shared(device):
 
 
 def nothing_waits(device):
-    """No step, metric or batch in memory makes the CPU wait for the GPU."""
+    """No step, metric or in-memory batch makes the CPU wait for the GPU."""
     images = torch.zeros(4 * COUNT, 40, 40, 3, dtype=torch.uint8, device=device)
     loader = InMemoryLoader(images, torch.zeros(4 * COUNT, dtype=torch.int64, device=device),
                             "digits", ShuffledBatches(4 * COUNT, COUNT, seed=0))
     for name in ("resnet20q", "svhnq"):
         for precision in precisions(device):
             for compiles in (False, True):
-                steps, batches = Steps(device, name, precision, compiles), iter(loader)
+                steps = Steps(device, name, precision, compiles)
+                batches = iter(loader)
                 steps.step()  # the first may wait, and so may an epoch's first batch
                 next(batches)
                 torch.cuda.set_sync_debug_mode("error")
@@ -229,7 +234,7 @@ def nothing_waits(device):
 
 
 def compiles_once(device):
-    """Nine bit-widths, training and evaluation: nothing is compiled after the first time."""
+    """With nine bit-widths, in training and evaluation, nothing is compiled a second time."""
     steps = Steps(device, "svhnq", "bf16", compiles=True, bit_widths=EVERY_BIT_WIDTH)
     steps.step()
     steps.evaluate()
@@ -242,7 +247,7 @@ def compiles_once(device):
 # ---- runs
 
 def resumed_is_whole(device):
-    """A compiled bf16 run ended after an epoch and resumed ends as the whole one, bit for bit."""
+    """A compiled bf16 run resumed after an epoch equals an uninterrupted one, bit for bit."""
     with tempfile.TemporaryDirectory() as folder, deterministic():
         def run(name, *flags):
             path = Path(folder, name)
@@ -256,8 +261,10 @@ def resumed_is_whole(device):
 
 
 def accuracy_is_kept(device, seeds=8, false_alarms=0.01):
-    """Compiled bf16 on digits, per bit-width, the mean of the last five epochs, is not shown to be
-    more than 0.3 points below the reference: fails by chance in at most 1 % of the cases."""
+    """Compiled bf16 on digits is not significantly more than 0.3 points below the reference.
+
+    Compares the mean of the last five epochs per bit-width. Fails by chance in at most 1 % of runs.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pairs = accuracy.main(accuracy.parse_args(
             ["--seeds", str(seeds), "--flags=--precision bf16 --compile", "--folder", folder]))
@@ -266,7 +273,7 @@ def accuracy_is_kept(device, seeds=8, false_alarms=0.01):
 
 
 def shown_below(differences, limit, false_alarms):
-    """Return whether a one-sided t-test shows, at that level, a mean below the limit."""
+    """Return whether a one-sided t-test at level `false_alarms` shows a mean below the limit."""
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     bound = student.ppf(1 - false_alarms, len(differences) - 1) * error
     return statistics.mean(differences) + bound < limit

@@ -1,4 +1,4 @@
-"""The measurements of gpu.py: what each part of a step costs, and whole steps and epochs."""
+"""The measurements of gpu.py: the parts of a step, whole steps, and epochs."""
 from collections import Counter
 
 import torch
@@ -6,31 +6,35 @@ from torch.nn.functional import batch_norm, conv2d
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-import speed  # first: the project's modules are found through it
+import speed  # first: it adds the project to the path
 from engine.forward_pass import PRECISIONS
 from models import MODELS
 from trainings import Run, synchronize
 
-SIZES = {"svhnq": (128, 40), "resnet20q": (128, 32), "resnet50q": (64, 224)}  # batch, image
+SIZES = {"svhnq": (128, 40), "resnet20q": (128, 32), "resnet50q": (64, 224)}  # batch, image size
 LAYOUTS = (("bf16, channels-last", torch.bfloat16, torch.channels_last),
            ("fp32, channels-last", torch.float32, torch.channels_last),
            ("fp32, contiguous", torch.float32, torch.contiguous_format))
 
 
 def milliseconds(function, *args):
+    """Return the median time of a call."""
     timer = Timer("function(*args)", globals={"function": function, "args": args})
     return 1000 * timer.blocked_autorange(min_run_time=0.2).median
 
 
 def layers(name, kind):
-    """Return {(layer's settings, shape of its input): how many} of a network at its own size."""
+    """Count a network's layers of a kind by (settings, shape of the input)."""
     count, size = SIZES[name]
-    found, model = Counter(), MODELS[name]([32], num_classes=10)
+    model = MODELS[name]([32], num_classes=10)
+    found = Counter()
 
     def record(layer, args):
-        settings = (layer.weight.shape, layer.stride, layer.padding) if kind is torch.nn.Conv2d \
-            else (layer.weight.shape,)
+        settings = (layer.weight.shape,)
+        if kind is torch.nn.Conv2d:
+            settings = (layer.weight.shape, layer.stride, layer.padding)
         found[(settings, (count, *args[0].shape[1:]))] += 1
+
     for layer in model.modules():
         if isinstance(layer, kind):
             layer.register_forward_pre_hook(record)
@@ -39,7 +43,7 @@ def layers(name, kind):
 
 
 def convolutions(device):
-    """Each distinct convolution alone: forward pass, gradients of data and of weight, in ms."""
+    """Time each distinct convolution: forward pass, gradients of data and of weight, in ms."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
     for name in SIZES:
@@ -66,7 +70,7 @@ def convolutions(device):
 
 
 def batch_norms(device):
-    """Each distinct BatchNorm of resnet20q alone, forward and backward pass, in ms."""
+    """Time each distinct BatchNorm of resnet20q, forward and backward pass, in ms."""
     print("\n| channels, input, times | fp32, channels-last | fp32, contiguous |\n|---|---|---|")
     for ((shape,), images), times in layers("resnet20q", torch.nn.BatchNorm2d).items():
         cells = []
@@ -83,7 +87,7 @@ def batch_norms(device):
 
 
 def matrix(device):
-    """A step and its memory, each precision, eager and compiled, against the reference."""
+    """Compare a step and its memory with the reference, at each precision, eager and compiled."""
     for name in ("svhnq", "resnet20q"):
         for precision in PRECISIONS:
             for flags in ((), ("--compile",)):
@@ -92,9 +96,10 @@ def matrix(device):
 
 
 def split(device):
-    """Where the time of a compiled bf16 step of resnet20q goes, in ms a step."""
+    """Profile a compiled bf16 step of resnet20q: ms per step by kind of kernel."""
     options = speed.parse_args(["step", "--model", "resnet20q", "--precision", "bf16", "--compile"])
-    run, count = Run(options, "default"), 10
+    run = Run(options, "default")
+    count = 10
     run.steps(5)
     wall = 1000 * run.steps(count)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -104,10 +109,11 @@ def split(device):
     launches = 0
     for event in profiled.key_averages():
         words = event.key.lower()
-        kind = ("fused kernels" if words.startswith("triton_") else
-                "convolutions and products" if any(
-                    word in words for word in ("conv", "gemm", "cudnn", "cutlass", "xmma", "nvjet"))
-                else "others")
+        kind = "others"
+        if words.startswith("triton_"):
+            kind = "fused kernels"
+        elif any(word in words for word in ("conv", "gemm", "cudnn", "cutlass", "xmma", "nvjet")):
+            kind = "convolutions and products"
         parts[kind] += event.self_device_time_total / 1000 / count
         launches += event.count / count
     parts["gaps"] = wall - sum(parts.values())
@@ -118,39 +124,39 @@ def split(device):
 
 # ---- goals
 
-def measured(*words):
-    """Return a table of speed.py, of compiled bf16."""
+def measure(*words):
+    """Return the columns of a table of speed.py, with compiled bf16."""
     return speed.main(speed.parse_args([*words, "--precision", "bf16", "--compile"]))
 
 
-def reaches(name, value, goal):
-    """Tell of a goal; AssertionError where it is missed."""
+def check_goal(name, value, goal):
+    """Print a value and its goal; raises AssertionError where the goal is missed."""
     print(f"\n{name}: {value:.2f}, goal {goal}", flush=True)
     assert value >= goal, f"{name} is {value:.2f}, below {goal}"
 
 
 def cifar(device):
-    """Step, epoch and loader of resnet20q, with their goals."""
+    """Measure step, epoch and loader of resnet20q against their goals."""
     network = ["--model", "resnet20q"]
-    step = measured("step", *network, "--steps", "20")
-    epoch = measured("epoch", *network, "--images", "50000", "--repeats", "3")
-    loader = measured("loader", *network, "--images", "50000", "--repeats", "3")
-    reaches("epoch of 50,000 images, ratio", epoch["ratio"][1], 5)
-    reaches("% of the bf16 matmul peak", step["share of matmul peak, %"][1], 20)
-    reaches("memory of a step, reference over default", step["MiB"][0] / step["MiB"][1], 1)
-    reaches("images loaded for one trained", loader["ratio"][1], 20)
+    step = measure("step", *network, "--steps", "20")
+    epoch = measure("epoch", *network, "--images", "50000", "--repeats", "3")
+    loader = measure("loader", *network, "--images", "50000", "--repeats", "3")
+    check_goal("epoch of 50,000 images, ratio", epoch["ratio"][1], 5)
+    check_goal("% of the bf16 matmul peak", step["share of matmul peak, %"][1], 20)
+    check_goal("memory of a step, reference over default", step["MiB"][0] / step["MiB"][1], 1)
+    check_goal("images loaded for one trained", loader["ratio"][1], 20)
 
 
 def imagenet(device):
-    """A step of resnet50q, with its goal."""
-    step = measured("step", "--model", "resnet50q", "--repeats", "3")
-    reaches("step of resnet50q, ratio", step["ratio"][1], 3)
+    """Measure a step of resnet50q against its goal."""
+    step = measure("step", "--model", "resnet50q", "--repeats", "3")
+    check_goal("step of resnet50q, ratio", step["ratio"][1], 3)
 
 
 def widths(device):
-    """A step of resnet20q with 1 to 9 bit-widths."""
-    measured("widths", "--model", "resnet20q", "--repeats", "3")
+    """Measure a step of resnet20q with 1 to 9 bit-widths."""
+    measure("widths", "--model", "resnet20q", "--repeats", "3")
 
 
-MEASUREMENTS = {measure.__name__: measure for measure in (
+MEASUREMENTS = {function.__name__: function for function in (
     convolutions, batch_norms, matrix, split, cifar, imagenet, widths)}

@@ -1,4 +1,4 @@
-"""Train the reference way: what the program computes, without anything that makes it fast.
+"""Train the reference way: the same computation as train.py, without its optimizations.
 
     python benchmarks/reference_way.py --epochs 30 --results-dir results/reference
 
@@ -30,7 +30,7 @@ from models import quan_ops  # noqa: E402
 
 
 class ReferenceForwardPass(ForwardPass):
-    """A ForwardPass in float32 and the contiguous memory format, where bit-widths share nothing."""
+    """A ForwardPass in float32 and contiguous memory format that shares nothing."""
 
     shared = False
 
@@ -45,21 +45,24 @@ class ReferenceForwardPass(ForwardPass):
 
 
 class MetricsReadEveryStep(Metrics):
+    """Metrics that are read at every step."""
+
     def add(self, results, labels):
         super().add(results, labels)
-        self.averages()  # waits for the device
+        self.averages()  # synchronizes
 
 
 def make_optimizer(args, parameters):
+    """Return the optimizer, not fused."""
     optimizer = setup.make_optimizer(args, parameters)
     for group in optimizer.param_groups:
-        group["fused"] = None  # as torch chooses where nothing is said
+        group["fused"] = None  # torch's default
     return optimizer
 
 
 @contextlib.contextmanager
 def patched():
-    """Make the reference way of what train.py makes within this context."""
+    """Make train.py train the reference way within the context."""
     with (patch.object(setup, "ForwardPass", ReferenceForwardPass),
           patch.object(quan_ops, "low_precision", lambda x: False),
           patch.object(setup, "make_loader", partial(make_loader, in_memory=False)),

@@ -1,14 +1,14 @@
-"""Compare the program's speed with the reference way's, on random images of a data set's shape.
+"""Compare the speed of train.py with the reference way's, on random images.
 
     python benchmarks/speed.py step                    # a training step, and its memory
-    python benchmarks/speed.py epoch --images 6400     # an epoch with its loader
+    python benchmarks/speed.py epoch --images 6400     # an epoch, with its loader
     python benchmarks/speed.py loader                  # the loaders alone
     python benchmarks/speed.py widths                  # 1 to 9 bit-widths
     python benchmarks/speed.py job --epochs 30         # training on digits, whole processes
     python benchmarks/speed.py step --model resnet20q --precision bf16 --compile
 
-Both ways take turns, and each figure is the median of --repeats; prints Markdown tables. --compile
-and --precision are of the program's own way, called default; reference_way.py describes the other.
+Both ways take turns, and each number is the median of --repeats; prints Markdown tables. --compile
+and --precision apply to train.py's own way, called default; reference_way.py describes the other.
 """
 import argparse
 import gc
@@ -27,7 +27,7 @@ import numpy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from reference_way import PROGRAMS, ROOT  # first: the project's modules are found through it
+from reference_way import PROGRAMS, ROOT  # first: it adds the project to the path
 from trainings import WAYS, Run, flags, synchronize
 
 from engine.arguments import OneLineParser, number
@@ -41,11 +41,12 @@ SETTINGS = {"svhnq": ("svhn", 64), "resnet20q": ("cifar10", 128), "resnet50q": (
 
 
 def medians(functions, repeats):
-    """Return the median of what each function returns, called in turn, as an array."""
+    """Return the median of each function's results, as an array; the functions take turns."""
     return numpy.median([[function() for function in functions] for _ in range(repeats)], axis=0)
 
 
 def seconds_a_step(runs, options):
+    """Return the median time of a step of each run."""
     for run in runs:
         run.steps(5)  # lazy initialisation, compiling
     return medians([lambda run=run: run.steps(options.steps) for run in runs], options.repeats)
@@ -54,8 +55,8 @@ def seconds_a_step(runs, options):
 # ---- memory and operations of a step
 
 def memory_of_a_step(options, way):
-    """Return the MiB that a step needs beyond what stays, measured in a process of its own."""
-    # The C library is to give back at once what is freed, so that the process's size tells.
+    """Return the MiB that a step needs temporarily, measured in a process of its own."""
+    # Makes the C library return freed memory at once, so that the process's size shows it.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     spawned = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     with patch.dict(os.environ, environment), spawned as pool:
@@ -63,6 +64,7 @@ def memory_of_a_step(options, way):
 
 
 def own_memory_of_a_step(options, way):
+    """Return the MiB that a step needs temporarily in this process."""
     run = Run(options, way)
     run.steps(6)
     gc.collect()
@@ -74,14 +76,15 @@ def own_memory_of_a_step(options, way):
 
     def mebibytes(name):
         return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
     before = mebibytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the greatest size so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     run.steps(2)
     return mebibytes("VmHWM") - before
 
 
 def flops_of_a_step(options):
-    """Count the operations of a step's convolutions and products, of what is shared once."""
+    """Count the FLOPs of a step's convolutions and matrix products."""
     eager = {**vars(options), "compile": False, "precision": "fp32"}
     run = Run(argparse.Namespace(**eager), "default")
     with FlopCounterMode(display=False) as counter:
@@ -90,7 +93,7 @@ def flops_of_a_step(options):
 
 
 def peak_flops(precision, device):
-    """Return the FLOP/s of a large matrix product in `precision`, the best of several."""
+    """Return the FLOP/s of a large matrix product in `precision`, the best of 5."""
     size = 8192 if device.type == "cuda" else 1024
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -106,9 +109,10 @@ def peak_flops(precision, device):
     return 5 * 2 * size**3 / min(times)
 
 
-# ---- measurements
+# ---- measurements, which print a table and return its columns
 
 def measure_step(options):
+    """Measure a step and its memory, both ways."""
     memory = [memory_of_a_step(options, way) for way in WAYS]
     flops = flops_of_a_step(options)
     runs = [Run(options, way) for way in WAYS]
@@ -121,6 +125,7 @@ def measure_step(options):
 
 
 def measure_epoch(options):
+    """Measure an epoch with its loader, both ways."""
     runs = [Run(options, way) for way in WAYS]
     epochs = [lambda run=run, loader=run.loader(): run.seconds(loader) for run in runs]
     for run in runs:
@@ -131,12 +136,14 @@ def measure_epoch(options):
 
 
 def measure_loader(options):
+    """Measure the loaders, both ways, against the images that a step trains on."""
     def seconds(loader, device):
         start = time.perf_counter()
         for images, labels in loader:
             pass
         synchronize(device)
         return time.perf_counter() - start
+
     runs = [Run(options, way) for way in WAYS]
     trained = options.batch_size / seconds_a_step(runs, options)
     epochs = [lambda run=run, loader=run.loader(): seconds(loader, run.device) for run in runs]
@@ -146,6 +153,7 @@ def measure_loader(options):
 
 
 def measure_widths(options):
+    """Measure a step with 1 to 9 bit-widths."""
     lists = [check_bit_widths(BITS)[:count] for count in range(1, 10)]
     times = seconds_a_step([Run(options, "default", bit_widths) for bit_widths in lists], options)
     dedicated = [Run(options, "default", bit_widths[-1:]) for bit_widths in lists]
@@ -156,6 +164,7 @@ def measure_widths(options):
 
 
 def measure_job(options):
+    """Measure whole training processes, both ways."""
     def seconds(way):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / PROGRAMS[way], "--results-dir",
@@ -163,25 +172,34 @@ def measure_job(options):
             start = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             return time.perf_counter() - start
+
     times = medians([lambda way=way: seconds(way) for way in WAYS], options.repeats)
     return table(options, f"{options.epochs} epochs, whole processes",
                  {"s": times, "ratio": times[0] / times})
 
 
 def names(options):
+    """Return the names of both ways in tables."""
     return "reference", f"default, {options.precision}{', compiled' if options.compile else ''}"
 
 
 def table(options, title, columns, firsts=None):
-    """Print a Markdown table, by default with a row for each way; return its columns."""
+    """Print a Markdown table, by default with a row per way; return its columns."""
     print(f"\n{title}: {options.model}, {options.dataset}, batch {options.batch_size}; "
           f"{describe(choose_device(options.device))}; torch {torch.__version__}; "
           f"median of {options.repeats}\n")
     print(f"| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for first, *values in zip(firsts or names(options), *columns.values()):
-        cells = [f"{value:.{0 if value >= 1000 else 1 if value >= 10 else 2}f}" for value in values]
+        cells = [f"{value:.{decimals(value)}f}" for value in values]
         print(f"| {first} | {' | '.join(cells)} |", flush=True)
     return columns
+
+
+def decimals(value):
+    """Return the decimals to print of a value: at least three digits in all."""
+    if value >= 1000:
+        return 0
+    return 1 if value >= 10 else 2
 
 
 MEASUREMENTS = {"step": measure_step, "epoch": measure_epoch, "loader": measure_loader,
@@ -193,15 +211,15 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("what", choices=MEASUREMENTS, help="what to measure")
     add("--model", choices=SETTINGS, default="svhnq")
-    add("--batch-size", type=number(int, 1), help="unset: the recipe's, of resnet50q 64")
+    add("--batch-size", type=number(int, 1), help="default: the recipe's, for resnet50q 64")
     add("--precision", choices=PRECISIONS, default="fp32")
     add("--compile", action="store_true")
     add("--device", default="auto")
     add("--workers", type=number(int, 0), default=0)
-    add("--images", type=number(int, 1), default=1280, help="of an epoch")
-    add("--epochs", type=number(int, 1), default=30, help="of a job")
+    add("--images", type=number(int, 1), default=1280, help="images per epoch")
+    add("--epochs", type=number(int, 1), default=30, help="epochs of a job")
     add("--repeats", type=number(int, 1), default=7)
-    add("--steps", type=number(int, 1), default=5, help="of one timing")
+    add("--steps", type=number(int, 1), default=5, help="steps per timing")
     options = parser.parse_args(argv)
     options.dataset, batch_size = SETTINGS[options.model]
     options.batch_size = options.batch_size or batch_size

@@ -1,4 +1,4 @@
-"""Trainings on random images, as train.py makes them, in the default way or the reference way."""
+"""Training on random images as train.py does it, in the default way or the reference way."""
 import contextlib
 import time
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import reference_way  # first: the project's modules are found through it
+import reference_way  # first: it adds the project to the path
 import train
 from dataset.data import DATASETS
 from dataset.loader import ShuffledBatches
@@ -25,7 +25,7 @@ NEVER_SAVES = SimpleNamespace(save_is_due=lambda: False)  # train_one_epoch's re
 
 
 class RandomImages(Dataset):
-    """Random uint8 images as data set `name` stores them; of large ones a few, again and again."""
+    """Random uint8 images as data set `name` stores them; large ones are a few that repeat."""
 
     def __init__(self, name, count):
         self.count = count
@@ -40,7 +40,7 @@ class RandomImages(Dataset):
 
 
 class OneBatch:
-    """A loader that gives the same random batch `steps` times."""
+    """A loader that yields the same random batch `steps` times."""
 
     def __init__(self, size, image_size, steps, device, memory_format):
         images = torch.randn(size, 3, image_size, image_size, device=device)
@@ -53,12 +53,14 @@ class OneBatch:
 
 
 class Run:
-    """A training as train.py makes it, in one of WAYS."""
+    """A training run as train.py makes it, in one of WAYS."""
 
     def __init__(self, options, way, bit_widths=BITS):
         self.args = merge_args(parse_flags(flags(options, way, bit_widths)))
         self.device = choose_device(options.device)
-        self.data, self.images, self.way = DATASETS[options.dataset], options.images, way
+        self.data = DATASETS[options.dataset]
+        self.images = options.images
+        self.way = way
         torch.manual_seed(0)
         model = setup.make_model(self.args, bit_widths, self.data.num_classes or 1000)
         model.to(self.device)
@@ -70,15 +72,15 @@ class Run:
         self.console = Console(bit_widths, 1, 1, self.args.print_freq, bar=False)
 
     def loader(self):
-        """Return the loader of random images."""
+        """Return the training loader, with random images."""
         images = RandomImages(self.args.dataset, self.images)
         with WAYS[self.way]():
             return setup.make_train_loader(
                 self.args, images, self.forward_pass.memory_format, self.device)
 
     def seconds(self, loader):
-        """Return how long an epoch with this loader takes."""
-        tf32 = self.args.precision == "tf32"  # of the whole process: the other run sets it too
+        """Return the seconds of an epoch with this loader."""
+        tf32 = self.args.precision == "tf32"  # global: the other run sets it too
         torch.backends.cudnn.allow_tf32 = tf32 or self.way == "reference"
         torch.backends.cuda.matmul.allow_tf32 = tf32
         self.state.metrics = type(self.state.metrics)(self.state.bit_widths, self.device)
@@ -92,13 +94,13 @@ class Run:
         return time.perf_counter() - start
 
     def steps(self, count):
-        """Return how long a step takes, the mean of `count`."""
+        """Return the seconds of a step, the mean of `count`."""
         return self.seconds(OneBatch(self.args.batch_size, self.data.image_size, count, self.device,
                                      self.forward_pass.memory_format)) / count
 
 
 def flags(options, way, bit_widths=BITS):
-    """Return train.py's flags."""
+    """Return train.py's flags for one of WAYS."""
     default = ["--precision", options.precision, *(["--compile"] if options.compile else [])]
     return ["--model", options.model, "--dataset", options.dataset, "--device", options.device,
             "--batch-size", str(options.batch_size), "--workers", str(options.workers),
@@ -106,5 +108,6 @@ def flags(options, way, bit_widths=BITS):
 
 
 def synchronize(device):
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

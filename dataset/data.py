@@ -1,4 +1,4 @@
-"""Data sets: one row each in DATASETS, and where they live in data_paths."""
+"""The data sets: a row each in DATASETS, and a folder each in data_paths."""
 import gzip
 import os
 import random
@@ -20,18 +20,18 @@ Samples = Dataset | list  # of (PIL image, label)
 data_paths = {name: f"data/{name}" for name in (
     "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
 HALF = (0.5,) * 3
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # by PIL's names
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # PIL's names
 FASHION_MNIST_COPY = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 
 
 class DataError(Exception):
-    """Data that is missing, damaged, or does not go together."""
+    """Data that is missing, damaged, or inconsistent."""
 
 
 def open_digits(root: str | Path, split: str) -> list[tuple[Image.Image, int]]:
     """Open scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels, here RGB.
 
-    train: 1,437, val: 360, stratified by class. Returns a list of (PIL image, label).
+    Splits: train of 1,437, val of 360, stratified by class. Returns a list of (PIL image, label).
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -45,7 +45,7 @@ def open_digits(root: str | Path, split: str) -> list[tuple[Image.Image, int]]:
 
 
 def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
-    """Open Fashion-MNIST, from FASHION_MNIST_COPY where root has none and there is one."""
+    """Open Fashion-MNIST from root, or where it is missing from FASHION_MNIST_COPY or the web."""
     raw = Path(root, "FashionMNIST", "raw")
     for packed in FASHION_MNIST_COPY.glob("*.gz"):
         if not (raw / packed.stem).exists():
@@ -61,7 +61,7 @@ def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
 
 
 def open_image_folder(root: str | Path, split: str) -> datasets.ImageFolder:
-    """Open ImageNet's split: a folder of images per class."""
+    """Open a split of ImageNet: a folder of images per class."""
     folder = Path(root, split)
     try:
         return datasets.ImageFolder(folder, loader=load_image)
@@ -74,8 +74,8 @@ def open_image_folder(root: str | Path, split: str) -> datasets.ImageFolder:
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file of any mode as RGB.
 
-    Its content must be of IMAGE_FORMATS, whatever its name: for some others PIL starts a program.
-    Raises DataError naming the file where it cannot be read.
+    Its content, not its name, must be of IMAGE_FORMATS: PIL starts a program for some others.
+    Raises DataError naming a file that cannot be read.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -87,7 +87,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 def open_downloadable(kind: type[datasets.VisionDataset], root: str | Path,
                       **split: str | bool) -> Dataset:
-    """Open a torchvision data set, verified; downloaded where it is missing or altered."""
+    """Open and verify a torchvision data set; download it where it is missing or altered."""
     try:
         return kind(root, download=True, **split)
     except Exception as error:
@@ -97,16 +97,17 @@ def open_downloadable(kind: type[datasets.VisionDataset], root: str | Path,
 
 
 class DataSet(NamedTuple):
+    """A row of DATASETS."""
     open: Callable[[str | Path, str], Samples]  # (root, split) -> images and labels
     # Each split to train on -> the split to validate on; the first is the default.
     val_split: dict[str, str]
-    num_classes: int | None = 10  # None: as many as there are class folders
+    num_classes: int | None = 10  # None: the number of class folders
     image_size: int = 40  # pixels, after the transform
     mean: tuple[float, ...] = HALF  # per channel, of images in [0, 1]
     std: tuple[float, ...] = HALF
-    train: tuple[Callable, ...] = ()  # transforms of training images
+    train: tuple[Callable, ...] = ()  # transforms of training images, on PIL images
     eval: tuple[Callable, ...] = ()  # of the others
-    in_memory: bool = True  # small enough to be kept as arrays
+    in_memory: bool = True  # small enough to be held as arrays
 
 
 RESIZE_40 = (transforms.Resize(40),)
@@ -146,10 +147,11 @@ DATASETS = {
 
 
 def get_transform(name: str, train: bool, normalized: bool = True) -> transforms.Compose:
-    """Return a data set's transform: PIL image -> (3, size, size) float32, or uint8 as it is."""
+    """Return a data set's transform: PIL image -> (3, size, size) float32, or uint8 in [0, 255]."""
     row = DATASETS[name]
-    end = ([transforms.ToTensor(), transforms.Normalize(row.mean, row.std)] if normalized
-           else [transforms.PILToTensor()])
+    end = [transforms.PILToTensor()]
+    if normalized:
+        end = [transforms.ToTensor(), transforms.Normalize(row.mean, row.std)]
     return transforms.Compose([*(row.train if train else row.eval), *end])
 
 
@@ -157,7 +159,8 @@ class Transformed(Dataset):
     """A data set of (image, label) with a transform of its images."""
 
     def __init__(self, dataset: Samples, transform: Callable):
-        self.dataset, self.transform = dataset, transform
+        self.dataset = dataset
+        self.transform = transform
 
     def __len__(self):
         return len(self.dataset)
@@ -171,13 +174,15 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
                 data_dir: str | Path | None = None) -> Samples:
     """Return a split of a data set of DATASETS, as (transform(PIL image), label) samples.
 
-    It is read from data_paths[name], or from data_dir/name. Raises DataError where it is missing
-    and cannot be downloaded, or cannot be read; ValueError for a split it does not have.
+    transform: None returns the PIL images. data_dir: reads data_dir/name; None: data_paths[name].
+    Raises DataError where the data cannot be read or downloaded, and ValueError for a split that
+    the data set does not have.
     """
     row = DATASETS[name]
     splits = dict.fromkeys([*row.val_split, *row.val_split.values()])
     if split not in splits:
         raise ValueError(f"{name} has no split {split}: choose from {', '.join(splits)}")
+
     root = data_paths[name] if data_dir is None else os.path.join(data_dir, name)
     held_out = split.endswith("_auto_quan")  # a part of the default split
     names = (next(iter(row.val_split)) if held_out else split).split("_")
@@ -187,5 +192,6 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
         indices = list(range(len(dataset)))
         random.Random(123).shuffle(indices)
         cut = int(0.95 * len(indices))
-        dataset = Subset(dataset, indices[:cut] if split.startswith("train") else indices[cut:])
+        part = indices[:cut] if split.startswith("train") else indices[cut:]
+        dataset = Subset(dataset, part)
     return dataset if transform is None else Transformed(dataset, transform)

@@ -21,21 +21,21 @@ FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transfo
 
 
 class ImageSizeError(DataError):
-    """Images that come out of a row's transforms in another size than its image_size."""
+    """Images whose size after a row's transforms is not its image_size."""
 
 
 class InMemoryTransforms(NamedTuple):
-    """What is done to the images of a data set that is kept in memory."""
+    """The transforms of a data set whose images are held in memory."""
     fixed: tuple[Callable, ...] = ()  # transforms applied once, when the arrays are read
-    flip: float = 0.0  # probability of a horizontal flip, drawn anew every epoch
+    flip: float = 0.0  # probability of a horizontal flip, drawn in every epoch
     padding: int = 0  # black pixels on each side, before a random crop of the image's own size
 
 
 def in_memory_transforms(name: str, train: bool) -> InMemoryTransforms | None:
     """Return what a row's `train` or `eval` transforms are in memory.
 
-    That is FIXED ones and then, in `train`, a flip, a crop, or a flip and a crop. Returns None
-    where there is anything else, a subclass too: only calling the transforms can tell what they do.
+    Those are FIXED ones and then, in `train`, a flip, a crop, or a flip and a crop. Returns None
+    for any others, subclasses too: what they do is known only by calling them.
     """
     row = DATASETS[name]
     rest = list(row.train if train else row.eval)
@@ -51,6 +51,7 @@ def in_memory_transforms(name: str, train: bool) -> InMemoryTransforms | None:
 
 
 def is_flip(transform: Callable) -> bool:
+    """Return whether a transform is a plain horizontal flip."""
     return (type(transform) is transforms.RandomHorizontalFlip
             and type(transform.p) in (int, float) and 0 <= transform.p <= 1)
 
@@ -64,7 +65,7 @@ def is_crop(transform: Callable, size: int) -> bool:
 
 
 def ignore_stop_signals(worker: int | None = None) -> None:
-    """Let the training process decide when to stop: Ctrl-C reaches its data workers too."""
+    """Ignore SIGTERM and Ctrl-C, which reach data workers too: the training process decides."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -73,13 +74,22 @@ def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: i
                 seed: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0,
                 memory_format: torch.memory_format = torch.channels_last,
                 in_memory: bool = True) -> Loader:
-    """Return the batches of a get_dataset without transform, as float32 (n, 3, H, W) on the device.
+    """Return a loader of (images (n, 3, H, W) float32, labels (n,) int64) on the device.
 
-    batch_size: images over all processes where train, else of this one. Training batches are
-    shuffled and augmented, as the loader's batch_sampler says, a ShuffledBatches. What is not
-    small enough for memory, or has transforms that are not reproduced there, is read and
-    transformed image by image; in_memory=False does so always, the reference. Raises DataError
-    where an image cannot be read or, now or in a later batch, is not of the row's image_size.
+    Training batches are shuffled and augmented, by the loader's batch_sampler, a ShuffledBatches.
+
+    Args:
+        dataset: from get_dataset, without transform.
+        name: of its row in DATASETS.
+        batch_size: images per batch, over all processes where `train`, else of this process.
+        workers: processes that read and transform images; 0: this one.
+        in_memory: whether images may be held in memory. They are read and transformed one by one
+            where it is False (the reference), where the row says so, and where memory cannot
+            reproduce the row's transforms.
+
+    Raises:
+        DataError: now or in a later batch, an image cannot be read or is not of the row's
+            image_size.
     """
     batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
     if in_memory and DATASETS[name].in_memory:
@@ -90,9 +100,10 @@ def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: i
                                   rank, world_size, memory_format)
     if train:
         order = {"batch_sampler": batches}
-    else:  # a seed per image, so that an evaluation gives the same again whatever `eval` draws
+    else:  # a seed per image: an evaluation repeats, also where `eval` draws random numbers
         own = range(rank, len(dataset), world_size)
         order = {"batch_size": batch_size, "sampler": [(index, index) for index in own]}
+
     # A generator of its own: making an iterator must not draw from the training's random numbers.
     return WorkerLoader(
         name, device, memory_format, generator=torch.Generator(), num_workers=workers,
@@ -104,9 +115,9 @@ def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: i
 
 def read_into_memory(dataset: Samples, name: str, train: bool,
                      workers: int) -> tuple[Tensor, Tensor] | None:
-    """Return a data set's images and labels as read_arrays does, after the row's fixed transforms.
+    """Return images and labels as read_arrays does, after the row's fixed transforms.
 
-    Returns None where memory cannot give what the row's transforms do.
+    Returns None where memory cannot reproduce the row's transforms.
     """
     known = in_memory_transforms(name, train)
     if known is None:
@@ -115,19 +126,19 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
     try:
         return read_arrays(Transformed(dataset, fixed), workers, collate_of(name, train))
     except ImageSizeError:
-        if known.padding:  # the crop, then, is not of the image's own size
+        if known.padding:  # then the crop is not of the image's own size
             return None
         raise
 
 
 def collate_of(name: str, train: bool) -> Callable[[list[tuple[Tensor, int]]], list[Tensor]]:
-    """Return the function that makes a batch of a row's samples."""
+    """Return the collate_fn of a row's samples."""
     part = "train" if train else "eval"
     return functools.partial(collate, name=name, part=part, size=DATASETS[name].image_size)
 
 
 def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int) -> list[Tensor]:
-    """Return samples of (uint8 (3, size, size), label) as (n, 3, size, size) and (n,) int64.
+    """Stack samples of (uint8 (3, size, size), label) into (n, 3, size, size) and (n,) int64.
 
     Raises ImageSizeError where an image is of another shape after the row's `part` transforms.
     """
@@ -144,10 +155,11 @@ def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int) 
 
 
 def count_classes(name: str, *parts: Samples) -> int:
-    """Return the number of classes; DataError where class folders, and so labels, differ."""
+    """Return the number of classes; raises DataError where the class folders of parts differ."""
     if DATASETS[name].num_classes:
         return DATASETS[name].num_classes
-    first, last = parts[0], parts[-1]
+    first = parts[0]
+    last = parts[-1]
     differing = sorted(set(first.classes) ^ set(last.classes))
     if differing:
         raise DataError(f"{first.root} and {last.root} must hold the same class folders: "
@@ -156,18 +168,19 @@ def count_classes(name: str, *parts: Samples) -> int:
 
 
 def normalize(images: Tensor, name: str, memory_format: torch.memory_format) -> Tensor:
-    """Turn uint8 (N, 3, H, W) into what the data set's transform ends with, on the same device."""
+    """Normalize images (N, 3, H, W): uint8 -> float32, as the data set's transform does."""
     mean, std = statistics(name, images.device)
     return images.to(torch.float32, memory_format=memory_format).div_(255).sub_(mean).div_(std)
 
 
-@functools.cache  # copied to the device once: a copy would wait for it
+@functools.cache  # each copy to the device would wait for it
 def statistics(name: str, device: torch.device) -> Tensor:
+    """Return a row's mean and std on the device, (2, 3, 1, 1)."""
     return torch.tensor([DATASETS[name].mean, DATASETS[name].std], device=device)[..., None, None]
 
 
 class SeededSamples(Transformed):
-    """A data set whose random transforms draw from the seed that comes with each index."""
+    """A data set indexed by (index, seed), whose random transforms draw from that seed."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = key
@@ -177,9 +190,9 @@ class SeededSamples(Transformed):
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within it torch, Python and NumPy draw from the seed; later the first two go on as before.
+    """Seed torch, Python and NumPy within the context; restore the state of the first two after.
 
-    NumPy goes on from the seed: to restore its state takes longer than to flip and crop an image.
+    Restoring NumPy's state would take longer than flipping and cropping an image.
     """
     state = random.getstate()
     random.seed(seed)
@@ -193,20 +206,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class ShuffledBatches:
-    """Batches of (index, seed): a function of (seed, epoch), so any epoch can be begun anywhere.
+    """Batches of (index, seed), a function of (seed, epoch): an epoch can start at any batch.
 
-    Of each batch process `rank` of `world_size` gets every world_size-th sample, so the batches do
-    not depend on the number of processes. Set `epoch`, and the batches `start` to `stop` of it that
-    are wanted, before iterating. Raises DataError where the last batch has fewer samples than
-    processes.
+    Process `rank` of `world_size` gets every world_size-th sample of each batch, so that batches do
+    not depend on the number of processes. Set `epoch`, and the range `start` to `stop` of its
+    batches, before iterating. Raises DataError where the last batch has fewer samples than there
+    are processes.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0,
                  world_size: int = 1):
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.start = 0
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
         self.stop = len(self)
+
         last = self.size(len(self) - 1)
         if last < world_size:
             raise DataError(f"the last batch of an epoch has {last} of the {num_samples} images, "
@@ -216,11 +234,11 @@ class ShuffledBatches:
         return -(-self.num_samples // self.batch_size)
 
     def size(self, step: int) -> int:
-        """Return the number of images in batch `step`, over all processes."""
+        """Return the number of images in batch `step`, counted over all processes."""
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
     def batches(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield indices and seeds, below 2^62, of this process's batches, (n,) int64 on device."""
+        """Yield (indices, seeds < 2^62) of this process's batches, (n,) int64 on the device."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_samples, generator=generator).to(device)
         seeds = torch.randint(2**62, (self.num_samples,), generator=generator).to(device)
@@ -249,10 +267,10 @@ def read_arrays(dataset: Samples, workers: int = 0,
 
 def flipped_crops(images: Tensor, indices: Tensor, seeds: Tensor, padding: int,
                   flip: float = 0.5) -> Tensor:
-    """Flip images[indices] with probability `flip`, and crop them from a black padding.
+    """Flip images[indices] with probability `flip`, pad them with black, and crop their own size.
 
-    images: (N, H, W, 3) uint8; indices: (n,); seeds: (n,) int64 below 2^62, which say what is
-    drawn; padding: pixels on each side. Returns (n, H, W, 3).
+    images: (N, H, W, 3) uint8. indices: (n,). seeds: (n,) int64 below 2^62, which determine flips
+    and crops. padding: pixels on each side. Returns (n, H, W, 3).
     """
     height, width = images.shape[1:3]
     shifts = 2 * padding + 1
@@ -260,6 +278,7 @@ def flipped_crops(images: Tensor, indices: Tensor, seeds: Tensor, padding: int,
     flips = draws < round(flip * 2**24)
     top = seeds // 2 % shifts
     left = seeds // (2 * shifts) % shifts
+
     padded = torch.nn.functional.pad(images[indices], (0, 0, *[padding] * 4))
     rows = top[:, None] + torch.arange(height, device=images.device)  # (n, H)
     columns = left[:, None] + torch.arange(width, device=images.device)  # of the flipped image
@@ -269,11 +288,10 @@ def flipped_crops(images: Tensor, indices: Tensor, seeds: Tensor, padding: int,
 
 
 class InMemoryLoader:
-    """Batches of images (N, H, W, 3) uint8 and labels (N,) that lie in a device's memory.
+    """Batches of images (N, H, W, 3) uint8 and labels (N,) in a device's memory.
 
-    The images are those that the row's fixed transforms give. batch_sampler, a ShuffledBatches,
-    tells order and augmentation; without one all samples come in order, and a process gets every
-    world_size-th.
+    images: after the row's fixed transforms. batch_sampler: determines order and augmentation;
+    None: all samples in order, unaugmented, of which this process gets every world_size-th.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, name: str,
@@ -286,9 +304,9 @@ class InMemoryLoader:
         self.memory_format = memory_format
         own = torch.arange(len(images), device=images.device)[rank::world_size]
         self.indices = own.split(batch_size) if len(own) else ()
-        self.drawn = InMemoryTransforms()
+        self.augmentation = InMemoryTransforms()
         if batch_sampler:
-            self.drawn = in_memory_transforms(name, train=True)
+            self.augmentation = in_memory_transforms(name, train=True)
 
     def __len__(self):
         return len(self.batch_sampler or self.indices)
@@ -298,9 +316,9 @@ class InMemoryLoader:
         if self.batch_sampler:
             batches = self.batch_sampler.batches(self.images.device)
         for indices, seeds in batches:
-            if self.drawn.flip or self.drawn.padding:
+            if self.augmentation.flip or self.augmentation.padding:
                 images = flipped_crops(
-                    self.images, indices, seeds, self.drawn.padding, self.drawn.flip)
+                    self.images, indices, seeds, self.augmentation.padding, self.augmentation.flip)
             else:
                 images = self.images[indices]
             images = normalize(images.permute(0, 3, 1, 2), self.name, self.memory_format)
@@ -308,16 +326,19 @@ class InMemoryLoader:
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader of uint8 images, whose batches are normalised on `device`."""
+    """A DataLoader of uint8 images that normalizes its batches on `device`."""
 
     def __init__(self, name: str, device: torch.device, memory_format: torch.memory_format,
                  **kwargs):
         super().__init__(**kwargs)
-        self.name, self.device, self.memory_format = name, device, memory_format
+        self.name = name
+        self.device = device
+        self.memory_format = memory_format
 
     def __iter__(self):
         for images, labels in super().__iter__():
-            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
             yield normalize(images, self.name, self.memory_format), labels
 
 

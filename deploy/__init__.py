@@ -1,4 +1,4 @@
-"""Networks that leave the framework: files that are small, checked, and run at any precision."""
+"""Export of networks to files that leave the framework: small, checked, at any precision."""
 from models import load
 
 __all__ = ["load"]

@@ -1,4 +1,4 @@
-"""Measure an exported file beside the network in torch and ONNX Runtime's float32, one thread."""
+"""Measure an exported file against the network in torch and in ONNX Runtime's float32."""
 import copy
 import platform
 import statistics
@@ -18,16 +18,18 @@ from models import set_bit_width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from utils import one_line, write_json, write_text
 
-REPEATS = {1: 30, 8: 15, 64: 5}  # of each batch size: calls of everything, in turn
+REPEATS = {1: 30, 8: 15, 64: 5}  # {batch size: calls of each candidate, taking turns}
+WARM_UP = 2  # calls that are not counted
 
 
 def benchmark(stem: str, model: nn.Module, run: Run, images: numpy.ndarray,
               sizes: dict[BitWidth, int], checked: dict[BitWidth, dict[str, float]],
               float_run: Run | str) -> None:
-    """Measure at all bit-widths; write a table, a picture of accuracy against latency, and JSON.
+    """Measure all bit-widths on one thread; write a table, JSON, and accuracy against latency.
 
-    run: of the files; sizes: {bits: bytes of its file}; checked: {bits: {"top1"}}; float_run: run
-    of a float file, or a text that says why there is none.
+    stem: path of the files to write, without suffix. run: of the exported files. images:
+    (n, 3, H, W). sizes: {bit-width: bytes of its file}. checked: the results of check.compare.
+    float_run: run of a float file, or the reason why there is none.
     """
     torch.set_num_threads(1)
     notes = [f"{describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
@@ -46,27 +48,29 @@ def benchmark(stem: str, model: nn.Module, run: Run, images: numpy.ndarray,
 
 def measure(model: nn.Module, run: Run, images: numpy.ndarray, bits: BitWidth, size: int,
             float_run: Run | None) -> dict:
-    """Return a row: milliseconds a batch of `size` images, of all that there is."""
-    batch = numpy.resize(images, (size, *images.shape[1:]))  # again from the first, where few
-    ways = {"file": lambda: run(batch, bits)}
+    """Return a row: milliseconds per batch of `size` images, of each candidate."""
+    batch = numpy.resize(images, (size, *images.shape[1:]))  # repeats them where there are fewer
+    candidates = {"file": lambda: run(batch, bits)}
     for name, layout in (("contiguous", torch.contiguous_format), ("last", torch.channels_last)):
-        ways[f"torch {name}"] = torch_call(model, batch, bits, layout)
+        candidates[f"torch {name}"] = torch_call(model, batch, bits, layout)
     if float_run:
-        ways["onnxruntime"] = lambda: float_run(batch, FULL_PRECISION)
-    spent = {name: [] for name in ways}
-    for repeat in range(REPEATS[size] + 2):  # two to begin with
-        for name, call in ways.items():
+        candidates["onnxruntime"] = lambda: float_run(batch, FULL_PRECISION)
+
+    seconds = {name: [] for name in candidates}
+    for repeat in range(REPEATS[size] + WARM_UP):
+        for name, call in candidates.items():
             began = time.process_time()
             call()
-            spent[name].append(time.process_time() - began)
-    median = {name: 1e3 * statistics.median(times[2:]) for name, times in spent.items()}
+            seconds[name].append(time.process_time() - began)
+    median = {name: 1e3 * statistics.median(times[WARM_UP:])
+              for name, times in seconds.items()}
     median["torch"] = min(median.pop("torch contiguous"), median.pop("torch last"))
     return {"bits": BitWidth.of(bits).plain, "batch": size, **median}
 
 
 def torch_call(model: nn.Module, batch: numpy.ndarray, bits: BitWidth,
                layout: torch.memory_format) -> Callable[[], Tensor]:
-    """Return a call of the network in a memory format of its own; its weights are kept."""
+    """Return a function that calls a copy of the network in a memory format, on this batch."""
     own = copy.deepcopy(model).to(memory_format=layout)
     images = torch.from_numpy(batch).contiguous(memory_format=layout)
     set_bit_width(own, bits)
@@ -78,7 +82,7 @@ def torch_call(model: nn.Module, batch: numpy.ndarray, bits: BitWidth,
 
 
 def float_runner(network: nn.Module | None, image_size: int) -> Run | str:
-    """Return run(images, bits) of the network at 32 bits in ONNX Runtime, or why there is none."""
+    """Return the network's run at 32 bits in ONNX Runtime, or the reason why there is none."""
     if network is None:
         return "a packed file has no float weights"
     try:
@@ -93,7 +97,7 @@ def float_runner(network: nn.Module | None, image_size: int) -> Run | str:
 
 
 def table(rows: list[dict], sizes: dict[BitWidth, int]) -> str:
-    """Return the Markdown table: latency of a batch, images/s, and how many times faster."""
+    """Return a Markdown table of batch latency, images/s, and speed relative to the others."""
     others = [name for name in ("torch", "onnxruntime") if name in rows[0]]
     lines = [f"| bits | bytes | batch | ms | images/s | {' | '.join(map(heading, others))} |",
              "|---" * (5 + len(others)) + "|"]
@@ -106,11 +110,12 @@ def table(rows: list[dict], sizes: dict[BitWidth, int]) -> str:
 
 
 def heading(name: str) -> str:
+    """Return a candidate's name in tables and figures."""
     return {"torch": "torch", "onnxruntime": "ONNX Runtime float32"}[name]
 
 
 def draw(path: str, rows: list[dict], checked: dict[BitWidth, dict[str, float]]) -> None:
-    """Draw top-1 against the latency of one image, a point a bit-width."""
+    """Save a PNG of top-1 against the latency of one image, a point per bit-width."""
     figure, (axis,) = new_figure(1, "accuracy against latency, batch 1")
     for way, top1 in (("file", "top1"), ("torch", "network_top1")):
         points = [(row[way], checked[row["bits"]][top1], row["bits"])

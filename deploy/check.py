@@ -1,4 +1,4 @@
-"""Compare an exported file with the network it was made from, on images of the validation split."""
+"""Compare an exported file with its network, on images of the validation split."""
 import copy
 from argparse import Namespace
 from collections.abc import Iterable
@@ -15,28 +15,28 @@ from models import BitWidth, set_bit_width
 from models.quan_ops import ActivationQ
 from utils import write_json, write_text
 
-AGREE = 99.5  # % of the answers, at least
-POINTS = 0.1  # of accuracy, at most, or one image where that is more
+AGREE = 99.5  # % of the answers that must agree
+POINTS = 0.1  # largest difference of top-1 in %, or one image where that is more
 BATCH = 64
-IMAGES = 16  # random ones, that every file is tried on
-RELATIVE = 1e-3  # of the largest logit
-COLUMNS = {  # of the table: what a row of compare() holds, and its format
+IMAGES = 16  # random images on which every exported file is checked
+RELATIVE = 1e-3  # largest difference of logits, relative to the largest logit
+COLUMNS = {  # heading of the table: (key of compare()'s results, format)
     "answers that agree (%)": ("agree", ".2f"),
     "top-1 (%), file": ("top1", ".2f"), "network": ("network_top1", ".2f"),
     "logits, largest difference from float32": ("largest32", ".1e"), "mean": ("mean32", ".1e"),
     "largest from float64": ("largest64", ".1e"), "mean from float64": ("mean64", ".1e"),
     "torch float32's": ("torch_mean64", ".1e"),
     "images where float32 and float64 differ in a level": ("flipped", "d")}
-LAYERS = {  # likewise, of compare_layers()
+LAYERS = {  # likewise, for compare_layers()
     "integer layers, from the same inputs": ("layers", "d"), "levels": ("levels", "d"),
     "not float64's": ("differ", "d"), "and not near a threshold": ("far", "d"),
     "largest relative difference of other outputs": ("relative", ".1e")}
 
 
 def read_images(settings: Namespace, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return images (n, 3, H, W) float32 and labels (n,) of the validation split, as NumPy's.
+    """Return NumPy images (n, 3, H, W) float32 and labels (n,) of the validation split.
 
-    They stand evenly apart in it, count of them or all there are: some splits go class by class.
+    They are evenly spaced, as some splits are sorted by class: `count` of them, or all.
     """
     _, val_set = open_data(settings)
     wanted = torch.linspace(0, len(val_set) - 1, min(count, len(val_set))).long().tolist()
@@ -48,8 +48,9 @@ def read_images(settings: Namespace, count: int) -> tuple[numpy.ndarray, numpy.n
 
 def compare(model: nn.Module, run: Run, images: numpy.ndarray, labels: numpy.ndarray,
             bit_widths: Iterable[BitWidth]) -> dict[BitWidth, dict[str, float]]:
-    """Return {bits: a row of what COLUMNS says, and `images`}; run: as the formats' load gives."""
-    exact, results = copy.deepcopy(model).double(), {}
+    """Return {bit-width: results of `row`} of a file's run and its network."""
+    exact = copy.deepcopy(model).double()
+    results = {}
     for bits in bit_widths:
         parts = []
         for start in range(0, len(images), BATCH):
@@ -66,9 +67,9 @@ def compare(model: nn.Module, run: Run, images: numpy.ndarray, labels: numpy.nda
 
 def check_logits(model: nn.Module, run: Run, bit_widths: Iterable[BitWidth],
                  image_size: ImageSize) -> None:
-    """Raise ValueError unless a file has the network's logits, on random images.
+    """Raise ValueError unless a file gives the network's logits on random images.
 
-    The median of the images counts: in some a level lies where float32 may choose either.
+    The median over the images counts, as rounding may change a level in some of them.
     """
     shape = image_shape(image_size)
     images = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).numpy()
@@ -91,9 +92,15 @@ def check_logits(model: nn.Module, run: Run, bit_widths: Iterable[BitWidth],
 
 def row(found: numpy.ndarray, ours: numpy.ndarray, exact: numpy.ndarray, flipped: numpy.ndarray,
         labels: numpy.ndarray) -> dict[str, float]:
-    """Return a row of one bit-width from logits (N, classes) of the file and both networks."""
-    answers, expected = found.argmax(1), ours.argmax(1)
-    from32, from64 = numpy.abs(found - ours), numpy.abs(found - exact)
+    """Return the results of one bit-width, which COLUMNS lists.
+
+    found, ours, exact: logits (N, classes) of the file, and of the network in float32 and float64.
+    flipped: (N,) whether float32 and float64 differ in a level.
+    """
+    answers = found.argmax(1)
+    expected = ours.argmax(1)
+    from32 = numpy.abs(found - ours)
+    from64 = numpy.abs(found - exact)
     return {"images": len(labels), "agree": 100 * float((answers == expected).mean()),
             "top1": 100 * float((answers == labels).mean()),
             "network_top1": 100 * float((expected == labels).mean()),
@@ -105,7 +112,7 @@ def row(found: numpy.ndarray, ours: numpy.ndarray, exact: numpy.ndarray, flipped
 @torch.no_grad()
 def forward(model: nn.Module, images: numpy.ndarray,
             bits: BitWidth) -> tuple[numpy.ndarray, list[Tensor]]:
-    """Return logits (n, classes), NumPy's, and the levels of each activation, (n, ...) uint8."""
+    """Return NumPy logits (n, classes), and the levels of each activation, (n, ...) uint8."""
     levels = []
 
     def note(layer, inputs, out):
@@ -123,23 +130,23 @@ def forward(model: nn.Module, images: numpy.ndarray,
 
 
 def falls_short(results: dict[BitWidth, dict[str, float]]) -> str:
-    """Return what is not as close to the network as it must be; an empty text where all is."""
-    short = []
+    """Return how the results miss AGREE or POINTS, as a message; "" where they do not."""
+    shortfalls = []
     for bits, values in results.items():
         allowed = max(POINTS, 100 / values["images"]) + 1e-9
         if values["agree"] < AGREE:
-            short.append(f"at {bits} bits {values['agree']:.2f} % of answers agree, and "
-                         f"{AGREE} % must")
+            shortfalls.append(f"at {bits} bits {values['agree']:.2f} % of answers agree, and "
+                              f"{AGREE} % must")
         if abs(values["top1"] - values["network_top1"]) > allowed:
-            short.append(f"at {bits} bits top-1 is {values['top1']:.2f} %, and the network's "
-                         f"{values['network_top1']:.2f} %")
+            shortfalls.append(f"at {bits} bits top-1 is {values['top1']:.2f} %, and the network's "
+                              f"{values['network_top1']:.2f} %")
         if values.get("far"):
-            short.append(f"at {bits} bits {values['far']} levels of single layers are wrong")
-    return "; ".join(short)
+            shortfalls.append(f"at {bits} bits {values['far']} levels of single layers are wrong")
+    return "; ".join(shortfalls)
 
 
 def table(results: dict[BitWidth, dict[str, float]], columns: dict[str, tuple[str, str]]) -> str:
-    """Return a Markdown table, a row a bit-width, of those that have the columns."""
+    """Return a Markdown table, with a row for each bit-width that has all columns."""
     lines = [f"| bits | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for bits, values in results.items():
         if not all(name in values for name, _ in columns.values()):
@@ -150,7 +157,7 @@ def table(results: dict[BitWidth, dict[str, float]], columns: dict[str, tuple[st
 
 
 def write(stem: str, results: dict[BitWidth, dict[str, float]], source: str, form: str) -> None:
-    """Print the table, and write it to stem.md, and all numbers to stem.json."""
+    """Print the tables, and write them to stem.md and all numbers to stem.json."""
     count = next(iter(results.values()))["images"]
     text = f"{source} ({form}) beside its network, {count} images\n\n{table(results, COLUMNS)}"
     if any("layers" in values for values in results.values()):

@@ -1,4 +1,4 @@
-"""A network at one bit-width as a short list of operations, which a file format writes down."""
+"""A network at one bit-width as a list of operations, from which file formats are written."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,24 +15,24 @@ from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit
 Run = Callable[[numpy.ndarray, BitWidth | int | str], numpy.ndarray]
 ImageSize = int | tuple[int, int, int]  # of square images of three channels, or (C, H, W)
 
-# What stands in a graph as a function or a method of tensors, by name.
+# The kinds of functions and tensor methods in a graph, by name.
 FUNCTIONS = {"add": "add", "iadd": "add", "add_": "add", "flatten": "flatten", "cat": "cat",
              "adaptive_avg_pool2d": "average", "mean": "mean"}
-# Exact types: what a subclass does is not known.
+# The kinds of modules, by exact type: what a subclass computes is not known.
 MODULES = {nn.MaxPool2d: "max_pool", nn.Linear: "linear", Classifier: "linear", nn.Dropout: "same",
            nn.Identity: "same", nn.AdaptiveAvgPool2d: "average", nn.Flatten: "flatten",
            nn.ReLU: "relu", nn.Conv2d: "convolution", Conv2dQ: "convolution",
            nn.BatchNorm2d: "batch_norm", BatchNorm2d: "batch_norm",
            SwitchableBatchNorm2d: "batch_norm", ActivationQ: "activation"}
-TIE = 1e-3  # of a step, from a threshold between two levels
+TIE = 1e-3  # of a step: nearer to a threshold than this, float32 may choose either level
 NESTED = (1, 2, 4, 8)  # bit-widths: each one's n is an odd multiple of the lower ones'
 
 
 class Operation(NamedTuple):
     """One operation of a network in evaluation.
 
-    kind: of MODULES or FUNCTIONS, or input, output, convolution, batch_norm, activation.
-    inputs: names of operations. layer: the module, if there is one. path: its name in the model.
+    kind: a value of MODULES or FUNCTIONS, or input or output. inputs: names of operations. layer:
+    the module, or None. path: its name in the model.
     """
     name: str
     kind: str
@@ -42,22 +42,23 @@ class Operation(NamedTuple):
 
 
 def trace(model: nn.Module, bits: BitWidth | int | str) -> list[Operation]:
-    """Return the Operations of a model at `bits` bits, in order; the last is its output.
+    """Return the Operations of a model at a bit-width, in order; the last is its output.
 
-    Sets the model's bit-width. Raises ValueError, naming the layer, for one that is not covered.
+    Sets the model's bit-width. Raises ValueError naming a layer that is not supported.
     """
     set_bit_width(model, bits)
     try:
         graph = Tracer().trace(model)
-    except Exception as error:  # whatever the network's own code makes of a proxy
+    except Exception as error:  # any that the network's own code raises
         raise ValueError(f"the network cannot be traced ({type(error).__name__}: {error}): its "
                          "forward must not depend on values of tensors") from None
     if has_hooks(model):
         raise ValueError(f"the network ({type(model).__name__}) has hooks, which an exported file "
                          "does not hold: remove them, or take the packed format")
-    for node in graph.find_nodes(op="call_method", target="type_as"):  # all is float32 here
+    for node in graph.find_nodes(op="call_method", target="type_as"):  # all are float32
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+
     operations = []
     for node in graph.nodes:
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
@@ -70,7 +71,7 @@ def trace(model: nn.Module, bits: BitWidth | int | str) -> list[Operation]:
 
 
 def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
-    """Return an Operation's kind; ValueError where there is none."""
+    """Return an Operation's kind; raises ValueError for what is not supported."""
     if node.op in ("placeholder", "output"):
         return {"placeholder": "input", "output": "output"}[node.op]
     if node.op == "call_module":
@@ -106,7 +107,7 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def is_spatial_mean(node: fx.Node) -> bool:
-    """Return whether a call of mean is over height and width: (N, C, H, W) -> (N, C)."""
+    """Return whether a call averages over height and width: (N, C, H, W) -> (N, C)."""
     _, *arguments = node.args
     dims = arguments or [node.kwargs.get("dim")]
     known = {"dim"}.issuperset(node.kwargs)
@@ -114,12 +115,12 @@ def is_spatial_mean(node: fx.Node) -> bool:
 
 
 def image_shape(image_size: ImageSize) -> tuple[int, int, int]:
-    """Return (C, H, W), given that or the size of square images of three channels."""
+    """Return (C, H, W) of an ImageSize."""
     return (3, image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 def pool_settings(layer: nn.MaxPool2d) -> list[list[int]]:
-    """Return a max pool's size, stride, padding and dilation, lists of two numbers."""
+    """Return kernel size, stride, padding and dilation of a max pool, each as two numbers."""
     return [[part] * 2 if isinstance(part, int) else list(part)
             for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
 
@@ -127,15 +128,18 @@ def pool_settings(layer: nn.MaxPool2d) -> list[list[int]]:
 def affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Return a BatchNorm's scale and shift in evaluation, (C,) in float64."""
     norm = layer.bn_dict[layer.width] if isinstance(layer, SwitchableBatchNorm2d) else layer
-    mean, var = norm.running_mean.double(), norm.running_var.double()
+    mean = norm.running_mean.double()
+    var = norm.running_var.double()
     scale = norm.weight.double() / (var + norm.eps).sqrt()
-    return scale.detach(), (norm.bias.double() - scale * mean).detach()
+    shift = norm.bias.double() - scale * mean
+    return scale.detach(), shift.detach()
 
 
 def integer_weight(operation: Operation) -> tuple[Tensor, float | numpy.ndarray]:
-    """Return the integers m, int64, and the scale s, float64, of a quantized weight: it is s m.
+    """Return the integers m, int64, and the scale s of a quantized weight s m.
 
-    Scales of output channels are (O, 1, 1); one scale is a number.
+    s is a float, or float64 (O, 1, 1) where output channels have scales of their own. Raises
+    ValueError, naming the layer, for a weight that is not of that form.
     """
     layer = operation.layer
     with torch.no_grad():
@@ -155,7 +159,7 @@ def integer_weight(operation: Operation) -> tuple[Tensor, float | numpy.ndarray]
 
 
 def float_weight(layer: nn.Conv2d) -> Tensor:
-    """Return the weight, float32, that a convolution applies to what is not integer."""
+    """Return the float32 weight that a convolution applies to inputs that are not levels."""
     if not isinstance(layer, Conv2dQ):
         return layer.weight.detach()
     with torch.no_grad():
@@ -163,26 +167,27 @@ def float_weight(layer: nn.Conv2d) -> Tensor:
 
 
 def takes_levels(layer: nn.Module) -> bool:
+    """Return whether a layer is a convolution with an integer weight."""
     return isinstance(layer, Conv2dQ) and layer.bits != FULL_PRECISION
 
 
 def is_rounding(layer: ActivationQ) -> bool:
-    """Return whether an ActivationQ gives levels."""
+    """Return whether an ActivationQ rounds its output to levels."""
     return layer.rounding and layer.bits != FULL_PRECISION
 
 
 def step_of(layer: ActivationQ) -> float:
-    """Return the step of an ActivationQ's levels, a float; those are 0 to 2^bits - 1 of them."""
+    """Return the step of an ActivationQ: it times a level, 0 to 2^bits - 1, is an output."""
     return float(layer.quantizer.step())
 
 
-# ---- what is written is what the layer computes
+# ---- checks that a layer computes what will be written
 
 @torch.no_grad()
 def check_layer(operation: Operation) -> None:
-    """Raise ValueError where a layer does not compute what its type says, as one that was edited.
+    """Raise ValueError where a layer's output on random numbers is not what its type computes.
 
-    It is tried on random numbers.
+    Such as that of a layer whose forward was edited.
     """
     layer = operation.layer
     name = operation.path
@@ -213,7 +218,7 @@ def check_layer(operation: Operation) -> None:
 
 
 def check_activation(layer: ActivationQ, name: str) -> None:
-    """Raise ValueError where an ActivationQ is not the clipping and rounding that formats hold."""
+    """Raise ValueError where an ActivationQ is not a clip to [0, n] steps, rounded or not."""
     step = 1.0
     n = 1
     if layer.bits != FULL_PRECISION:

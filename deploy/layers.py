@@ -1,4 +1,4 @@
-"""Compare an exporter's integer layers with float64, one by one, from the same inputs."""
+"""Compare each integer layer of an exporter with float64, on the same inputs."""
 import copy
 import tempfile
 from collections import Counter
@@ -13,14 +13,15 @@ from deploy.graph import Operation, is_rounding, step_of, takes_levels, trace
 from models.bit_widths import BitWidth
 from models.quan_ops import ActivationQ
 
-NEAR = 1e-5  # from a threshold, of an activation in [0, 1]: there float32 may choose either level
-PASSED = ("batch_norm", "max_pool", "same")  # what may stand between a convolution and its levels
+NEAR = 1e-5  # nearer to a threshold than this, of an activation in [0, 1], either level is right
+BETWEEN = ("batch_norm", "max_pool", "same")  # kinds between a convolution and its levels
 
 
 def integer_layers(operations: list[Operation]) -> dict[str, list[nn.Module]]:
-    """Return {name: modules}: each convolution of levels, and what turns its sums into levels.
+    """Return {name: modules} of each convolution of levels.
 
-    Where something else follows, such as an addition, the modules end before that.
+    The modules are the activation that makes its input, the convolution, and those that turn its
+    sums into levels; they end before anything else, such as an addition.
     """
     by_name = {operation.name: operation for operation in operations}
     counts = Counter(name for operation in operations for name in operation.inputs)
@@ -34,9 +35,10 @@ def integer_layers(operations: list[Operation]) -> dict[str, list[nn.Module]]:
             source = by_name[source.inputs[0]]
         if source.kind != "activation" or not is_rounding(source.layer):
             continue
+
         modules = [source.layer, operation.layer]
         last = operation
-        while counts[last.name] == 1 and reader[last.name].kind in (*PASSED, "activation"):
+        while counts[last.name] == 1 and reader[last.name].kind in (*BETWEEN, "activation"):
             last = reader[last.name]
             modules.append(last.layer)
             if last.kind == "activation":
@@ -48,20 +50,25 @@ def integer_layers(operations: list[Operation]) -> dict[str, list[nn.Module]]:
 @torch.no_grad()
 def compare_layers(model: nn.Module, files: ModuleType, images: numpy.ndarray,
                    bits: BitWidth) -> dict[str, float]:
-    """Return what a format's exporter makes of each integer layer of a model at `bits`.
+    """Compare the integer layers of a model at `bits`, exported one by one, with float64.
 
-    files: the module of the format; images (n, 3, H, W), of which the layers see what the model
-    makes of them. Returns the number of layers, of levels, of those that are not float64's, and of
-    those among them that are not NEAR a threshold; and the largest relative difference of layers
-    that end without levels.
+    files: the module of the format. images: (n, 3, H, W), from which the model computes the layers'
+    inputs.
+
+    Returns:
+        layers and levels: their numbers. differ: levels that are not float64's. far: those
+        of them that are not NEAR a threshold. relative: the largest relative difference of
+        layers that end without levels.
     """
-    layers, inputs = integer_layers(trace(model, bits)), {}
+    layers = integer_layers(trace(model, bits))
+    inputs = {}
     hooks = [modules[1].register_forward_pre_hook(
         lambda layer, args, name=name: inputs.__setitem__(name, args[0]))
         for name, modules in layers.items()]
     model(torch.from_numpy(images))
     for hook in hooks:
         hook.remove()
+
     result = {"layers": len(layers), "levels": 0, "differ": 0, "far": 0, "relative": 0.0}
     for name, modules in layers.items():
         found, exact = outputs(modules, inputs[name], files, bits)
@@ -69,6 +76,7 @@ def compare_layers(model: nn.Module, files: ModuleType, images: numpy.ndarray,
             difference = float((found - exact).abs().max() / exact.abs().max())
             result["relative"] = max(result["relative"], difference)
             continue
+
         n = 2**modules[-1].bits - 1
         step = step_of(modules[-1])
         exact = (exact / step).clamp(0, n)
@@ -82,15 +90,16 @@ def compare_layers(model: nn.Module, files: ModuleType, images: numpy.ndarray,
 
 def outputs(modules: list[nn.Module], x: Tensor, files: ModuleType,
             bits: BitWidth) -> tuple[Tensor, Tensor]:
-    """Return a layer's outputs, by a file of it alone and in float64, before its activation.
+    """Return a layer's outputs, of a file of it alone, and in float64 before its activation.
 
-    modules: the activation that makes its input, the convolution, and what follows.
+    modules: as in integer_layers.
     """
     alone = nn.Sequential(*modules, nn.Flatten()).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "layer.xml")
         files.export(alone, [bits], path, tuple(x.shape[1:]))
         found = torch.from_numpy(files.load(path)(x.numpy(), bits)).double()
+
     _, conv, *rest = modules
     if rest and isinstance(rest[-1], ActivationQ) and is_rounding(rest[-1]):
         rest = rest[:-1]

@@ -1,7 +1,8 @@
 """ONNX files whose quantized convolutions are integer: uint8 weights, uint8 activations.
 
-A layer's output is s acc + shift: acc an integer sum, s and shift of its weight's scale and its
-BatchNorm. What requantizes it is round(n (s acc + shift)), clipped to [0, n], n = 2^bits - 1.
+A layer's output is s acc + shift, where acc is an integer sum, and s and shift follow from the
+scales and the BatchNorm. It is requantized as round(n (s acc + shift)), clipped to [0, n], where
+n = 2^bits - 1.
 """
 from __future__ import annotations
 
@@ -22,16 +23,17 @@ from deploy.graph import (NESTED, ImageSize, Operation, Run, affine_of, float_we
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.quan_ops import QuantizedLayer
 
-OPSET, IR_VERSION = 21, 10  # of ONNX 1.16
-ZERO = 128  # ONNX Runtime's quick kernels take uint8 weights with a zero point
-MANY = 0.01  # of a layer's weights; each that does not follow from the highest takes 36 bytes
-LARGE = 1000  # numbers of a constant that several bit-widths may share
+OPSET = 21
+IR_VERSION = 10  # of ONNX 1.16
+ZERO = 128  # zero point of weights: ONNX Runtime's fast kernels take uint8
+MAX_EXCEPTIONS = 0.01  # share of a layer's weights; each exception takes 36 bytes
+LARGE = 1000  # constants with more numbers than this are shared by the bit-widths
 
 
 class Value(NamedTuple):
-    """A tensor of a graph and what it stands for: scale * tensor + shift, by channel, or itself.
+    """A tensor of a graph, and the value that it stands for: scale * tensor + shift, per channel.
 
-    kind: levels (uint8, 0 to n), sums (int32) or float.
+    kind: levels (uint8, 0 to n), sums (int32) or float. scale, shift: None for 1 and 0.
     """
     tensor: str
     kind: str = "float"
@@ -42,21 +44,27 @@ class Value(NamedTuple):
 class Writer:
     """Writes the operations of a network at one bit-width as the nodes of an ONNX graph.
 
-    outer: the Writer of the graph around this one, if any: it holds what the bit-widths share.
+    prefix: of all names. outer: the Writer of the enclosing graph, with what bit-widths share.
     """
 
     def __init__(self, prefix: str = "", outer: Writer | None = None):
-        self.prefix, self.outer = prefix, outer
-        self.nodes, self.constants, self.known, self.values = [], [], {}, {}
+        self.prefix = prefix
+        self.outer = outer
+        self.nodes = []
+        self.constants = []
+        self.known = {}  # names of constants, by content
+        self.values = {}  # by name of the operation
 
     def node(self, kind: str, *inputs: str, **attributes: object) -> str:
+        """Write a node; return the name of its output."""
         name = f"{self.prefix}{kind}{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
         return name
 
     def constant(self, array: ArrayLike, dtype: DTypeLike = numpy.float32) -> str:
+        """Write a constant, or find an equal one; return its name."""
         array = numpy.ascontiguousarray(numpy.asarray(array, dtype))
-        if self.outer and array.size >= LARGE:  # folded where it is loaded, then optimised as any
+        if self.outer and array.size >= LARGE:  # the Reshape is folded on load
             flat = self.outer.constant(array.ravel(), dtype)
             return self.node("Reshape", flat, self.constant(array.shape, numpy.int64))
         key = array.dtype.str, array.shape, array.tobytes()
@@ -66,7 +74,7 @@ class Writer:
         return self.known[key]
 
     def write(self, operations: list[Operation], output: str) -> None:
-        """Write all; `output` is the name of the logits."""
+        """Write all operations; output: the name of the logits."""
         for operation in operations[:-1]:
             inputs = [self.values[name] for name in operation.inputs]
             self.values[operation.name] = getattr(self, operation.kind)(operation, *inputs)
@@ -76,7 +84,7 @@ class Writer:
     # ---- numbers
 
     def scaled(self, value: Value, factor: float = 1.0) -> str:
-        """Return the float tensor of factor times what a Value stands for."""
+        """Write factor times a Value as a float tensor; return its name."""
         tensor, kind, scale, shift = value
         if kind != "float":
             tensor = self.node("Cast", tensor, to=TensorProto.FLOAT)
@@ -88,16 +96,17 @@ class Writer:
         return tensor
 
     def as_float(self, value: Value) -> str:
-        """Return the float tensor of what a Value stands for, written once."""
+        """Write a Value as a float tensor, that of levels once; return its name."""
         known = self.values.setdefault("floats", {})
         if value.tensor not in known or value.kind != "levels":
             known[value.tensor] = self.scaled(value)
         return known[value.tensor]
 
     def clipped(self, tensor: str, high: float) -> str:
+        """Write a clip to [0, high]; return the name of its output."""
         return self.node("Clip", tensor, self.constant(0), self.constant(high))
 
-    # ---- layers
+    # ---- operations, a method per kind
 
     def input(self, operation: Operation) -> Value:
         return Value("images")
@@ -113,6 +122,7 @@ class Writer:
         if value.kind != "levels" or not takes_levels(layer):
             weight = self.constant(float_weight(layer).numpy())
             return Value(self.node("Conv", self.as_float(value), weight, **settings), shift=bias)
+
         weight, scale, doubled = self.integer_weight(operation)
         zero = self.constant(ZERO, numpy.uint8)
         sums = self.node("ConvInteger", value.tensor, weight, "", zero, **settings)
@@ -128,7 +138,8 @@ class Writer:
     def integer_weight(self, operation: Operation) -> tuple[str, float | numpy.ndarray, bool]:
         """Return the tensor of a Conv2dQ's uint8 weight, its scale, and whether it is halved.
 
-        The weight is its integers plus 128; where they are odd up to 255, their levels.
+        The uint8 weight is the integers plus 128; or where these are odd and up to 255, their
+        levels, which is halved.
         """
         integers, scale = integer_weight(operation)
         integers = integers.numpy()
@@ -145,14 +156,14 @@ class Writer:
     def from_highest(self, operation: Operation, levels: numpy.ndarray) -> str | None:
         """Return the tensor of a uint8 weight, computed from the levels at the highest bit-width.
 
-        None where many of its levels do not follow from those.
+        Returns None where more than MAX_EXCEPTIONS of its levels differ from that.
         """
         n = 2**operation.layer.bits - 1
         most = 2**self.outer.bits - 1
         with at_bits(operation.layer, self.outer.bits):
             stored = (integer_weight(operation)[0].numpy() + most) // 2
         places = numpy.argwhere(numpy.rint(stored * (n / most)) != levels)
-        if len(places) > MANY * levels.size:
+        if len(places) > MAX_EXCEPTIONS * levels.size:
             return None
         level = self.node("Cast", self.constant(stored, numpy.uint8), to=TensorProto.FLOAT)
         level = self.node("Mul", level, self.constant(n / most))
@@ -226,7 +237,7 @@ class Writer:
 
 @contextlib.contextmanager
 def at_bits(layer: QuantizedLayer, bits: int) -> Iterator[None]:
-    """Let a layer have these bits."""
+    """Quantize a layer's weight to other bits within the context."""
     before = layer.quantizer.state
     layer.quantizer.switch(bits, str(bits))
     try:
@@ -236,17 +247,17 @@ def at_bits(layer: QuantizedLayer, bits: int) -> Iterator[None]:
 
 
 def column(values: Tensor) -> numpy.ndarray:
-    """Return values of channels (C,) as float64 (C, 1, 1)."""
+    """Return values per channel (C,) as NumPy float64 (C, 1, 1)."""
     return values.detach().double().numpy()[:, None, None]
 
 
 def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
            image_size: ImageSize, any_width: bool = False) -> None:
-    """Write a model (in evaluation, float32, on the CPU) as one ONNX file.
+    """Write a model (in evaluation mode, float32, on the CPU) as one ONNX file.
 
-    Its input `images` is (N, 3, H, W) float32, as the network takes it, its output `logits` (N,
-    classes). any_width: one file for all bit_widths, with the second input `bits`, int64; else
-    bit_widths is a list of one. Raises ValueError for what cannot be held, naming the layer.
+    The input `images` is (N, 3, H, W) float32, normalized; the output `logits` is (N, classes).
+    any_width: one file for all bit_widths, with a second input `bits`, int64; False: bit_widths has
+    one element. Raises ValueError naming a layer that the format cannot represent.
     """
     bit_widths = check_bit_widths(bit_widths)
     if any_width:
@@ -267,31 +278,36 @@ def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: s
 
 
 def logits_info(name: str) -> ValueInfoProto:
+    """Describe logits, (batch, classes) float32, by name."""
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None])
 
 
 def any_width_graph(model: nn.Module, bit_widths: tuple[BitWidth, ...],
                     ) -> tuple[Sequence[NodeProto], list[ValueInfoProto], list[TensorProto]]:
-    """Return nodes, further inputs and constants: a branch a bit-width, weights stored once."""
+    """Return nodes, further inputs and constants: a branch per bit-width, weights stored once."""
     others = sorted(set(bit_widths) - {*NESTED})
     if others:
         raise ValueError(f"{others[0]} bits do not follow from 8-bit weights: one ONNX file of any "
                          "bit-width holds 1, 2, 4 and 8 of them")
-    outer, branch = Writer(), None
+
+    outer = Writer()
     outer.bits = max(bit_widths).weights
+    branch = None
     for bits in sorted(bit_widths):
-        writer, output = Writer(f"b{bits}_", outer), f"logits{bits}"
+        writer = Writer(f"b{bits}_", outer)
+        output = f"logits{bits}"
         writer.write(trace(model, bits), output)
         graph = helper.make_graph(writer.nodes, f"bits{bits}", [], [logits_info(output)],
                                   writer.constants)
-        branch = graph if branch is None else either(bits, graph, branch)
+        branch = graph if branch is None else choose(bits, graph, branch)
+
     inputs = [helper.make_tensor_value_info("bits", TensorProto.INT64, [])]
     branch.node.append(helper.make_node("Identity", [branch.output[0].name], ["logits"]))
     return branch.node, inputs, [*outer.constants, *branch.initializer]
 
 
-def either(bits: BitWidth, graph: GraphProto, otherwise: GraphProto) -> GraphProto:
-    """Return the graph that is `graph` where the input `bits` is that, else `otherwise`."""
+def choose(bits: BitWidth, graph: GraphProto, otherwise: GraphProto) -> GraphProto:
+    """Return a graph that runs `graph` where the input `bits` has this value, else `otherwise`."""
     number = numpy_helper.from_array(numpy.array(bits.weights), f"is{bits}")
     equal = helper.make_node("Equal", ["bits", number.name], [f"equal{bits}"])
     choice = helper.make_node("If", [f"equal{bits}"], [f"choice{bits}"], then_branch=graph,
@@ -301,9 +317,9 @@ def either(bits: BitWidth, graph: GraphProto, otherwise: GraphProto) -> GraphPro
 
 
 def load(path: str | Path, threads: int = 1) -> Run:
-    """Return run(images, bits) by ONNX Runtime: float32 (N, 3, H, W) to logits (N, classes).
+    """Return run(images, bits) in ONNX Runtime: float32 (N, 3, H, W) -> logits (N, classes).
 
-    Raises ValueError for bits that the file does not have.
+    It raises ValueError for bits that the file does not have.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

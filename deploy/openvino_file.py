@@ -1,8 +1,8 @@
 """OpenVINO files for x86 CPUs: convolutions of int8, and of single bits at 1 bit.
 
-OpenVINO's CPU plugin makes integer kernels of a FakeQuantize before a convolution whose weight is
-int8 times a scale. A quantized activation is clipped to [0, 1] and then rounded to multiples of
-1 / n, n = 2^bits - 1, by a FakeQuantize of 256 levels: the plugin computes other numbers of levels
+OpenVINO's CPU plugin uses integer kernels for a FakeQuantize before a convolution whose weight is
+int8 times a scale. A quantized activation is clipped to n steps, n = 2^bits - 1, and then rounded
+to multiples of a step by a FakeQuantize of 256 levels: the plugin computes other numbers of levels
 in float32.
 """
 import functools
@@ -23,14 +23,14 @@ from deploy.graph import (ImageSize, Operation, Run, affine_of, float_weight, im
                           trace)
 from models.bit_widths import FULL_PRECISION, BitWidth
 
-CHANNELS = 8  # a BinaryConvolution's inputs come in multiples of it
+CHANNELS = 8  # a BinaryConvolution needs a multiple of this many input channels
 LARGE = numpy.finfo(numpy.float32).max
 LEVELS = 256  # of a FakeQuantize that becomes uint8
 INT16 = 2**15 - 1
 
 
 class Value(NamedTuple):
-    """A float tensor; where it is a quantized activation also what it is the activation of."""
+    """A float tensor; before: for a quantized activation, the input of that activation."""
     tensor: Node | Output
     before: Node | Output | None = None
 
@@ -39,15 +39,17 @@ class Writer:
     """Writes the operations of a network at one bit-width as an OpenVINO model."""
 
     def __init__(self, image_size: ImageSize):
-        self.values, self.readers, self.is_binary = {}, Counter(), False
-        self.largest_weight = 0  # of those stored in int8
+        self.values = {}  # by name of the operation
+        self.readers = Counter()  # of each value
+        self.is_binary = False
+        self.largest_weight = 0  # in magnitude, of those in int8
         self.images = ops.parameter([-1, *image_shape(image_size)], numpy.float32, "images")
 
     def write(self, operations: list[Operation]) -> openvino.Model:
-        """Return the openvino.Model of all operations."""
+        """Write all operations; return their model."""
         rounding = [operation.layer for operation in operations
                     if operation.kind == "activation" and is_rounding(operation.layer)]
-        # Only where all activations are 0 and 1: next to others the plugin fuses them wrongly.
+        # Only if all activations are 0 and 1: the plugin fuses them with others wrongly.
         self.is_binary = all(layer.bits == 1 and step_of(layer) == 1 for layer in rounding)
         self.readers.update(name for operation in operations for name in operation.inputs)
         for operation in operations[:-1]:
@@ -74,15 +76,15 @@ class Writer:
         else:
             m, scale = integer_weight(operation)
             m = m.numpy()
-            if self.is_binary and layer.bits == 1 and layer.groups == 1 and m.ndim == 4 \
-                    and (abs(m) == 1).all() and numpy.ndim(scale) == 0:
+            is_plain = layer.groups == 1 and numpy.ndim(scale) == 0
+            is_binary = self.is_binary and is_plain and layer.bits == 1 and m.ndim == 4
+            if is_binary and (abs(m) == 1).all():
                 y = self.binary_convolution(layer, value.before, m, scale)
             elif m.min() >= -128 and m.max() < 128:
                 y = self.integer_convolution(layer, value.tensor, m, scale)
             else:  # 2 k - 255 = 2 (k - 128) + 1
                 y = self.integer_convolution(layer, value.tensor, (m - 1) // 2, 2 * scale)
-                alike = layer.groups == 1 and numpy.ndim(scale) == 0
-                ones = numpy.ones_like(m[:1] if alike else m)
+                ones = numpy.ones_like(m[:1] if is_plain else m)
                 y = ops.add(y, convolve(layer, value.tensor, scaled_weight(ones, scale)))
         if layer.bias is not None:
             y = ops.add(y, channels(layer.bias.detach().numpy()))
@@ -90,29 +92,30 @@ class Writer:
 
     def integer_convolution(self, layer: nn.Conv2d, x: Node, m: numpy.ndarray,
                             scale: float | numpy.ndarray) -> Node:
+        """Convolve x with the weight scale * m, of int8 integers m."""
         self.largest_weight = max(self.largest_weight, abs(m).max())
         return convolve(layer, x, scaled_weight(m, scale))
 
-    def binary_convolution(self, layer: nn.Conv2d, x: Node, odd: numpy.ndarray,
+    def binary_convolution(self, layer: nn.Conv2d, x: Node, m: numpy.ndarray,
                            scale: float) -> Node:
         """Convolve the 1-bit activation of x, levels k in {0, 1}, with weights m of -1 and 1.
 
-        A BinaryConvolution takes k as a = 2 k - 1, and what lies outside the image as -1 too:
+        A BinaryConvolution computes with a = 2 k - 1, which is -1 outside the image too, so that
         sum m k = (sum m a + sum m) / 2.
         """
-        missing = -odd.shape[1] % CHANNELS
+        missing = -m.shape[1] % CHANNELS
         if missing:
-            odd = numpy.pad(odd, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=1)
+            m = numpy.pad(m, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=1)
             x = ops.pad(x, [0, 0, 0, 0], [0, missing, 0, 0], "constant", numpy.float32(0))
-        a = ops.fake_quantize(x, *map(numpy.float32, (0.5, 0.5, 0, 1)), 2)  # its own, not shared
-        bits = numpy.packbits(odd > 0, bitorder="little")  # a Tensor of it does not keep it alive
-        tensor = openvino.Tensor(bits, openvino.Shape(odd.shape), openvino.Type.u1)
+        a = ops.fake_quantize(x, *map(numpy.float32, (0.5, 0.5, 0, 1)), 2)  # not shared with others
+        bits = numpy.packbits(m > 0, bitorder="little")  # named: a Tensor does not keep it alive
+        tensor = openvino.Tensor(bits, openvino.Shape(m.shape), openvino.Type.u1)
         weight = openvino.op.Constant(tensor, shared_memory=False)
         sums = ops.binary_convolution(a, weight, list(layer.stride), list(layer.padding),
                                       list(layer.padding), list(layer.dilation), "xnor-popcount",
                                       -1.0)
         y = ops.multiply(sums, constant(scale / 2))
-        return ops.add(y, channels(odd.sum((1, 2, 3)) * scale / 2))
+        return ops.add(y, channels(m.sum((1, 2, 3)) * scale / 2))
 
     def batch_norm(self, operation: Operation, value: Value) -> Value:
         scale, shift = (channels(part.numpy()) for part in affine_of(operation.layer))
@@ -130,7 +133,8 @@ class Writer:
         if self.is_binary:  # a FakeQuantize would be fused into a BinaryConvolution, wrongly
             above = ops.greater(value.tensor, numpy.float32(0.5))
             return Value(ops.convert(above, numpy.float32), value.tensor)
-        low, high = numpy.float32(0), numpy.float32((LEVELS - 1) * step)
+        low = numpy.float32(0)
+        high = numpy.float32((LEVELS - 1) * step)
         return Value(ops.fake_quantize(clipped, low, high, low, high, LEVELS), value.tensor)
 
     def relu(self, operation: Operation, value: Value) -> Value:
@@ -143,7 +147,7 @@ class Writer:
         def pool(x):
             return ops.max_pool(x, stride, dilation, padding, padding, size,
                                 "ceil_torch" if layer.ceil_mode else "floor").output(0)
-        # The activation rises with its input, so it may as well come after the maximum.
+        # The activation is monotonic, so it may also follow the maximum.
         return Value(pool(value.tensor), None if value.before is None else pool(value.before))
 
     def average(self, operation: Operation, value: Value) -> Value:
@@ -154,9 +158,9 @@ class Writer:
 
     def add(self, operation: Operation, *values: Value) -> Value:
         y = ops.add(*(value.tensor for value in values))
-        # A binary convolution, a sum that nothing else reads, and rounding would be fused, wrongly.
+        # The plugin would fuse a binary convolution, a sum with one reader and rounding, wrongly.
         if self.is_binary and self.readers[operation.name] == 1:
-            y = ops.maximum(y, constant(-LARGE))  # changes nothing
+            y = ops.maximum(y, constant(-LARGE))  # prevents that, and changes nothing
         return Value(y)
 
     def cat(self, operation: Operation, *values: Value) -> Value:
@@ -174,6 +178,7 @@ class Writer:
 
 
 def constant(array: ArrayLike) -> Node:
+    """Return a float32 constant."""
     return ops.constant(numpy.asarray(array, numpy.float32))
 
 
@@ -194,18 +199,19 @@ def convolve(layer: nn.Conv2d, x: Node, weight: Node) -> Node:
     settings = (list(part) for part in (layer.stride, layer.padding, layer.padding, layer.dilation))
     if layer.groups == 1:
         return ops.convolution(x, weight, *settings)
-    groups, out, *rest = layer.groups, *weight.shape
+    groups = layer.groups
+    out, *rest = weight.shape
     shape = numpy.array([groups, out // groups, *rest])
     return ops.group_convolution(x, ops.reshape(weight, shape, False), *settings)
 
 
 def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
            image_size: ImageSize) -> None:
-    """Write a model (in evaluation, float32, on the CPU) at one bit-width to path, an .xml file.
+    """Write a model (in evaluation mode, float32, on the CPU) at one bit-width to an .xml file.
 
-    Its weights go to the .bin file beside it. Its input `images` is (N, 3, H, W) float32, as the
-    network takes it, its output `logits` (N, classes). Raises ValueError for what cannot be held,
-    naming the layer.
+    Its weights go to the .bin file beside it. The input `images` is (N, 3, H, W) float32,
+    normalized; the output `logits` is (N, classes). Raises ValueError naming a layer that the
+    format cannot represent.
     """
     bits, = bit_widths
     content = Writer(image_size).write(trace(model, bits))
@@ -214,10 +220,10 @@ def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: s
 
 
 def load(path: str | Path, threads: int = 1) -> Run:
-    """Return run(images, bits): float32 images (N, 3, H, W) to logits (N, classes), by OpenVINO.
+    """Return run(images, bits) in OpenVINO: float32 (N, 3, H, W) -> logits (N, classes).
 
-    Raises ValueError for bits that the file does not have, and for a file whose sums saturate on
-    this CPU.
+    Raises ValueError for a file whose sums saturate on this CPU; run raises it for bits that the
+    file does not have.
     """
     content = core().read_model(path)
     own = BitWidth.of(content.get_rt_info("bits").astype(str))
@@ -229,7 +235,7 @@ def load(path: str | Path, threads: int = 1) -> Run:
                          "export 7 bits or fewer, or another format")
     shape = [part.get_length() for part in list(content.input().partial_shape)[1:]]
 
-    @functools.cache  # a BinaryConvolution wants a fixed number of images
+    @functools.cache  # a BinaryConvolution needs a fixed batch size
     def compiled_for(count):
         content.reshape([count, *shape])
         return compiled(content, threads).create_infer_request()
@@ -243,22 +249,25 @@ def load(path: str | Path, threads: int = 1) -> Run:
 
 @functools.cache
 def core() -> openvino.Core:
-    """Return OpenVINO, the same as long as the process runs: where it ends, signals meet a stack
-    that its CPU plugin has taken back."""
+    """Return OpenVINO's core, one for the whole process.
+
+    After the end of a core, signals would meet a stack that its CPU plugin has freed.
+    """
     return openvino.Core()
 
 
 def compiled(content: openvino.Model, threads: int = 1) -> openvino.CompiledModel:
-    """Compile a model for this CPU; without the hint it would compute in bfloat16."""
+    """Compile a model for this CPU, in float32: by default it may compute in bfloat16."""
     return core().compile_model(content, "CPU", {
         "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
 
 
 @functools.cache
 def sums_are_exact() -> bool:
-    """Return whether this CPU adds products of uint8 and int8 without saturating, by trying it."""
+    """Return whether this CPU sums products of uint8 and int8 without saturation, by trying it."""
     x = ops.parameter([1, 64, 8, 8], numpy.float32)
-    low, high = numpy.float32(0), numpy.float32(1)
+    low = numpy.float32(0)
+    high = numpy.float32(1)
     a = ops.fake_quantize(ops.clamp(x, 0.0, 1.0), low, high, low, high, LEVELS)
     weight = scaled_weight(numpy.full((16, 64, 3, 3), 127), 1.0)
     y = ops.convolution(a, weight, [1, 1], [0, 0], [0, 0], [1, 1])

@@ -18,16 +18,16 @@ from utils import flag_text, one_line
 # Kinds of flags.
 NETWORK = "network"  # builds the network: an evaluation's is its checkpoint's
 RUN = "run"  # sets a run apart: cannot change on resume
-SCHEDULE = "schedule"  # likewise; where it is left to its default the log says so
-MACHINE = "machine"  # where a run computes, how fast, what it prints: may change at any time
+SCHEDULE = "schedule"  # likewise, and the log names those left to their defaults
+MACHINE = "machine"  # where a run computes, how fast, what it prints: may change on resume
 TASK = "task"  # what a command does
 
 
 class Flag(NamedTuple):
-    """What is known of a flag besides how it is parsed.
+    """The properties of a flag that do not concern its parsing.
 
-    evaluated: an evaluation takes it from the checkpoint, where no flag says otherwise. in_name: a
-    report has it in the run's name.
+    evaluated: an evaluation takes it from the checkpoint, unless the command line sets it. in_name:
+    it is part of a run's name in reports.
     """
     kind: str
     evaluated: bool = False
@@ -38,20 +38,22 @@ FLAGS: dict[str, Flag] = {}  # by argument, as add() declares them
 
 
 def names_of(*kinds: str) -> list[str]:
-    """Return the arguments of these kinds."""
+    """Return the names of the arguments of these kinds."""
     return [name for name, flag in FLAGS.items() if flag.kind in kinds]
 
 
 def number(kind: type[int] | type[float], least: float, most: float = 2**31 - 1,
            above: bool = False) -> Callable[[str], float]:
-    """Return a type: a number of `kind`, int or float, from `least` up (or above it) to `most`."""
+    """Return a parser of numbers of `kind` from `least` (excluded if `above`) to `most`."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if least < value <= most or value == least and not above:
+        is_least = value == least and not above
+        if is_least or least < value <= most:
             return value
+
         name = "whole number" if kind is int else "number"
         allowed = f"above {least}" if above else f"from {least} up"
         raise ArgumentTypeError(
@@ -60,6 +62,7 @@ def number(kind: type[int] | type[float], least: float, most: float = 2**31 - 1,
 
 
 def bit_width_list(text: str) -> list[int | str]:
+    """Parse bit-widths such as 1,2,w2a4; return them lowest first, as files hold them."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     try:
         return [width.plain for width in sorted(check_bit_widths(parts))]
@@ -68,6 +71,7 @@ def bit_width_list(text: str) -> list[int | str]:
 
 
 def model_name(text: str) -> str:
+    """Parse the name of a network of MODELS, or of torchvision's."""
     if text in MODELS:
         return text
     if not zoo.is_torchvision(text):
@@ -80,6 +84,7 @@ def model_name(text: str) -> str:
 
 
 def epoch_list(text: str) -> list[int]:
+    """Parse rising epochs such as 100,150,180; empty text is an empty list."""
     parts = text.split(",") if text.strip() else []
     epochs = [int(part) if part.strip().isdecimal() else 0 for part in parts]
     if 0 in epochs or sorted(set(epochs)) != epochs:
@@ -89,7 +94,8 @@ def epoch_list(text: str) -> list[int]:
 
 
 def source(text: str) -> str | None:
-    return None if text in ("", "None") else text  # as published scripts write it
+    """Parse the source of a checkpoint; published scripts write none as None."""
+    return None if text in ("", "None") else text
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -100,18 +106,20 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, and shows defaults in the help."""
+    """A parser that reports a wrong argument in one line, and shows defaults in its help."""
 
     def __init__(self, description: str | None, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter,
                          **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        """Exit with the message, which rank 0 prints in one line."""
         text = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
         self.exit(UsageError.exit_code, text if rank() == 0 else None)
 
 
 def make_parser(description: str | None = None) -> OneLineParser:
+    """Return the parser of all flags of train.py, and declare them in FLAGS."""
     parser = OneLineParser(description)
 
     def add(flag, *names, kind, evaluated=False, in_name=False, **kwargs):
@@ -125,42 +133,45 @@ def make_parser(description: str | None = None) -> OneLineParser:
 
 
 def choice(names: Iterable[str], more: str = "") -> dict[str, object]:
+    """Return add_argument's keywords for a choice of names; more: the rest of its help."""
     return {"choices": names, "metavar": "NAME", "help": ", ".join(names) + more}
 
 
 def add_network(add: Callable[..., None]) -> None:
+    """Declare the flags of the network."""
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
     add("--model", kind=NETWORK, evaluated=True, in_name=True, type=model_name, default="svhnq",
         metavar="NAME",
         help=f"{', '.join(MODELS)}, or {zoo.PREFIX}NAME, such as {zoo.PREFIX}resnet18")
     add("--width", kind=NETWORK, evaluated=True, type=number(int, 1),
-        help=f"width multiplier; unset: {widths}")
+        help=f"width multiplier; default: {widths}")
     add("--all-conv", kind=NETWORK, evaluated=True, action="store_true",
-        help="quantize the weights of the stem and the shortcuts, too")
+        help="also quantize the weights of the stem and the shortcuts")
     add("--quantizer", kind=NETWORK, evaluated=True, default="dorefa",
-        **choice(QUANTIZERS, ": of weights and activations"))
+        **choice(QUANTIZERS, ": quantizer of weights and activations"))
 
 
 def add_training(add: Callable[..., None]) -> None:
+    """Declare the flags of data, loss and optimization."""
     add("--dataset", kind=RUN, evaluated=True, in_name=True, default="digits", **choice(DATASETS))
     add("--train_split", "--train-split", kind=RUN, evaluated=True,
-        help="unset: train, for svhn train_extra")
+        help="split to train on; default: train, for svhn train_extra")
     add("--train-fraction", kind=RUN, type=number(float, 0, 1, above=True), default=1.0,
-        help="train on this part of the training split, drawn by the seed; for short honest trials")
+        help="fraction of the training split to train on, drawn by the seed; for short trials")
     add("--bit_width_list", "--bit-width-list", kind=RUN, in_name=True, type=bit_width_list,
-        default=[1, 2, 4, 8, 32], metavar="K,...", help="bit-widths, of 1 to 8 and 32, such as 4, "
-        "or w2a4 for 2 bits of weights and 4 of activations; a single one trains a dedicated model")
+        default=[1, 2, 4, 8, 32], metavar="K,...", help="bit-widths of 1 to 8 and 32, such as 4, "
+        "or w2a4 for 2 bits of weights and 4 of activations; one alone trains a dedicated model")
     add("--loss", kind=RUN, evaluated=True, in_name=True, default="recursive",
-        **choice(NEXT_TARGET, "; teacher of each lower bit-width: hard = the labels, soft = the "
-                 "highest, recursive = the next higher"))
+        **choice(NEXT_TARGET, "; what a lower bit-width learns from: hard = the labels, soft = "
+                 "the highest bit-width, recursive = the next higher one"))
     add("--widths-per-step", kind=RUN, type=number(int, 2), metavar="N",
-        help="bit-widths that a step visits: the highest, the lowest and N - 2 of those between, "
-        "drawn by the seed; unset: all")
+        help="bit-widths that a step trains: the highest, the lowest and N - 2 of the others, "
+        "drawn by the seed; default: all")
     add("--epochs", kind=SCHEDULE, type=number(int, 1), default=30, help="passes over the split")
     add("--start-epoch", kind=TASK, type=number(int, 0), default=0,
-        help="epochs that --lr_decay takes as done")
+        help="number of the first epoch, from 0; --lr_decay counts those before it")
     add("--batch-size", kind=SCHEDULE, evaluated=True, type=number(int, 1), default=128,
-        help="images a step, over all processes")
+        help="images per step, over all processes")
     add("--optimizer", kind=SCHEDULE, default="adam",
         **choice(("adam", "adamw", "sgd"), " (momentum 0.9)"))
     add("--lr", kind=SCHEDULE, type=number(float, 0, 1e30, above=True), default=0.001,
@@ -179,33 +190,34 @@ def add_training(add: Callable[..., None]) -> None:
     add("--precision", kind=RUN, evaluated=True, default="fp32",
         **choice(PRECISIONS, ": of the convolutions' operands"))
     add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
-        help="of weights, data and dropout")
-    add("--sync-bn", kind=RUN, action="store_true", help="several processes: BatchNorm by the "
-        "statistics of the whole batch; unset: of each process's part, as published")
+        help="seed of weights, data and dropout")
+    add("--sync-bn", kind=RUN, action="store_true", help="with several processes: BatchNorm uses "
+        "the statistics of the whole batch; default: of each process's part, as published")
 
 
 def add_running(add: Callable[..., None]) -> None:
-    add("--pretrain", kind=RUN, type=source, help="start from these weights: a checkpoint, a "
+    """Declare the flags of the task and the machine."""
+    add("--pretrain", kind=RUN, type=source, help="load these weights first: a checkpoint, a "
         "folder with model_best.pth.tar, a URL, or a published name")
     add("--resume", kind=TASK, type=source,
-        help="go on with a run: its results folder, or a checkpoint")
-    add("--evaluate", kind=TASK, action="store_true", help="no training: the accuracy of "
-        "--pretrain (or --resume) at every bit-width of the list; unset list: all it has")
-    add("--calibrate", kind=TASK, type=number(int, 0), help="with --evaluate: for a bit-width that "
-        "was not trained, start from the nearest that was and re-estimate BatchNorm's statistics "
-        "over this many training batches (0: as it is)")
+        help="resume a run: its results folder, or a checkpoint")
+    add("--evaluate", kind=TASK, action="store_true", help="do not train: print the accuracy of "
+        "--pretrain (or --resume) at every bit-width of the list; default: all that it has")
+    add("--calibrate", kind=TASK, type=number(int, 0), help="with --evaluate: a bit-width that was "
+        "not trained copies the nearest one that was, and re-estimates BatchNorm's statistics over "
+        "this many training batches (0: none)")
     add("--save-calibrated", kind=TASK, metavar="FILE",
-        help="with --calibrate: keep it as a checkpoint")
-    add("--results-dir", kind=MACHINE, help="where the run is written; the same command goes on "
-        "with what is there; unset: a new folder under results/, named after the run")
+        help="with --calibrate: save the result as a checkpoint")
+    add("--results-dir", kind=MACHINE, help="folder of the run; the same command resumes what is "
+        "there; default: a new folder under results/, named after the run")
     add("--data-dir", kind=MACHINE, evaluated=True,
-        help="folder that holds the data sets' folders; unset: data")
+        help="folder that holds the data sets' folders; default: data")
     add("--device", kind=MACHINE, default="auto",
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
     add("--compile", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile, a graph per bit-width; minutes to begin with")
+        help="torch.compile, a graph per bit-width; takes minutes at the start")
     add("--workers", kind=MACHINE, type=number(int, 0), default=0,
-        help="processes that load data; 0: this one")
+        help="processes that load data; 0: the training process")
     add("--timeout", kind=MACHINE, type=number(int, 1), default=600,
         help="seconds to wait for other processes")
     add("--save-every", kind=MACHINE, type=number(float, 0, above=True),
@@ -220,7 +232,7 @@ DEFAULTS = vars(make_parser().parse_args([]))
 def parse_flags(argv: list[str] | None = None, description: str | None = None) -> Namespace:
     """Return the arguments that a command line sets, and no others.
 
-    Where one is wrong, ends with one line on stderr and exit code 2.
+    Exits with one line on stderr and exit code 2 where one is wrong.
     """
     parser = make_parser(description)
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(DEFAULTS))))
@@ -263,7 +275,7 @@ def check_saved(arguments: dict, path: str | Path) -> dict:
 
 
 def check_task(args: Namespace) -> None:
-    """Raise UsageError where training, evaluating and their sources do not go together."""
+    """Raise UsageError for a combination of task flags that has no meaning."""
     if args.evaluate and not (args.pretrain or args.resume):
         raise UsageError("--evaluate needs something to evaluate: give --pretrain SOURCE")
     if args.pretrain and args.resume:
@@ -278,7 +290,7 @@ def check_task(args: Namespace) -> None:
 def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
     """Return all arguments: those that flags set, else the saved ones, else the defaults.
 
-    Raises UsageError where they do not go together.
+    Raises UsageError for settings that exclude each other.
     """
     args = Namespace(**{**DEFAULTS, **(saved or {}), **vars(flags)})
     args.train_split = args.train_split or next(iter(DATASETS[args.dataset].val_split))
@@ -290,8 +302,9 @@ def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
 
 
 def check_settings(args: Namespace) -> None:
-    """Raise UsageError where the settings of a run do not go together."""
-    data, count = DATASETS[args.dataset], world_size()
+    """Raise UsageError for settings of a run that exclude each other."""
+    data = DATASETS[args.dataset]
+    count = world_size()
     if args.train_split not in data.val_split:
         raise UsageError(f"--train_split {args.train_split!r} does not exist for {args.dataset}: "
                          f"choose from {', '.join(data.val_split)}")
@@ -327,13 +340,19 @@ def check_settings(args: Namespace) -> None:
 
 
 def flag_name(name: str) -> str:
+    """Return an argument's name as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
 def run_name(args: Namespace) -> str:
-    """Name a run by what sets it apart: data, model, bit-widths, loss, widths per step, seed."""
+    """Return a run's name: data, model, bit-widths, loss, what is not by default, seed."""
     parts = [args.dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
-    parts += [args.loss] * (len(args.bit_width_list) > 1) + ["allconv"] * args.all_conv
-    parts += [args.quantizer] * (args.quantizer != DEFAULTS["quantizer"])
-    parts += [f"{args.widths_per_step}perstep"] if args.widths_per_step else []
+    if len(args.bit_width_list) > 1:
+        parts.append(args.loss)
+    if args.all_conv:
+        parts.append("allconv")
+    if args.quantizer != DEFAULTS["quantizer"]:
+        parts.append(args.quantizer)
+    if args.widths_per_step:
+        parts.append(f"{args.widths_per_step}perstep")
     return "_".join([*parts, f"seed{args.seed}"])

@@ -1,4 +1,4 @@
-"""What a person sees: in an epoch a bar on a terminal, lines elsewhere; then one aligned row."""
+"""The progress on the console: a bar or lines within an epoch, then one aligned row."""
 import datetime
 import sys
 import time
@@ -11,16 +11,24 @@ from models import BitWidth
 
 
 class Console:
-    """Shows the progress of a run of `epochs` epochs of `steps` steps, every print_freq steps."""
+    """Shows the progress of a run of `epochs` epochs of `steps` steps, every `print_freq` steps.
+
+    bar: whether to show a bar, as on a terminal, rather than lines.
+    """
 
     def __init__(self, bit_widths: list[BitWidth], epochs: int, steps: int, print_freq: int,
                  bar: bool):
-        self.bit_widths, self.epochs, self.steps = bit_widths, epochs, steps
-        self.print_freq, self.shows_bar = print_freq, bar
-        self.rows, self.started, self.bar = 0, time.monotonic(), None
+        self.bit_widths = bit_widths
+        self.epochs = epochs
+        self.steps = steps
+        self.print_freq = print_freq
+        self.shows_bar = bar
+        self.bar = None
+        self.rows = 0
+        self.started = time.monotonic()
 
     def step(self, epoch: int, metrics: Metrics) -> None:
-        """Show a step of `epoch`, counted from 0; at log points waits for the device."""
+        """Show a step of `epoch`, counted from 0; waits for the device at log points."""
         name = f"epoch {epoch + 1}/{self.epochs}"
         if self.bar is None:
             self.bar = tqdm(desc=name, total=self.steps, unit="step", initial=metrics.steps - 1,
@@ -28,6 +36,7 @@ class Console:
         self.bar.update()
         if metrics.steps % self.print_freq:
             return
+
         averages = metrics.averages()
         loss = f"loss {mean_loss(averages):.4f}"
         self.bar.set_postfix_str(loss)
@@ -36,7 +45,7 @@ class Console:
             log.info(f"{name}  step {metrics.steps}/{self.steps}  {loss}  top-1 {top1}")
 
     def row(self, record: dict) -> None:
-        """Show an epoch by its record of metrics.jsonl."""
+        """Show an epoch, given its record in metrics.jsonl."""
         if self.bar:
             self.bar.close()
             self.bar = None
@@ -44,6 +53,7 @@ class Console:
             names = " ".join(f"{f'{width}b':>6}" for width in self.bit_widths)
             log.info(f"{'epoch':>7} {'lr':>7} {'loss':>7} | train {names} | val {names} | "
                      f"{'images/s':>8} {'eta':>8}")
+
         self.rows += 1
         eta = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
         train = self.cells(record["train"])
@@ -54,6 +64,6 @@ class Console:
                  f"{datetime.timedelta(seconds=round(eta))!s:>8}")
 
     def cells(self, averages: dict[BitWidth, dict[str, float]]) -> str:
-        """Return the top-1 of each bit-width, aligned; "-" where it has seen no image."""
+        """Return the top-1 of each bit-width, aligned; "-" for one without images."""
         return " ".join(f"{averages[bits]['top1']:6.2f}" if bits in averages else f"{'-':>6}"
                         for bits in self.bit_widths)

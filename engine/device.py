@@ -1,4 +1,4 @@
-"""The device of a run."""
+"""The device that a run computes on."""
 import os
 import platform
 import re
@@ -13,8 +13,8 @@ from engine.errors import UsageError, UserError
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`: auto, cpu, cuda or cuda:i.
 
-    auto and cuda take the GPU with the most free memory; of several processes, each takes the GPU
-    of its number. Raises UsageError for another name, UserError where there is no such GPU.
+    auto and cuda choose the GPU with the most free memory, or with several processes the GPU of
+    the process's number. Raises UsageError for another name, UserError for a GPU that is absent.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UsageError(f"--device {name!r} does not exist: choose auto, cpu, cuda, or one GPU "
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def freest_gpu() -> int:
-    """Return the index, among the GPUs that torch sees, of the one with the most free memory."""
+    """Return the index, as torch counts, of the GPU with the most free memory."""
     if torch.cuda.device_count() == 1:
         return 0
     import gpustat
@@ -45,7 +45,7 @@ def freest_gpu() -> int:
 
 
 def describe(device: torch.device) -> str:
-    """Return the device's name for people."""
+    """Return a description of the device for people: its index and model."""
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

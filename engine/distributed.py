@@ -1,4 +1,4 @@
-"""Several processes as one run, started by torchrun; with one process all of it does nothing."""
+"""Several processes as one run, launched by torchrun; with one process these do nothing."""
 import contextlib
 import datetime
 import os
@@ -13,31 +13,32 @@ T = TypeVar("T")
 
 
 class ProcessError(Exception):
-    """The processes of a run cannot be joined, or lost each other."""
+    """The processes of a run cannot connect, or have lost each other."""
 
 
 def rank() -> int:
-    """Return this process's number, from 0; rank 0 writes."""
+    """Return the index of this process, from 0; rank 0 writes files and logs."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
 def processes(device: torch.device, timeout: int) -> Iterator[None]:
-    """Join the processes of the run, by NCCL on GPUs and gloo on CPUs.
+    """Connect the processes of the run, by NCCL on GPUs and gloo on CPUs.
 
-    timeout: seconds that one waits for the others; with gloo a ProcessError follows, NCCL ends the
-    process from a thread of its own. Raises ProcessError where another process dies.
+    timeout: seconds to wait for another process. Raises ProcessError where one dies or is silent
+    for that long; NCCL then ends the process from a thread of its own.
     """
     if world_size() == 1:
         yield
         return
     limit = datetime.timedelta(seconds=timeout)
     try:
-        # torchrun's store outlives a restart: a prefix keeps apart what was left in it.
+        # torchrun's store outlives a restart: a prefix separates the entries of each start.
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         prefix = f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         on_gpu = device.type == "cuda"
@@ -45,7 +46,7 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
             "nccl" if on_gpu else "gloo", store=dist.PrefixStore(prefix, store), rank=rank(),
             world_size=world_size(), timeout=limit, device_id=device if on_gpu else None)
         yield
-        dist.destroy_process_group()  # not after an error: it could wait for stuck processes
+        dist.destroy_process_group()  # not after an error, when it could wait for stuck processes
     except (ValueError, RuntimeError) as error:  # torch's own errors among them
         text = str(error).lower()
         words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "rendezvous")
@@ -58,7 +59,7 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_at_a_time_per_machine() -> Iterator[None]:
-    """Let the first process of each machine go first, such as to download, then the others."""
+    """Run the context on the first process of each machine, then on the others: for downloads."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         wait()
@@ -68,7 +69,7 @@ def one_at_a_time_per_machine() -> Iterator[None]:
 
 
 def gather(value: T) -> list[T]:
-    """Return every process's value, as a list by rank."""
+    """Return the values of all processes, in order of rank."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -84,22 +85,22 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def any_process(flags: list[bool]) -> list[bool]:
-    """Return, for each of the booleans, whether it is true on any process. Waits for all."""
+    """Return, for each boolean, whether it is true on any process. Waits for all processes."""
     return [any(flag) for flag in zip(*gather(flags))]
 
 
 def wait() -> None:
-    """Wait until every process has come here."""
+    """Wait until all processes have called this."""
     if world_size() > 1:
         dist.barrier()
 
 
 def exchange_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Sum the gradients over the processes, in place, by one exchange.
+    """Sum the gradients over the processes, in place, in one collective.
 
-    Each process weights its loss by its share of the batch: the sum is the gradient of the mean.
-    A gradient that is absent (None) counts as zero; absent on all processes it stays absent, so
-    that an optimizer passes over it as in a single process. Waits where one is absent here.
+    Each process scales its loss by its fraction of the batch, so that the sum is the gradient of
+    the mean. A gradient that is None counts as zero; where it is None on all processes it stays
+    None, so that the optimizer skips it as in a single process. Synchronizes where one is None.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if world_size() == 1 or not trained:
@@ -107,37 +108,38 @@ def exchange_gradients(parameters: list[torch.nn.Parameter]) -> None:
     absent = [index for index, parameter in enumerate(trained) if parameter.grad is None]
     gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                  for parameter in trained]
+
     present = gradients[0].new_ones(len(trained))
     for index in absent:
-        present[index].zero_()  # on the device, without waiting
+        present[index].zero_()  # does not synchronize
     exchange([*gradients, present], dist.all_reduce)
     if absent:
-        counts = present.tolist()  # of the processes that have it; synchronises
+        counts = present.tolist()  # of processes that have each one; synchronizes
         for index in absent:
             if counts[index] > 0:
                 trained[index].grad = gradients[index]
 
 
 def broadcast_parameters(model: torch.nn.Module) -> None:
-    """Give every process rank 0's parameters."""
+    """Overwrite the parameters of all processes with rank 0's."""
     exchange(list(model.parameters()), broadcast)
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Give every process rank 0's BatchNorm statistics, as in the published multi-GPU training."""
-    for integers in (False, True):  # the counts of batches, which cannot be joined with the rest
+    """Overwrite BatchNorm statistics with rank 0's, as the published multi-GPU training does."""
+    for integers in (False, True):  # batch counts cannot be concatenated with the rest
         exchange([buffer for buffer in model.buffers() if buffer.is_floating_point() != integers],
                  broadcast)
 
 
 def broadcast(tensor: Tensor) -> None:
-    """Overwrite a tensor with rank 0's."""
+    """Overwrite a tensor with rank 0's, in place."""
     dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()
 def exchange(tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """Run an in-place collective once on tensors of one type, joined."""
+    """Run an in-place collective once, on the concatenation of tensors of one type."""
     if tensors and world_size() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         collective(flat)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and programs that tell them in one line."""
+"""Errors that the user can fix, and how programs print them: in one line."""
 import contextlib
 import multiprocessing
 import signal
@@ -17,17 +17,17 @@ from utils import one_line
 
 
 class UserError(Exception):
-    """Something the user can mend: one line on stderr."""
+    """An error that the user can fix, printed as one line on stderr."""
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A wrong argument."""
+    """A wrong argument on the command line."""
     exit_code = 2
 
 
 class StopRequest:
-    """Within it, SIGTERM and Ctrl-C are remembered in `signal`; a second one acts at once."""
+    """A context that records SIGTERM or Ctrl-C in `signal`; a second one acts at once."""
     signal = None
 
     def __enter__(self):
@@ -36,6 +36,7 @@ class StopRequest:
         return self
 
     def remember(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal, and restore its previous handler."""
         self.signal = number
         signal.signal(number, self.handlers[number])
 
@@ -45,19 +46,20 @@ class StopRequest:
 
 
 class Stopped(UserError):
-    """The run was asked to stop by signal `number` (None: another process got it), and is saved."""
+    """The run was stopped by signal `number` (None: sent to another process), and is saved."""
 
     def __init__(self, number: int | None, where: str = ""):
         number = number or signal.SIGTERM
         super().__init__(f"stopped by {signal.Signals(number).name} {where}")
-        self.number, self.exit_code = number, 128 + number
+        self.number = number
+        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Raise UserError naming `path` where a field of it is missing or of another kind.
+    """Raise UserError naming `path` where one of its fields is missing or of another type.
 
-    For the reading of fields alone: in it no code of a network runs.
+    For reading fields alone: errors of a network's own code must keep their traceback.
     """
     try:
         yield
@@ -68,7 +70,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def run_program(main: Callable[[Namespace], object], parse: Callable[[], Namespace]) -> None:
-    """Run main(parse()); what the user can mend becomes one line on stderr and an exit code."""
+    """Run main(parse()); errors that the user can fix end it with one line and an exit code."""
     try:
         main(parse())
         return
@@ -76,22 +78,24 @@ def run_program(main: Callable[[Namespace], object], parse: Callable[[], Namespa
         code = getattr(error, "exit_code", 1)
         message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
     except (RuntimeError, ValueError) as error:
-        message, code = f"error: {explained(error)}", 1
+        message = f"error: {explain(error)}"
+        code = 1
     except KeyboardInterrupt:
-        message, code = "interrupted", 128 + signal.SIGINT
+        message = "interrupted"
+        code = 128 + signal.SIGINT
     finally:
         workers = multiprocessing.active_children()
-        if workers:  # of data, which ignore the SIGTERM of Python's exit
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report them as killed
+        if workers:  # data workers, which ignore the SIGTERM of Python's exit
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report a kill
         for worker in workers:
             worker.kill()
-    if code != UsageError.exit_code or rank() == 0:  # of several processes one tells
+    if code != UsageError.exit_code or rank() == 0:  # all processes have the same usage error
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-def explained(error: Exception) -> str:
-    """Return what to do about an error of torch, or raise it again."""
+def explain(error: Exception) -> str:
+    """Return what to do about an error of torch; re-raise an unknown one."""
     if "more than 1 value per channel" in str(error):
         return ("a BatchNorm got one image of one pixel, which has no variance: choose a "
                 "--batch-size that leaves no single image at the end of an epoch")

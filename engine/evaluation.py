@@ -30,9 +30,9 @@ from utils import flag_text, write_json
 def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
              bit_widths: Sequence[BitWidth], device: torch.device, what: str = "validation",
              stop: StopRequest | None = None) -> dict[BitWidth, dict[str, float]]:
-    """Return {bits: {"loss", "top1", "top5"}} over the loaders of all processes, each image once.
+    """Return {bit-width: {"loss", "top1", "top5"}} over the loaders of all processes.
 
-    stop: a StopRequest, for which one process raises Stopped between two batches. Raises UserError,
+    stop: a StopRequest; a single process raises Stopped between two batches. Raises UserError,
     beginning with `what`, where a loss is not finite.
     """
     model.eval()
@@ -52,14 +52,16 @@ def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple
 
 
 def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.device) -> Path:
-    """Write evaluation.json, a table and a picture; return the results folder."""
-    path, content = checkpoint.path, checkpoint.content
+    """Evaluate a checkpoint: write evaluation.json, a table and a figure; return the folder."""
+    path = checkpoint.path
+    content = checkpoint.content
     present = saved_bit_widths(content["state_dict"])
     trained = [bits for bits in present if bits not in content.get("calibrated", ())]
     bit_widths = check_bit_widths({*present, *args.bit_width_list})
     if args.save_calibrated and Path(args.save_calibrated).exists():
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
+
     train_set, val_set = open_data(args)
     model, added = network_of(content, path, bit_widths)
     check_classes(model, count_classes(args.dataset, val_set), path, args.dataset)
@@ -83,6 +85,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
                     calibrate(model, width, (images for images, _ in batches))
                 message += f", statistics re-estimated over {args.calibrate} training batches"
             log.info(message)
+
         wanted = sorted(check_bit_widths(args.bit_width_list))
         results = evaluate(model, forward_pass, val_loader, wanted, device)
         if rank() == 0:
@@ -100,7 +103,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
 def check_classes(model: nn.Module, classes: int, path: str | Path, dataset: str) -> None:
     """Raise UserError where a network has fewer outputs than there are classes.
 
-    More of them stay: a published network may be evaluated on some of ImageNet's folders.
+    It may have more: a published network can be evaluated on some of ImageNet's folders.
     """
     outputs = model.spec["classes"]
     if outputs < classes:
@@ -109,25 +112,27 @@ def check_classes(model: nn.Module, classes: int, path: str | Path, dataset: str
 
 
 def copies_quantizers(model: nn.Module) -> bool:
-    """Return whether quantizers keep something per bit-width, as BatchNorm does."""
+    """Return whether quantizers have state per bit-width, as BatchNorm does."""
     return any("quantizer." in key and ENTRY.fullmatch(key) for key in model.state_dict())
 
 
 def calibration_batches(args: Namespace, train_set: Samples, forward_pass: ForwardPass,
                         device: torch.device) -> Loader:
-    """Return a loader of the first --calibrate training batches, whole ones on every process."""
+    """Return a loader of the first --calibrate training batches, the whole of each."""
     loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     if args.calibrate > len(loader):
         raise UsageError(f"--calibrate {args.calibrate} is more than the {len(loader)} batches of "
                          f"{args.train_split}: give at most that")
     batches = loader.batch_sampler
-    batches.rank, batches.world_size, batches.stop = 0, 1, args.calibrate
+    batches.rank = 0  # every process reads whole batches
+    batches.world_size = 1
+    batches.stop = args.calibrate
     return loader
 
 
 def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
                     added: Iterable[BitWidth]) -> None:
-    """Write an ordinary checkpoint that knows which of its bit-widths were calibrated."""
+    """Save a checkpoint that also lists which of its bit-widths were calibrated."""
     content = checkpoint.content
     save_checkpoint(Path(args.save_calibrated), {
         "epoch": None, "best_prec1": None, **content, "model": args.model, "optimizer": None,

@@ -1,9 +1,9 @@
-"""Tables and pictures of accuracy against bit-width."""
+"""Tables and figures of accuracy against bit-width."""
 from collections.abc import Container, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot: no display is asked for
+from matplotlib.figure import Figure  # not pyplot, which needs a display
 
 from engine.metrics import best_key
 from models import BitWidth
@@ -11,18 +11,18 @@ from utils import replacing
 
 
 def best_record(history: list[dict], best_by: str = "highest") -> dict:
-    """Return the record of the epoch of model_best.pth.tar; of epochs that tie the last."""
+    """Return the record of the epoch of model_best.pth.tar, the last one of a tie."""
     return max(reversed(history), key=lambda record: best_key(record["val"], best_by))
 
 
 def best_of_each(history: list[dict]) -> dict[BitWidth, dict[str, float]]:
-    """Return {bits: its best values over all epochs}, which no one network has."""
+    """Return {bit-width: its best values over all epochs}, which may be of different epochs."""
     return {bits: max((record["val"][bits] for record in history), key=lambda value: value["top1"])
             for bits in sorted(history[0]["val"])}
 
 
 def best_and_last(history: list[dict], best_by: str = "highest") -> str:
-    """Return the closing table of a run: val top-1 per bit-width."""
+    """Return the closing table of a run: top-1 of its best and last epochs per bit-width."""
     best = best_record(history, best_by)
     last = history[-1]
     rows = [("best epoch of each", best_of_each(history)),
@@ -37,7 +37,7 @@ def best_and_last(history: list[dict], best_by: str = "highest") -> str:
 
 def evaluation_table(results: dict[BitWidth, dict[str, float]],
                      trained: Container[BitWidth]) -> str:
-    """Return a table of {bits: {"loss", "top1", "top5"}}, the untrained bit-widths marked."""
+    """Return a table of an evaluation's results, with untrained bit-widths marked."""
     header = f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"
     return "\n".join([header, *(
         f"{bits:>5} {value['loss']:8.4f} {value['top1']:8.2f} {value['top5']:8.2f}"
@@ -46,7 +46,7 @@ def evaluation_table(results: dict[BitWidth, dict[str, float]],
 
 def save_training_figure(path: str | Path, history: list[dict], title: str,
                          best_by: str = "highest") -> None:
-    """Draw a run's val top-1 against bit-width, and against epoch per bit-width, as PNG."""
+    """Save a PNG of a run's val top-1 against bit-width, and against epoch per bit-width."""
     figure, (by_width, by_epoch) = new_figure(2, title)
     widths = sorted(history[0]["val"])
     best = best_record(history, best_by)
@@ -65,13 +65,14 @@ def save_training_figure(path: str | Path, history: list[dict], title: str,
 
 def save_evaluation_figure(path: str | Path, results: dict[BitWidth, dict[str, float]],
                            title: str) -> None:
-    """Draw an evaluation's top-1 against bit-width, as PNG."""
+    """Save a PNG of an evaluation's top-1 against bit-width."""
     figure, (axis,) = new_figure(1, title)
     plot_by_width(axis, sorted(results), {bits: value["top1"] for bits, value in results.items()})
     save_figure(figure, path)
 
 
 def new_figure(columns: int, title: str | None = None) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure and its axes, side by side."""
     figure = Figure(figsize=(6 * columns, 4.5), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -82,7 +83,7 @@ def new_figure(columns: int, title: str | None = None) -> tuple[Figure, Sequence
 
 def plot_by_width(axis: Axes, widths: list[BitWidth], top1: dict[BitWidth, float],
                   spread: dict[BitWidth, float] | None = None, **style: object) -> None:
-    """Plot top1 {bits: %} over evenly spaced widths, with error bars where spread is given."""
+    """Plot top1 {bit-width: %} over evenly spaced widths, with error bars of spread, if given."""
     present = [bits for bits in widths if bits in top1]
     axis.errorbar([widths.index(bits) for bits in present], [top1[bits] for bits in present],
                   yerr=[spread.get(bits, 0) for bits in present] if spread else None,
@@ -92,5 +93,6 @@ def plot_by_width(axis: Axes, widths: list[BitWidth], top1: dict[BitWidth, float
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save a figure as a PNG."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""How a network is computed: precision, memory format, compiled or not."""
+"""How a network is computed: precision, memory format, compiled or eager."""
 import contextlib
 import functools
 import warnings
@@ -19,28 +19,30 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError where the device cannot compute in `precision`."""
-    choice, lacking = "fp32, or bf16, which is slow on most CPUs", precision == "tf32"
+    choice = "fp32, or bf16, which is slow on most CPUs"
+    is_missing = precision == "tf32"
     if device.type == "cuda":
-        recent = torch.cuda.get_device_capability(device) >= (8, 0)
-        choice, lacking = "fp32", precision != "fp32" and not recent
-    if lacking:
+        choice = "fp32"
+        is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
+        is_missing = precision != "fp32" and not is_recent
+    if is_missing:
         raise UserError(f"--precision {precision} is not in the hardware of {device}: choose "
                         f"{choice} (a resumed run keeps its own: go on where it began, or begin "
                         "anew from it with --pretrain)")
 
 
 class ForwardPass:
-    """The forward passes of a model: call it as models.losses.forward_loss, within autocast().
+    """The forward pass of a model: called as models.losses.forward_loss, within autocast().
 
-    Sets torch's options of the whole process, and the model's memory format.
+    Sets torch's options for the whole process, and the model's memory format.
 
     Args:
         precision: of the convolutions' operands, one of PRECISIONS.
-        batch_size: of the batches that go through torch.compile; others are not compiled. None
-            compiles nothing.
+        batch_size: compiles batches of this size; others are computed eagerly. None: all are.
+        backend: of torch.compile.
     """
 
-    shared = True  # whether bit-widths share what none of them changes
+    shared = True  # compute once what no bit-width changes
 
     def __init__(self, model: nn.Module, device: torch.device, precision: str = "fp32",
                  batch_size: int | None = None, backend: str | Callable = "inductor"):
@@ -49,9 +51,9 @@ class ForwardPass:
         allow_tf32 = precision == "tf32"  # torch's own default for convolutions
         torch.backends.cudnn.allow_tf32 = allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        torch.backends.cudnn.benchmark = True  # the fastest algorithms for shapes that stay
+        torch.backends.cudnn.benchmark = True  # chooses the fastest algorithms for fixed shapes
         self.memory_format = torch.contiguous_format
-        if device.type == "cuda" and precision != "fp32":  # tensor cores take channels-last
+        if device.type == "cuda" and precision != "fp32":  # tensor cores want channels-last
             self.memory_format = torch.channels_last
         model.to(memory_format=self.memory_format)
         self.batch_size = batch_size
@@ -65,18 +67,19 @@ class ForwardPass:
             link_inputs(model)
 
     def compile(self, device: torch.device, precision: str, backend: str | Callable) -> None:
-        # A graph a bit-width and mode: nine bit-widths make 18, and the default limit is 8.
+        """Compile the forward pass, and the preparation of weights."""
+        # One graph per bit-width and mode: nine bit-widths need 18, and the default limit is 8.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        torch._functorch.config.backward_pass_autocast = "off"  # as where not compiled
-        options = {"emulate_precision_casts": precision == "bf16"}  # rounds where eager does
-        if device.type == "cuda":  # BatchNorm's output: computed again, not written in float32
+        torch._functorch.config.backward_pass_autocast = "off"  # as in eager mode
+        options = {"emulate_precision_casts": precision == "bf16"}  # rounds where eager mode does
+        if device.type == "cuda":  # recompute BatchNorm's output: do not write it in float32
             options |= {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 14,
                         "realize_opcount_threshold": 100}
         compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True,
                                      backend=backend, options=options)
         self.compiled = compiled(forward_loss)
         self.prepare = compiled(prepare_weights)
-        warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it every time
+        warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it at every call
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         compiles = len(images) == self.batch_size
@@ -84,14 +87,14 @@ class ForwardPass:
 
     def backward(self, images: Tensor, labels: Tensor, bit_widths: Iterable[BitWidth | int | str],
                  loss: str, loss_scale: float = 1.0) -> dict[BitWidth, tuple[Tensor, Tensor]]:
-        """Call models.losses.any_precision_backward, computed this way."""
+        """Call models.losses.any_precision_backward with this forward pass."""
         return any_precision_backward(
             self.model, images, labels, bit_widths, loss, loss_scale, self.shared,
             share_stem=not self.batch_size, forward=self, prepare=self.prepare,
             autocast=self.autocast)
 
     def sharing(self, images: Tensor) -> AbstractContextManager:
-        """Return the context in which bit-widths share what none of them changes."""
+        """Return a context that computes once, for these images, what no bit-width changes."""
         if not self.shared:
             return contextlib.nullcontext()
         return shared_computation(self.model, images, not self.batch_size, self.prepare)

@@ -10,26 +10,29 @@ from models import BitWidth
 
 
 class Metrics:
-    """Sums of loss and of top-1 and top-5 hits per bit-width, on the device until they are read.
+    """Sums of loss and of top-1 and top-5 hits per bit-width, which stay on the device until read.
 
-    A step may leave bit-widths out: each is averaged over the images that it has seen.
+    A step may leave bit-widths out: each is averaged over the images that it was given.
     """
 
     def __init__(self, bit_widths: Sequence[BitWidth], device: torch.device):
         self.sums = torch.zeros(len(bit_widths), 3, dtype=torch.float64, device=device)
         self.bit_widths = sorted(bit_widths)
-        self.counts = dict.fromkeys(self.bit_widths, 0)  # images that each has seen
-        self.count = 0  # images seen
+        self.counts = dict.fromkeys(self.bit_widths, 0)  # images of each
+        self.count = 0  # images of all steps
         self.steps = 0
-        self.seconds = 0.0  # spent on them
+        self.seconds = 0.0  # spent on the steps
         self.unread = []  # a step's (bit-widths, losses), since the last check_finite
 
     def add(self, results: dict[BitWidth, tuple[Tensor, Tensor]], labels: Tensor) -> None:
-        """Add a batch: {bits: (mean loss, logits (N, classes))} and labels (N,). Does not wait."""
+        """Add a batch without synchronizing.
+
+        results: {bit-width: (mean loss, logits (N, classes))}. labels: (N,).
+        """
         visited = [bits for bits in self.bit_widths if bits in results]
         losses = torch.stack([results[bits][0] for bits in visited])
         logits = torch.stack([results[bits][1] for bits in visited])  # (visited, N, classes)
-        k = min(5, logits.shape[2])  # with fewer than 5 classes top-5 is always right
+        k = min(5, logits.shape[2])  # with fewer than 5 classes top-5 is always a hit
         hits = logits.topk(k, dim=2).indices == labels[:, None]  # (visited, N, k)
         sums = torch.stack((losses * len(labels), hits[..., 0].sum(1), hits.sum((1, 2))), dim=1)
         if len(visited) == len(self.bit_widths):
@@ -44,25 +47,25 @@ class Metrics:
         self.steps += 1
 
     def check_finite(self, what: str) -> None:
-        """Raise UserError naming `what` and the first loss that is not finite. Waits."""
+        """Raise UserError naming `what` and the first loss that is not finite. Synchronizes."""
         if not self.unread:
             return
         unread = self.unread
         self.unread = []
         losses = torch.cat([losses for _, losses in unread])
-        good = iter(losses.isfinite().tolist())  # synchronises
+        finite = iter(losses.isfinite().tolist())  # synchronizes
         for step, (visited, _) in enumerate(unread, start=self.steps - len(unread) + 1):
-            found = [(bits, next(good)) for bits in visited]
-            for bits, is_finite in reversed(found):  # as they are run
+            found = [(bits, next(finite)) for bits in visited]
+            for bits, is_finite in reversed(found):  # in the order in which they ran
                 if not is_finite:
                     raise UserError(
                         f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or "
                         "look at the data; the last good checkpoint is kept")
 
     def averages(self) -> dict[BitWidth, dict[str, float]]:
-        """Return {bits: {"loss", "top1", "top5"}} over all processes, top-k in percent. Waits.
+        """Return {bit-width: {"loss", "top1", "top5"}} over all processes, top-k in percent.
 
-        A bit-width that has seen no image is left out.
+        Omits a bit-width without images. Synchronizes.
         """
         totals = self.state_dict()
         averages = {}
@@ -73,7 +76,7 @@ class Metrics:
         return averages
 
     def state_dict(self) -> dict[str, Tensor | list[int] | int | float]:
-        """Return the sums and counts over all processes, each of which must ask. Waits."""
+        """Return sums and counts over all processes, all of which must call it. Synchronizes."""
         counted = self.sums.new_tensor([*self.counts.values(), self.count])
         total = sum_over_processes(torch.cat([self.sums.flatten(), counted]))
         sums, counts, count = total.split([self.sums.numel(), len(self.counts), 1])
@@ -81,21 +84,22 @@ class Metrics:
                 "count": int(count), "steps": self.steps, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Tensor | list[int] | int | float]) -> None:
-        """Restore saved sums, on rank 0; other processes have counted none of them."""
+        """Restore saved sums on rank 0; those of the other processes start at zero."""
         self.steps = state["steps"]
         self.seconds = state["seconds"]
         if rank() == 0:
             self.sums.copy_(state["sums"])
             self.count = state["count"]
-            # Where none are saved, as by older versions, every step has visited all bit-widths.
+            # Older versions saved none: every step had all bit-widths.
             counts = state.get("counts", [self.count] * len(self.bit_widths))
             self.counts = dict(zip(self.bit_widths, counts, strict=True))
 
 
 def best_key(averages: dict[BitWidth, dict[str, float]], best_by: str) -> tuple[float, float]:
-    """Return what is largest in the best epoch: top-1 of the highest bit-width, and the mean.
+    """Return the key by which the best epoch is the maximum: two values of top-1.
 
-    best_by: highest, or mean, which comes first; the other breaks ties.
+    best_by: highest or mean: the value that comes first, of the highest bit-width or the mean over
+    bit-widths; the other one breaks ties.
     """
     highest = averages[max(averages)]["top1"]
     mean = sum(values["top1"] for values in averages.values()) / len(averages)
@@ -103,5 +107,5 @@ def best_key(averages: dict[BitWidth, dict[str, float]], best_by: str) -> tuple[
 
 
 def mean_loss(averages: dict[BitWidth, dict[str, float]]) -> float:
-    """Return the mean loss over the bit-widths that are there."""
+    """Return the mean loss over the bit-widths in `averages`."""
     return sum(values["loss"] for values in averages.values()) / len(averages)

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a file, a results folder, a URL, or a published name."""
+"""The sources of a checkpoint: a file, a results folder, a URL, or a published name."""
 import hashlib
 import http.client
 import json
@@ -15,15 +15,15 @@ from models.checkpoint import FileError, find_file, read_checkpoint
 from utils import one_line
 
 PREFIX = "https://www.dropbox.com/s/"
-FILES = json.loads(Path(__file__).with_suffix(".json").read_text())  # name: its part of the link
-DATASET = {"resnet20q": "cifar10", "svhnq": "svhn", "resnet50q": "imagenet"}  # trained on
+FILES = json.loads(Path(__file__).with_suffix(".json").read_text())  # {name: its part of the URL}
+DATASET = {"resnet20q": "cifar10", "svhnq": "svhn", "resnet50q": "imagenet"}  # of training
 
 
 def find_checkpoint(source: str | Path, *names: str) -> Path:
-    """Return the checkpoint file that `source` means; UserError where there is none.
+    """Return the checkpoint file of a source; raises UserError where there is none.
 
-    A file; a folder that holds, in it or in its ckpt/, the first of `names`; an http(s) URL; a key
-    of FILES. The last two are downloaded once, to cache_folder().
+    source: a file; a folder that has one of `names`, the first that is in it or in its ckpt/; an
+    http(s) URL; or a key of FILES. The last two are downloaded once, to cache_folder().
     """
     if Path(source).exists():
         return find_file(source, *names)
@@ -38,12 +38,12 @@ def find_checkpoint(source: str | Path, *names: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: ~/.cache/any_precision, or under XDG_CACHE_HOME."""
+    """Return the folder of downloads: any_precision in XDG_CACHE_HOME, by default ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision").expanduser()
 
 
 def download(url: str, name: str) -> Path:
-    """Fetch url to cache_folder()/name, whole and readable as a checkpoint, or not at all; once."""
+    """Download a checkpoint to cache_folder()/name once, and only if it is whole and readable."""
     path = cache_folder() / name
     if path.is_file():
         return path
@@ -52,7 +52,7 @@ def download(url: str, name: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as place:
-            file = Path(place, name)  # torch.hub may leave parts behind
+            file = Path(place, name)  # torch.hub may leave partial files
             torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
             read_checkpoint(file)
             file.rename(path)

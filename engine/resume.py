@@ -1,4 +1,4 @@
-"""What a run takes over from a checkpoint: to resume, and to evaluate."""
+"""What a run takes from a checkpoint, to resume and to evaluate."""
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,12 +48,12 @@ class Checkpoint:
 
 
 def plain(bit_widths: Iterable[BitWidth]) -> list[int | str]:
-    """Return bit-widths as arguments and files hold them."""
+    """Return bit-widths as the integers and texts that arguments and files hold."""
     return [width.plain for width in bit_widths]
 
 
 def resolve(flags: Namespace) -> tuple[Namespace, Checkpoint | None]:
-    """Return all arguments, and the Checkpoint to go on from or to evaluate, if any."""
+    """Return all arguments, and the Checkpoint to resume or to evaluate, if any."""
     given = Namespace(**{**DEFAULTS, **vars(flags)})
     if given.evaluate:
         return resolve_evaluation(flags, given)
@@ -67,7 +67,7 @@ def resolve(flags: Namespace) -> tuple[Namespace, Checkpoint | None]:
     path = published.find_checkpoint(given.resume, LATEST, BEST)
     folder = path.parent.parent
     latest = path.with_name(LATEST)
-    # From an older checkpoint than its folder's latest, a run goes on in a folder of its own.
+    # A run resumed from an older checkpoint than its folder's latest gets a folder of its own.
     in_place = (path.parent.name == "ckpt" and (path == latest or not latest.exists())
                 and Path(given.results_dir or folder).resolve() == folder.resolve())
     return resolve_resumed(flags, given.resume, Checkpoint(path, in_place, flags))
@@ -127,7 +127,7 @@ def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Name
 
 
 def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
-    """Return what makes another run of ours than of saved arguments; `free` ones may differ."""
+    """Return what would change a saved run, as a message; the arguments `free` may differ."""
     machine = names_of(MACHINE)
     return "; ".join(f"{flag_name(name)} is {flag_text(saved[name])}, not {flag_text(value)}"
                      for name, value in ours.items()
@@ -135,14 +135,14 @@ def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
 
 
 def refuse_packed(content: dict, path: str | Path, purpose: str) -> None:
-    """Raise UserError where what read_checkpoint returned is of a packed file."""
+    """Raise UserError where `content`, from read_checkpoint, is a packed file's."""
     if "packed" in content:
         raise UserError(f"{path} is a packed file, whose integers are no weights to {purpose}: "
                         "give the checkpoint that it was exported from")
 
 
 def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, Checkpoint]:
-    """Return an evaluation's arguments: what no flag sets is taken from the checkpoint."""
+    """Return an evaluation's arguments: those that no flag sets are the checkpoint's."""
     names = [BEST] if given.pretrain else [LATEST, BEST]
     path = published.find_checkpoint(given.pretrain or given.resume, *names)
     checkpoint = Checkpoint(path, flags=flags)

@@ -1,4 +1,4 @@
-"""The results folder of a run: its lock, log, configuration and metrics. Rank 0 writes."""
+"""The results folder of a run: its lock, log, configuration and metrics, written by rank 0."""
 import contextlib
 import fcntl
 import json
@@ -28,32 +28,40 @@ ANOTHER = "choose another folder with --results-dir"
 
 
 class RunFolder:
-    """A results folder, locked and logged to while it is entered.
+    """A context manager that locks a results folder and logs to it.
 
-    folder: where; None takes the first free of results/<name>, <name>_2, ... Raises UserError where
-    it cannot be written, another run is writing it, or it holds one (in_place: which goes on).
+    folder: its path; None: the first free one of results/<name>, <name>_2, ... in_place: resume the
+    run in the folder. save_every: minutes between saves. Raises UserError where the folder cannot
+    be written, another run writes to it, or it holds a run and `in_place` is False.
     """
 
     def __init__(self, folder: str | Path | None, name: str, in_place: bool = False,
                  save_every: float | None = None):
-        self.save_every, self.last_save = save_every, time.monotonic()  # minutes, seconds
-        self.history, self.writer, self.lock = [], None, None
+        self.save_every = save_every
+        self.last_save = time.monotonic()
+        self.history = []  # records of metrics.jsonl
+        self.writer = None
+        self.lock = None
         self.path = Path(gather(self.open(folder, name, in_place) if rank() == 0 else None)[0])
         self.metrics_file = self.path / "metrics.jsonl"
 
     def open(self, results_dir: str | Path | None, name: str, in_place: bool) -> Path:
-        folder, count = Path(results_dir or f"results/{name}"), 1
-        kept = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl")
-        if results_dir and not in_place and any(
-                path.stat().st_size for pattern in kept for path in folder.glob(pattern)):
+        """Create and lock the folder, and open its log; return its path."""
+        folder = Path(results_dir or f"results/{name}")
+        count = 1
+        outputs = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl")
+        must_be_free = results_dir and not in_place
+        if must_be_free and any(
+                path.stat().st_size for pattern in outputs for path in folder.glob(pattern)):
             raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
                             f"{ANOTHER}")
         while not results_dir and folder.exists():
             count += 1
             folder = Path(f"results/{name}_{count}")
+
         try:
             folder.mkdir(parents=True, exist_ok=bool(results_dir))
-            self.lock = open(folder / ".lock", "w")  # keeps others out until it is closed
+            self.lock = open(folder / ".lock", "w")  # held until it is closed
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -85,6 +93,7 @@ class RunFolder:
         packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
         versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
         versions.update((name, version(name)) for name in packages)
+
         path = self.path / "config.json"
         first = {}
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a resumed run's
@@ -96,7 +105,7 @@ class RunFolder:
             "device": describe(device)})
 
     def begin(self, epoch: int) -> None:
-        """Keep the records of `epoch` epochs; a resumed run makes the later ones again."""
+        """Drop the records after `epoch` epochs, which a resumed run repeats."""
         if rank() == 0:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
             self.history = [record for record in records if record["epoch"] <= epoch]
@@ -104,12 +113,12 @@ class RunFolder:
             self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch)
 
     def log_epoch(self, record: dict) -> None:
-        """Add an epoch's record to metrics.jsonl, and to TensorBoard under the published tags."""
+        """Append an epoch's record to metrics.jsonl and TensorBoard, with the published tags."""
         if rank() > 0:
             return
         self.history.append(record)
         write_metrics(self.metrics_file, self.history)
-        epoch = record["epoch"] - 1  # TensorBoard's are counted from 0, as published
+        epoch = record["epoch"] - 1  # counted from 0 in TensorBoard, as published
         self.writer.add_scalar("lr", record["lr"], epoch)
         for part in ("train", "val"):
             for bits, values in record[part].items():
@@ -118,18 +127,18 @@ class RunFolder:
         self.writer.flush()
 
     def save(self, state: TrainingState, best: bool = False) -> None:
-        """Save a TrainingState here; all processes call it."""
+        """Save a TrainingState to this folder; all processes must call it."""
         state.save(self.path, best)
         self.last_save = time.monotonic()
 
     def save_is_due(self) -> bool:
-        """Return whether save_every minutes have passed since the last save, by rank 0's clock."""
+        """Return whether `save_every` minutes have passed since the last save; rank 0 decides."""
         minutes = (time.monotonic() - self.last_save) / 60
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
 
 
 def write_metrics(path: Path, records: list[dict]) -> None:
-    """Write a metrics.jsonl, a line a record; UserError where that fails, as on a full disk."""
+    """Write a metrics.jsonl, one line per record; raises UserError where the disk is full."""
     try:
         write_text(path, "".join(json.dumps(with_text_keys(record)) + "\n" for record in records))
     except OSError as error:
@@ -137,7 +146,7 @@ def write_metrics(path: Path, records: list[dict]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the records of a metrics.jsonl; a line that a kill cut short is passed over."""
+    """Return the records of a metrics.jsonl; skips a line that a kill cut short."""
     records = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -150,7 +159,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def commit() -> str | None:
-    """Return this project's commit; None without git, or outside a repository."""
+    """Return this project's commit, or None without git or outside a repository."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
                "--abbrev=40", "--dirty= with local changes"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The parts of a run, made as the arguments say."""
+"""The parts of a run, made from its arguments."""
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,20 +13,20 @@ from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass
 from models import (BitWidth, add_missing_bit_widths, build, initialize_quantizers,
-                    saved_bit_widths, sets_parameters, zoo)
+                    layers_to_initialize, saved_bit_widths, zoo)
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
 def open_data(args: Namespace) -> list[Samples]:
     """Return the data sets to train and to validate on, without transforms; downloads them."""
-    splits = args.train_split, DATASETS[args.dataset].val_split[args.train_split]
+    splits = (args.train_split, DATASETS[args.dataset].val_split[args.train_split])
     with one_at_a_time_per_machine():  # the first may have to download them
         return [get_dataset(args.dataset, split, data_dir=args.data_dir) for split in splits]
 
 
 def describe_images(name: str, dataset: Samples) -> dict:
-    """Return of what images a network is, as checkpoints hold it."""
+    """Return a description of a data set's images, as checkpoints hold it."""
     row = DATASETS[name]
     names = getattr(dataset, "classes", None)
     return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std),
@@ -35,6 +35,7 @@ def describe_images(name: str, dataset: Samples) -> dict:
 
 def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
                       device: torch.device) -> Loader:
+    """Return the loader of training batches, of --train-fraction of the data set."""
     if args.train_fraction < 1:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
         count = max(1, round(args.train_fraction * len(dataset)))
@@ -45,19 +46,22 @@ def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.me
 
 def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
                     device: torch.device) -> Loader:
+    """Return the loader of this process's part of the validation split."""
     batch_size = images_per_process(args)
-    if DATASETS[args.dataset].in_memory and not args.compile:  # which takes batches of one size
-        batch_size *= 4  # nothing is kept for a backward pass, so there is room
+    if DATASETS[args.dataset].in_memory and not args.compile:  # compiled batches have one size
+        batch_size *= 4  # without a backward pass there is room
     return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
                        world_size(), args.workers, memory_format)
 
 
 def images_per_process(args: Namespace) -> int:
+    """Return the images of a batch that each process gets."""
     return max(1, args.batch_size // world_size())
 
 
 def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
                num_classes: int) -> nn.Module:
+    """Build the network of --model; raises UsageError where one of torchvision's does not fit."""
     try:
         return build(args.model, bit_widths, num_classes, args.width, args.all_conv, args.quantizer)
     except ValueError as error:
@@ -68,38 +72,43 @@ def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
 
 def load_pretrained(model: nn.Module, path: str | Path,
                     state_dict: dict[str, Tensor]) -> tuple[str, bool]:
-    """Load --pretrain, of this model or of the float network it was made from.
+    """Load the weights of --pretrain: of this model, or of the float network that it converts.
 
-    Returns a message, and whether the quantizers' parameters are new: those of a checkpoint that
-    has none. Raises UserError where the state dict does not fit.
+    Returns a message for the log, and whether the quantizers' parameters are new, as they are
+    where the checkpoint has none. Raises UserError where the state dict does not fit.
     """
     message = f"initialised from {path}"
     if isinstance(model, AnyPrecisionNetwork) and not saved_bit_widths(state_dict):
-        state_dict, left = fit_float_weights(model, state_dict)
-        message += f", a float network: {len(state_dict) - len(left)} entries, every bit-width's "
+        state_dict, resized = fit_float_weights(model, state_dict)
+        count = len(state_dict) - len(resized)
+        message += f", a float network: {count} entries, every bit-width's "
         message += "BatchNorm from its one"
-        message += f"; of another size, so left new: {', '.join(left)}" if left else ""
+        if resized:
+            message += f"; of another size, so left new: {', '.join(resized)}"
     else:
         try:
             state_dict, added = add_missing_bit_widths(state_dict, model)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
-        message += f": BatchNorms and quantizers, {', '.join(copies)}" if added else ""
+        if copies:
+            message += f": BatchNorms and quantizers, {', '.join(copies)}"
+
     own = model.state_dict()
     new = [key for key in own if ".quantizer." in key and key not in state_dict]
     are_new = not any(".quantizer." in key for key in state_dict)
     if new and are_new:
         state_dict = {**state_dict, **{key: own[key] for key in new}}
         message += f"; {len(new)} parameters of quantizers are new"
+
     load_weights(model, state_dict, path)
     return message, are_new
 
 
 def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader,
                      bit_widths: Iterable[BitWidth]) -> None:
-    """Let quantizers set their parameters from the first training batch of rank 0."""
-    if not sets_parameters(model) or rank() > 0:
+    """Initialize the quantizers from the first training batch of rank 0."""
+    if not layers_to_initialize(model) or rank() > 0:
         return
     images, _ = next(iter(loader))
     with forward_pass.autocast():
@@ -107,7 +116,7 @@ def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with torch's SyncBatchNorm; UserError on CPUs, where it does not work."""
+    """Convert to torch's SyncBatchNorm; raises UserError on CPUs, which it does not support."""
     if device.type != "cuda":
         raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs, and this run is on "
                         f"{device}: leave it out")
@@ -115,7 +124,7 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -> ForwardPass:
-    """Return the ForwardPass that args ask for."""
+    """Return the ForwardPass of --precision and --compile."""
     return ForwardPass(model, device, args.precision,
                        images_per_process(args) if args.compile else None)
 
@@ -123,7 +132,7 @@ def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -
 def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
     """Return the optimizer's groups: one of all parameters. Edit this to train some differently.
 
-    Each is a dict of "params" and, where they are not to be --lr and --weight-decay, of "lr" and
+    A group is a dict of "params" and, where they differ from --lr and --weight-decay, "lr" and
     "weight_decay". The schedule multiplies each group's own learning rate.
     """
     return [{"params": list(model.parameters())}]
@@ -131,9 +140,9 @@ def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
 
 def make_optimizer(args: Namespace,
                    parameters: Iterable[dict] | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of --optimizer; parameters: groups, or an iterable of parameters.
+    """Return the optimizer of --optimizer, for groups or parameters.
 
-    Each of its groups holds its learning rate before any schedule, as "initial_lr".
+    Each group has its learning rate before any schedule as "initial_lr".
     """
     kwargs = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "adam":

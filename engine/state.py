@@ -1,4 +1,4 @@
-"""What a checkpoint holds, saved and restored whole."""
+"""The state of a run, as checkpoints hold it: saved and restored as a whole."""
 import math
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from utils import one_line, replacing
 class TrainingState:
     """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
 
-    arguments: the run's, as a dict. num_samples: of an epoch, by which a run knows its data.
-    images: of what images it is, as checkpoints hold it.
+    arguments: the run's, as a dict. num_samples: images of an epoch, compared on resume. images: a
+    description of the images, as checkpoints hold it.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer,
@@ -31,15 +31,15 @@ class TrainingState:
         self.num_samples = num_samples
         self.images = images
         self.epoch = arguments["start_epoch"]  # epochs done
-        self.best = (-math.inf, -math.inf)  # of best_key
-        self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width then
-        self.metrics = Metrics(bit_widths, device)  # of the epoch under way
+        self.best = (-math.inf, -math.inf)  # the largest best_key
+        self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
+        self.metrics = Metrics(bit_widths, device)  # of the current epoch
         names = {parameter: name for name, parameter in model.named_parameters()}
-        for group in optimizer.param_groups:  # torch's own key, by which a resumed run compares
+        for group in optimizer.param_groups:  # torch's own key, compared on resume
             group["param_names"] = [names[parameter] for parameter in group["params"]]
 
     def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
-        """Count an epoch as done; return whether it is the best until now, ties included."""
+        """Count an epoch as done; return whether it is the best so far, ties included."""
         key = best_key(val_metrics, self.arguments["best_by"])
         improved = key >= self.best
         if improved:
@@ -50,16 +50,17 @@ class TrainingState:
         return improved
 
     def save(self, folder: Path, best: bool = False) -> None:
-        """Write model_latest.pth.tar, and model_best.pth.tar where best, whole or not at all.
+        """Write model_latest.pth.tar, and if `best` model_best.pth.tar, whole or not at all.
 
-        All processes call it, and return when it is written; of the network rank 0's is. Raises
-        UserError for losses or weights that are not finite, or where it cannot be written: the
-        files before are kept.
+        All processes must call it, and return once it is written; the network is rank 0's. Raises
+        UserError where losses or weights are not finite, or the file cannot be written; previous
+        files are unchanged then.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are "
                             "not finite: lower --lr; the last good checkpoint is kept")
+
         on_gpu = self.device.type == "cuda"
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
@@ -76,14 +77,14 @@ class TrainingState:
         wait()
 
     def restore(self, path: str | Path, content: dict) -> None:
-        """Take over what read_checkpoint has read from `path`; UserError where it does not fit."""
+        """Restore what read_checkpoint read from `path`; raises UserError where it does not fit."""
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)
         with reading(path):
             self.epoch = content["epoch"]
             self.best_prec1 = float(content["best_prec1"])
-            # Older checkpoints have no mean, and by the mean no best.
+            # Older checkpoints lack the mean, so a best epoch by the mean is unknown.
             unknown = -math.inf
             by_highest = self.arguments["best_by"] == "highest"
             older = (self.best_prec1 if by_highest else unknown, unknown)
@@ -92,7 +93,7 @@ class TrainingState:
                 return
             self.metrics.load_state_dict(content["metrics"])
             states = content["random_states"]
-            if rank() < len(states):  # a process more than there were keeps its own
+            if rank() < len(states):  # an additional process keeps its own
                 torch.set_rng_state(states[rank()]["torch"])
                 if self.device.type == "cuda" and states[rank()]["cuda"] is not None:
                     torch.cuda.set_rng_state(states[rank()]["cuda"], self.device)
@@ -103,7 +104,7 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all; UserError where that fails, as on a full disk."""
+    """Write a checkpoint whole or not at all; raises UserError where the disk is full."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -113,15 +114,15 @@ def save_checkpoint(path: Path, content: dict) -> None:
                         "another folder; what was saved before is kept") from None
 
 
-# Settings of an optimizer's group that are of this run, not of what was learnt.
+# Settings of an optimizer's group that belong to this run, not to the saved state.
 OF_THIS_RUN = ("lr", "initial_lr", "param_names", "fused", "foreach", "capturable")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path,
                    published: bool = False) -> None:
-    """Load an optimizer's state; UserError where it is of another optimizer, network or grouping.
+    """Load an optimizer's state; raises UserError for another optimizer, network or grouping.
 
-    published: a published checkpoint's, whose learning rate a run need not have.
+    published: whether the checkpoint is a published one, whose learning rate may differ.
     """
     try:
         difference = group_difference(state["param_groups"], optimizer.param_groups, published)
@@ -130,7 +131,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
                       for saved, own in zip(state["param_groups"], optimizer.param_groups)]
             optimizer.load_state_dict({**state, "param_groups": groups})
             for parameter, values in optimizer.state.items():
-                for name, value in values.items():  # fused optimizers need one memory format
+                for name, value in values.items():  # fused ones need the same memory format
                     if torch.is_tensor(value) and value.shape == parameter.shape:
                         values[name] = torch.empty_like(parameter).copy_(value)
             missing = [name for group in optimizer.param_groups
@@ -144,7 +145,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
 
 
 def group_difference(saved: list[dict], own: list[dict], published: bool = False) -> str | None:
-    """Return where an optimizer's saved groups first differ from its own; None where nowhere."""
+    """Return the first difference of an optimizer's saved groups from its own, or None."""
     if len(saved) != len(own):
         return f"parameter groups were {len(saved)} and are now {len(own)}"
     for index, (before, now) in enumerate(zip(saved, own)):

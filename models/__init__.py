@@ -9,8 +9,8 @@ from models.calibration import add_missing_bit_widths, calibrate, saved_bit_widt
 from models.convert import convert
 from models.converted import layer_table
 from models.quan_ops import set_bit_width, trained_bit_widths
-from models.quantizers import (QUANTIZERS, initialize_quantizers, set_quantizers,
-                               sets_parameters)
+from models.quantizers import (QUANTIZERS, initialize_quantizers, layers_to_initialize,
+                               set_quantizers)
 from models.resnet_quan import ResNet20 as resnet20q
 from models.resnet_quan import ResNet50 as resnet50q
 from models.svhn_quan import SVHNNet as svhnq
@@ -22,18 +22,18 @@ DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}
 def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: int, width: int = 1,
           all_conv: bool = False, quantizer: str = "dorefa",
           keep: Sequence[str] = ()) -> nn.Module:
-    """Return a network of MODELS, or a converted one of torchvision.
+    """Build a network of MODELS, or convert one of torchvision's.
 
-    keep: of a converted one, as in `convert`. The network's attribute `spec` says what built it, as
-    checkpoints hold it. Raises ValueError for another name, and for bit-widths or a quantizer that
-    do not exist.
+    keep: for a converted network, as in `convert`. The network's attribute `spec` holds what built
+    it, as checkpoints store it. Raises ValueError for an unknown name, and for bit-widths or a
+    quantizer that do not exist.
     """
     bit_widths = check_bit_widths(bit_widths)
     if name in MODELS:
         model = MODELS[name](bit_widths, num_classes, width, all_conv)
     else:
         model = convert(zoo.torchvision_network(name, num_classes), bit_widths, keep)
-    if quantizer != "dorefa":  # which layers have from the start
+    if quantizer != "dorefa":  # the default of every layer
         set_quantizers(model, quantizer, bit_widths)
     model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
                   "quantizer": quantizer, "keep": list(keep),
@@ -41,4 +41,4 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
     return model
 
 
-from models.checkpoint import FileError, load  # noqa: E402  which build networks
+from models.checkpoint import FileError, load  # noqa: E402  it imports `build`

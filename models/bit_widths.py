@@ -11,9 +11,9 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 class BitWidth:
     """Bits of weights and bits of activations, each 1 to 8, or 32 for full precision.
 
-    Written `4` where both are equal, else `w2a4`; a BitWidth equals, and hashes as, the integer or
-    text that it is written as, so that `results[4]` and `results["w2a4"]` find it. It sorts by cost
-    (weight bits times activation bits), then by weight bits: the highest teaches the others.
+    It is written `4` where both are equal, else `w2a4`. It equals, and hashes as, that integer or
+    text, so that `results[4]` and `results["w2a4"]` find it. Bit-widths are ordered by cost: weight
+    bits times activation bits, then weight bits.
     """
 
     def __init__(self, weights: int, activations: int | None = None):
@@ -22,7 +22,7 @@ class BitWidth:
 
     @classmethod
     def of(cls, value: "BitWidth | int | str") -> "BitWidth":
-        """Return the bit-width that 4, "4" or "w2a4" means; ValueError where there is none."""
+        """Return the bit-width of 4, "4" or "w2a4"; raises ValueError for anything else."""
         if isinstance(value, cls):
             return value
         found = re.fullmatch(r"w(\d{1,2})a(\d{1,2})|(\d{1,2})", str(value))
@@ -36,7 +36,7 @@ class BitWidth:
 
     @property
     def plain(self) -> int | str:
-        """The integer or text that it is written as, for files."""
+        """The integer or text that it is written as, for files and arguments."""
         if self.weights == self.activations:
             return self.weights
         return f"w{self.weights}a{self.activations}"
@@ -47,8 +47,8 @@ class BitWidth:
     def __repr__(self):
         return f"BitWidth({self.plain!r})"
 
-    def __format__(self, form):
-        return format(str(self), form)
+    def __format__(self, spec):
+        return format(str(self), spec)
 
     def __eq__(self, other):
         if isinstance(other, BitWidth):
@@ -64,7 +64,7 @@ class BitWidth:
 
     @property
     def cost(self) -> tuple[int, int]:
-        """What it is sorted by: weight bits times activation bits, then weight bits."""
+        """The sort key: weight bits times activation bits, then weight bits."""
         return self.weights * self.activations, self.weights
 
     @property
@@ -72,14 +72,14 @@ class BitWidth:
         return self.weights == self.activations == FULL_PRECISION
 
     def distance(self, other: "BitWidth") -> tuple[int, tuple[int, int]]:
-        """Return what the nearest of several has least of; of two as near, the higher is nearer."""
+        """Return a sort key by which the nearest bit-width is the least, the higher of two ties."""
         other = BitWidth.of(other)
-        apart = abs(self.weights - other.weights) + abs(self.activations - other.activations)
-        return apart, (-other.cost[0], -other.cost[1])
+        difference = abs(self.weights - other.weights) + abs(self.activations - other.activations)
+        return difference, (-other.cost[0], -other.cost[1])
 
 
 def check_bit_widths(bit_widths: Iterable[BitWidth | int | str]) -> tuple[BitWidth, ...]:
-    """Return bit-widths highest first; ValueError for unknown ones, repeated ones or none."""
+    """Return the bit-widths, highest first; ValueError for none, unknown or repeated ones."""
     widths = [BitWidth.of(value) for value in bit_widths]
     if not widths:
         raise ValueError("no bit-width given: list at least one of 1 to 8 and 32, such as 1,2,4")

@@ -1,9 +1,9 @@
 """A network from a file: a checkpoint of this project, a published one, or a packed file.
 
-A checkpoint is a dict. Besides `state_dict` it holds what builds its network, `network`: model,
-width, classes, all_conv, quantizer, bit_widths, keep; and of what images it was trained, `images`:
-dataset, size, mean, std, and class names where there are any. Older and published checkpoints lack
-both: what they do not say is found from the shapes of their weights.
+A checkpoint is a dict. Besides `state_dict` it holds `network`, the arguments that build its
+network: model, width, classes, all_conv, quantizer, bit_widths, keep; and `images`, a description
+of the images that it was trained on: dataset, size, mean, std, class_names (or None). Older and
+published checkpoints lack both: what is missing is inferred from the shapes of their weights.
 """
 import warnings
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, BitWidth, add_missing_bit
 from models.bit_widths import FULL_PRECISION
 from models.converted import CLASSIFIER
 
-# A NumPy number, such as best_prec1 may be, is data; by the name of NumPy 2 and the one before.
+# NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
 SCALAR = numpy.float64(0).__reduce__()[0]
 NUMPY_NUMBERS = [
     (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
@@ -32,12 +32,12 @@ class FileError(ValueError):
 
 
 def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = None) -> nn.Module:
-    """Return the network of a file, in evaluation mode, at its highest bit-width.
+    """Load a network from a file, in evaluation mode, at its highest bit-width.
 
-    path: a checkpoint, a packed file, or a results folder, which stands for its best checkpoint.
-    bit_widths: of the network; None: those that the file has. One that it lacks starts as a copy of
-    the nearest. The network's attribute `images` says of what images it is. Raises FileError where
-    the file is missing, damaged, or does not fit its network.
+    path: a checkpoint, a packed file, or a results folder, whose best checkpoint is loaded.
+    bit_widths: of the network; None: those of the file. One that the file lacks is a copy of the
+    nearest. The network's attribute `images` describes its images. Raises FileError where the file
+    is missing, damaged, or does not fit its network.
     """
     path = find_file(path, BEST)
     content = read_checkpoint(path)
@@ -46,7 +46,7 @@ def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = N
 
 
 def find_file(path: str | Path, *names: str) -> Path:
-    """Return a file, or the first of `names` in a folder or its ckpt/; FileError for none."""
+    """Return the file, or the first of `names` in a folder or its ckpt/; raises FileError."""
     path = Path(path)
     if path.is_dir():
         for candidate in (path / place / name for name in names for place in ("ckpt", "")):
@@ -60,9 +60,10 @@ def find_file(path: str | Path, *names: str) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint or a packed file onto the CPU, as data only: code in it is refused.
+    """Read a checkpoint or a packed file onto the CPU, as data alone: code in it is refused.
 
-    Returns its dict, without DataParallel's prefix of the keys. Raises FileError where it is none.
+    Returns its dict, with DataParallel's prefix removed from the keys. Raises FileError where it
+    cannot be read.
     """
     if packed.is_packed(path):
         try:
@@ -71,7 +72,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise FileError(str(error)) from None
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
-            warnings.simplefilter("ignore")  # a file may also be unusual without being dangerous
+            warnings.simplefilter("ignore")  # torch warns of unusual files, not of unsafe ones
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text would advise to run the file's code
         raise FileError(f"{path} is not a checkpoint that can be read safely "
@@ -94,14 +95,16 @@ def read_checkpoint(path: str | Path) -> dict:
 def network_of(content: dict, path: str | Path,
                bit_widths: Iterable[BitWidth | int | str] | None = None,
                ) -> tuple[nn.Module, dict[BitWidth, BitWidth]]:
-    """Return the network of what read_checkpoint gave, and {bit-width added: what it copies}.
+    """Build the network of a dict that read_checkpoint returned, and load its weights.
 
-    Raises FileError, naming `path`, where the content does not fit.
+    Returns the network and {added bit-width: the one that it copies}. Raises FileError, naming
+    `path`, where the content does not fit.
     """
     spec = network_spec(content, path)
     bit_widths = spec.pop("bit_widths") if bit_widths is None else bit_widths
     spec.pop("bit_widths", None)
     model = build(**spec, bit_widths=bit_widths)
+
     state_dict = content["state_dict"]
     if "packed" in content:
         try:
@@ -118,9 +121,9 @@ def network_of(content: dict, path: str | Path,
 
 
 def network_spec(content: dict, path: str | Path) -> dict:
-    """Return what builds a checkpoint's network, as arguments of models.build.
+    """Return the arguments of models.build for a checkpoint's network.
 
-    Raises FileError where a value is not of its kind, or the network cannot be known.
+    Raises FileError for a value of another type, or where the network cannot be inferred.
     """
     state_dict = content["state_dict"]
     saved = content.get("network") or old_spec(content, path)
@@ -196,7 +199,7 @@ def first_size(value: object) -> int:
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
-    """Load every entry; FileError naming those that are missing, unexpected or of another shape."""
+    """Load a state dict; raises FileError naming missing, unexpected and mis-shaped entries."""
     own = model.state_dict()
     problems = {"missing": sorted(own.keys() - state_dict.keys()),
                 "unexpected": sorted(state_dict.keys() - own.keys()),
@@ -208,4 +211,5 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
                           for what, keys in problems.items() if keys)
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
                         "--quantizer, --bit_width_list and, by its classes, --dataset")
+
     model.load_state_dict(state_dict)

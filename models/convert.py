@@ -16,39 +16,46 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
             keep: Sequence[str] = ()) -> AnyPrecisionNetwork:
     """Return a copy of a float network, with its weights, that runs at any of the bit-widths.
 
-    Conv2d becomes Conv2dQ, BatchNorm2d one for each bit-width, ReLU and ReLU6 ActivationQ. In full
-    precision stay the convolutions that see the image, the last linear layer, and what `keep`
-    names, with all within it; BatchNorms in keep are shared. layer_table tells of each layer.
-    Raises ValueError for a network that lacks layers to convert, or has some that cannot be.
+    Conv2d becomes Conv2dQ, BatchNorm2d one per bit-width, ReLU and ReLU6 become ActivationQ. The
+    convolutions whose input is the image, the last linear layer, and the modules named in `keep`,
+    with all within them, stay in full precision; all bit-widths share the BatchNorms in `keep`.
+    layer_table lists what became of each layer. Raises ValueError for a network that lacks layers
+    to convert, or has one that cannot be converted.
     """
     bit_widths = check_bit_widths(bit_widths)
-    training, network = network.training, copy.deepcopy(network)
+    training = network.training
+    network = copy.deepcopy(network)
     check_layers(network, keep)
+
+    graph = None
+    note = ""
     try:
-        graph, note = graphs.trace(network), ""
+        graph = graphs.trace(network)
     except Exception as error:  # of torch.fx, or of the network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        graph, note = None, (
-            f"torch.fx cannot trace the network ({reason}): converted by its modules alone, so "
-            "ReLUs that are functions stay, and which inputs are quantized is not known")
+        note = (f"torch.fx cannot trace the network ({reason}): converted by its modules alone, so "
+                "ReLUs that are functions stay, and which inputs are quantized is not known")
         warnings.warn(note, stacklevel=2)
+
     why = full_precision(network, graph, keep)
     replace_modules(network, bit_widths, why, activations=graph is None)
     run = call
     if graph:
         graphs.replace_activations(graph, network, why)
         run = type(fx.GraphModule(network, graph)).forward
+
     model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note)
     set_bit_width(model, bit_widths[0])
     return model.train(training)
 
 
 def call(network: nn.Module, x: Tensor) -> Tensor:
+    """Run a network by its own forward, where there is no traced one."""
     return network(x)
 
 
 def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
-    """Raise ValueError for a network without what a conversion needs, or with what it cannot."""
+    """Raise ValueError where the network lacks layers to convert, or has one that cannot be."""
     modules = dict(network.named_modules())
     for name in keep:
         if name not in modules:
@@ -71,19 +78,23 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
 
 
 def is_within(name: str, keep: Sequence[str]) -> bool:
+    """Return whether a module is one of `keep`, or within one."""
     return any(name == kept or name.startswith(f"{kept}.") for kept in keep)
 
 
 def full_precision(network: nn.Module, graph: fx.Graph | None,
                    keep: Sequence[str]) -> dict[str, str]:
-    """Return {name: why} of the modules that stay; ValueError where no convolution is left."""
+    """Return {name: reason} of the modules that stay in full precision.
+
+    Raises ValueError where no convolution is left to quantize.
+    """
     modules = dict(network.named_modules())
     order = [node.target for node in graph.nodes if node.op == "call_module"] if graph else modules
-    convolutions, linear = ([name for name in order if isinstance(modules[name], kind)]
-                            for kind in (nn.Conv2d, nn.Linear))
-    seeing = graphs.image_layers(graph, modules) if graph else convolutions[:1]
+    convolutions = [name for name in order if isinstance(modules[name], nn.Conv2d)]
+    linear = [name for name in order if isinstance(modules[name], nn.Linear)]
+    first = graphs.image_layers(graph, modules) if graph else convolutions[:1]
     why = {name: "in keep" for name in modules if is_within(name, keep)}
-    why.update(dict.fromkeys(seeing, "sees the image"))
+    why.update(dict.fromkeys(first, "sees the image"))
     why.update(dict.fromkeys((linear or convolutions)[-1:], CLASSIFIER))
     if all(name in why for name in convolutions):
         raise ValueError("no convolution is left to quantize: all see the image or are in keep")
@@ -92,8 +103,8 @@ def full_precision(network: nn.Module, graph: fx.Graph | None,
 
 def replace_modules(network: nn.Module, bit_widths: tuple[BitWidth, ...], why: dict[str, str],
                     activations: bool) -> None:
-    """Replace the modules that are not in `why`; ReLUs where `activations` says so."""
-    done = {}  # a module may stand under several names
+    """Replace the modules that `why` has no reason to keep, and with `activations` ReLUs."""
+    done = {}  # by identity: a module may have several names
     for name, layer in list(network.named_modules(remove_duplicate=False)):
         if id(layer) not in done:
             done[id(layer)] = replacement(layer, bit_widths, why.get(name), activations)
@@ -103,6 +114,7 @@ def replace_modules(network: nn.Module, bit_widths: tuple[BitWidth, ...], why: d
 
 def replacement(layer: nn.Module, bit_widths: tuple[BitWidth, ...], why: str | None,
                 activations: bool) -> nn.Module:
+    """Return what a module becomes; `why` is its reason to stay in full precision, if any."""
     kind = type(layer)
     if kind is nn.Linear and why == CLASSIFIER:
         layer.__class__ = Classifier  # the same state, another forward
@@ -114,7 +126,8 @@ def replacement(layer: nn.Module, bit_widths: tuple[BitWidth, ...], why: str | N
     elif kind is nn.BatchNorm2d and not why:
         switchable = SwitchableBatchNorm2d(layer.num_features, bit_widths).to(layer.weight)
         for own in switchable.bn_dict.values():
-            own.eps, own.momentum = layer.eps, layer.momentum
+            own.eps = layer.eps
+            own.momentum = layer.momentum
             own.load_state_dict(layer.state_dict())
         return switchable
     elif activations and not why and kind in (nn.ReLU, nn.ReLU6):

@@ -1,4 +1,4 @@
-"""A converted network: how it runs, what became of its layers, and weights of the float one."""
+"""A converted network: forward pass, table of its layers, and weights of its float network."""
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ NOT_CONVERTED = "only Conv2d modules are converted"
 
 
 class Layer(NamedTuple):
-    """What became of a convolution or linear layer; `why` tells why not all of it is quantized."""
+    """What became of a convolution or linear layer; why: the reason for what is not quantized."""
     name: str
     kind: str
     weights: str
@@ -22,10 +22,10 @@ class Layer(NamedTuple):
 
 
 class AnyPrecisionNetwork(nn.Module):
-    """A converted network: its layers stand in `network`, by the names that they had.
+    """A converted network, whose layers are in `network` under the names that they had.
 
-    run: its forward pass, a function of (network, x). layers: a Layer each. note: what could not be
-    seen, or "".
+    run: the forward pass, a function of (network, x). layers: a Layer for each convolution and
+    linear layer. note: what could not be traced, or "".
     """
 
     def __init__(self, network: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
@@ -43,9 +43,9 @@ class AnyPrecisionNetwork(nn.Module):
 def describe(network: nn.Module, graph: fx.Graph | None, why: dict[str, str]) -> list[Layer]:
     """Return a Layer for each convolution and linear layer, in the order in which they run."""
     modules = dict(network.named_modules())
-    makers = graphs.input_makers(graph, modules) if graph else dict.fromkeys(modules, "?")
+    sources = graphs.input_sources(graph, modules) if graph else dict.fromkeys(modules, "?")
     rows = []
-    for name in makers:
+    for name in sources:
         layer = modules.get(name)
         if not isinstance(layer, (nn.Conv2d, nn.Linear)) and name in modules:
             continue
@@ -54,8 +54,8 @@ def describe(network: nn.Module, graph: fx.Graph | None, why: dict[str, str]) ->
             kind = "Conv2d {}x{}".format(*layer.kernel_size)
             kind += f", {layer.groups} groups" if layer.groups > 1 else ""
         if isinstance(layer, Conv2dQ):
-            input_and_why = {"": ("quantized", ""), "?": ("unknown", "not traced")}.get(
-                makers[name], ("not", f"input from {makers[name]}"))
+            known = {"": ("quantized", ""), "?": ("unknown", "not traced")}
+            input_and_why = known.get(sources[name], ("not", f"input from {sources[name]}"))
             rows.append(Layer(name, kind, "quantized", *input_and_why))
         else:
             rows.append(Layer(name, kind, "not", "not", why.get(name, NOT_CONVERTED)))
@@ -63,25 +63,30 @@ def describe(network: nn.Module, graph: fx.Graph | None, why: dict[str, str]) ->
 
 
 def layer_table(model: AnyPrecisionNetwork) -> str:
-    """Return a Markdown table of a converted model's layers, a summary, what was not seen."""
+    """Return a Markdown table of a converted model's layers, with a summary and its note."""
     rows = [("layer", "kind", "weights", "input", "why not"), *model.layers]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    weights, inputs = (sum(layer[place] == "quantized" for layer in model.layers)
-                       for place in (2, 3))
+    weights = sum(layer.weights == "quantized" for layer in model.layers)
+    inputs = sum(layer.input == "quantized" for layer in model.layers)
     lines += ["", f"{len(model.layers)} layers: the weights of {weights} are quantized, the inputs "
               f"of {inputs}"]
-    return "\n".join([*lines, *([model.note] if model.note else [])])
+    if model.note:
+        lines.append(model.note)
+    return "\n".join(lines)
 
 
 def fit_float_weights(model: AnyPrecisionNetwork,
                       state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a converted model's state dict from its float network's, and the entries left new.
+    """Fit a float network's state dict to its converted model.
 
-    Every bit-width's BatchNorm gets the one there is; quantizers keep their own parameters. Left
-    new is a classifier of another size.
-    What else does not fit stays as it is, to be found by who loads it.
+    Every bit-width's BatchNorm is a copy of the float one. Quantizers, and a classifier of another
+    size, have the model's own values. Other entries that do not fit are unchanged, so that loading
+    reports them.
+
+    Returns:
+        The fitted state dict, and the names of a classifier's entries that have another size.
     """
     own = model.state_dict()
     source = {key: re.sub(r"\bbn_dict\.\w+\.", "", key.removeprefix("network.")) for key in own}
@@ -92,7 +97,7 @@ def fit_float_weights(model: AnyPrecisionNetwork,
                   if key.endswith(".num_batches_tracked")  # which torch once did not save
                   or ".quantizer." in key)
     classifier = [f"network.{layer.name}." for layer in model.layers if layer.why == CLASSIFIER]
-    left = [key for key in own if key.startswith(tuple(classifier)) and key in fitted
-            and getattr(fitted[key], "shape", None) != own[key].shape]
-    fitted.update((key, own[key]) for key in left)
-    return fitted, [source[key] for key in left]
+    resized = [key for key in own if key.startswith(tuple(classifier)) and key in fitted
+               and getattr(fitted[key], "shape", None) != own[key].shape]
+    fitted.update((key, own[key]) for key in resized)
+    return fitted, [source[key] for key in resized]

@@ -1,17 +1,17 @@
-"""Layers in float32 whatever precision convolutions have: BatchNorm and the classifier."""
+"""Layers that compute in float32 at any precision of the convolutions."""
 import torch
 from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d in float32, whatever precision the convolution before it has."""
+    """nn.BatchNorm2d in float32, also after a convolution of lower precision."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         return super().forward(x.to(self.weight.dtype))
 
 
 class Classifier(nn.Linear):
-    """A linear layer in float32, whatever autocast says: its logits teach."""
+    """nn.Linear in float32, also within autocast: its logits are targets of lower bit-widths."""
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C) -> (N, classes)
         with torch.autocast(x.device.type, enabled=False):

@@ -1,6 +1,6 @@
-"""What torch.fx sees of a network: its activations, and what each convolution takes in.
+"""What torch.fx shows of a network: its activations, and where the input of each layer comes from.
 
-A graph's nodes are the calls of a forward pass, in order: of modules, functions and methods.
+The nodes of a graph are the calls of a forward pass, in order: of modules, functions and methods.
 """
 from torch import fx, nn
 from torch.nn import functional
@@ -10,33 +10,33 @@ from models.quan_ops import ActivationQ, QuantizedLayer, SwitchableBatchNorm2d
 
 RELU = {nn.ReLU: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
         nn.ReLU6: nn.ReLU6, functional.relu6: nn.ReLU6}  # and torch.relu and torch.relu_, by name
-# Modules, functions and methods whose output holds values of their (first) input, and no others.
-KEEPING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identity", "Flatten",
-           "ChannelShuffle", "max_pool2d", "dropout", "cat", "concat", "chunk", "split", "getitem",
-           "flatten", "view", "reshape", "transpose", "permute", "contiguous", "squeeze"}
+# Modules, functions and methods whose output holds no other values than their (first) input.
+REARRANGING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identity", "Flatten",
+               "ChannelShuffle", "max_pool2d", "dropout", "cat", "concat", "chunk", "split",
+               "getitem", "flatten", "view", "reshape", "transpose", "permute", "contiguous",
+               "squeeze"}
 FUNCTIONS = {"conv2d", "linear"}  # layers that are not modules
-OF_SHAPE = {"size", "getattr", "dim"}
-MAKERS = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
-          "AdaptiveAvgPool2d": "an average pool", "avg_pool2d": "an average pool",
-          "adaptive_avg_pool2d": "an average pool", "mean": "an average pool",
-          "mul": "a product", "imul": "a product", "Conv2dQ": "a convolution",
-          "SwitchableBatchNorm2d": "a BatchNorm without activation"}
-
+SHAPE_QUERIES = {"size", "getattr", "dim"}
+SOURCES = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
+           "AdaptiveAvgPool2d": "an average pool", "avg_pool2d": "an average pool",
+           "adaptive_avg_pool2d": "an average pool", "mean": "an average pool",
+           "mul": "a product", "imul": "a product", "Conv2dQ": "a convolution",
+           "SwitchableBatchNorm2d": "a BatchNorm without activation"}
 
 LAYERS = (QuantizedLayer, ActivationQ, SwitchableBatchNorm2d, BatchNorm2d, Classifier)
 
 
 class Tracer(fx.Tracer):
-    """Traces a network down to its layers, torch's and ours."""
+    """Traces a network down to torch's layers and ours."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
 
 
 def link_inputs(model: nn.Module) -> None:
-    """Let each quantized layer know the quantizer of its input, where torch.fx can see it.
+    """Set each quantized layer's input_quantizer, where torch.fx finds one.
 
-    Layers use it to make operands of low precision exact, and give the same output without it.
+    It makes operands of low precision exact; the output is the same without it.
     """
     modules = dict(model.named_modules())
     try:
@@ -55,12 +55,12 @@ def link_inputs(model: nn.Module) -> None:
 
 
 def activation_before(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQ | None:
-    """Return the ActivationQ whose values a node's output holds; None where there is none."""
+    """Return the ActivationQ that a node's values come from unchanged, or None."""
     while isinstance(node, fx.Node):
         layer = module_of(node, modules)
         if isinstance(layer, ActivationQ):
             return layer
-        if name_of(node, modules) not in KEEPING or not node.args:
+        if name_of(node, modules) not in REARRANGING or not node.args:
             return None
         node = node.args[0]
     return None
@@ -74,14 +74,17 @@ class IsTraining(nn.Module):
 
 
 def trace(network: nn.Module) -> fx.Graph:
-    """Return the network's graph in either mode; adds to the network an IsTraining it may call.
+    """Trace a network into one graph for training and evaluation.
 
-    Raises whatever torch.fx does where it cannot trace, and ValueError for several inputs, or
-    where training takes another way than evaluation.
+    Where the graph needs the mode it calls an IsTraining, which is added to the network. Raises
+    whatever torch.fx raises where it cannot trace, and ValueError for several inputs, or where
+    training and evaluation call different things.
     """
-    graph, other = (fx.Tracer().trace(network.train(mode)) for mode in (True, False))
+    graph = fx.Tracer().trace(network.train(True))
+    other = fx.Tracer().trace(network.train(False))
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
+
     network.training_flag = IsTraining()
     with graph.inserting_before(next(iter(graph.nodes))):
         flag = graph.call_module("training_flag")
@@ -97,6 +100,7 @@ def trace(network: nn.Module) -> fx.Graph:
     if not flag.users:
         graph.erase_node(flag)
         del network.training_flag
+
     if not same_length or any(
             str((node.target, node.args, node.kwargs)) != str((twin.target, twin.args, twin.kwargs))
             for node, twin in pairs):
@@ -107,7 +111,7 @@ def trace(network: nn.Module) -> fx.Graph:
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """Return the module that a node calls; None for a function, a method or an input."""
+    """Return the module that a node calls, or None where it calls none."""
     return modules[node.target] if node.op == "call_module" else None
 
 
@@ -118,42 +122,48 @@ def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 
 def relu_of(node: fx.Node, modules: dict[str, nn.Module]) -> type[nn.Module] | None:
-    """Return the kind of ReLU that a node is, nn.ReLU or nn.ReLU6; None for another."""
+    """Return nn.ReLU or nn.ReLU6 where a node calls it, in any form; else None."""
     if node.op == "call_module":
         return RELU.get(type(module_of(node, modules)))
     return RELU.get(node.target) or RELU.get(name_of(node, modules))
 
 
 def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str]) -> None:
-    """Give each ReLU and ReLU6 of the graph, module or function, an ActivationQ of its own.
+    """Replace each call of ReLU or ReLU6, module or function, by an ActivationQ of its own.
 
-    Those in `kept` stay. Where one works in place, what reads its input later reads its output.
+    Modules in `kept` stay. Later readers of the input of an in-place one read its output.
     """
     modules = dict(network.named_modules())
     taken = {name for name, layer in modules.items() if name in kept or type(layer) not in RELU}
     for node in list(graph.nodes):
-        kind, is_module = relu_of(node, modules), node.op == "call_module"
+        kind = relu_of(node, modules)
+        is_module = node.op == "call_module"
         if kind is None or is_module and node.target in kept:
             continue
+
         owner = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
         base = node.target if is_module else ".".join([*owner, "relu"])
-        name, count = base, 0
+        name = base
+        count = 0
         while name in taken:
             count += 1
             name = f"{base}_{count}"
         taken.add(name)
+
         network.set_submodule(name, ActivationQ(limit=6.0 if kind is nn.ReLU6 else None))
         source = node.all_input_nodes[0]
         with graph.inserting_after(node):
             activation = graph.call_module(name, (source,))
         node.replace_all_uses_with(activation)
+
         layer = module_of(node, modules)
-        if node.kwargs.get("inplace") or name_of(node, modules).endswith("_") or (
-                layer and layer.inplace):
+        in_place = node.kwargs.get("inplace") or name_of(node, modules).endswith("_")
+        if in_place or (layer and layer.inplace):
             order = list(graph.nodes)
             later = set(order[order.index(activation) + 1:])
             source.replace_all_uses_with(activation, delete_user_cb=later.__contains__)
         graph.erase_node(node)
+
     modules = dict(network.named_modules())
     for node in graph.nodes:
         layer = module_of(node, modules)
@@ -162,42 +172,46 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
 
 
 def needs_rounding(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Return whether anything but full-precision layers takes in what a node gives."""
+    """Return whether a node's output is the input of anything but full-precision layers."""
     for user in node.users:
-        layer, name = module_of(user, modules), name_of(user, modules)
-        if name in OF_SHAPE or type(layer) is nn.Conv2d or isinstance(layer, nn.Linear):
+        layer = module_of(user, modules)
+        name = name_of(user, modules)
+        if name in SHAPE_QUERIES or type(layer) is nn.Conv2d or isinstance(layer, nn.Linear):
             continue
-        if name not in KEEPING or needs_rounding(user, modules):
+        if name not in REARRANGING or needs_rounding(user, modules):
             return True
     return False
 
 
-def input_makers(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Return {name of a layer: what makes its input other than quantized activations, or ""}.
+def input_sources(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Return {name of a layer: where its input comes from, or "" where that is quantized}.
 
-    Layers that are functions stand under their nodes' names.
+    Layers that are functions have the names of their nodes.
     """
-    makers_of = {}
-    makers = {}
+    source_of = {}  # of each node's output
+    sources = {}
     for node in graph.nodes:
-        name, module = name_of(node, modules), module_of(node, modules)
+        name = name_of(node, modules)
+        module = module_of(node, modules)
         if isinstance(module, ActivationQ):
-            makers_of[node] = "" if module.rounding else "an activation without rounding"
-        elif name in KEEPING and node.args:
+            source_of[node] = "" if module.rounding else "an activation without rounding"
+        elif name in REARRANGING and node.args:
             first = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
-            makers_of[node] = next((makers_of[source] for source in first if makers_of[source]), "")
+            source_of[node] = next((source_of[part] for part in first if source_of[part]), "")
         else:
-            makers_of[node] = MAKERS.get(name, name)
+            source_of[node] = SOURCES.get(name, name)
+
         if isinstance(module, (nn.Conv2d, nn.Linear)) or (not module and name in FUNCTIONS):
-            source = makers_of[node.all_input_nodes[0]]
+            source = source_of[node.all_input_nodes[0]]
             key = node.target if module else node.name
-            makers[key] = makers.get(key) or source  # of several calls, one that is not quantized
-    return makers
+            sources[key] = sources.get(key) or source  # of several calls, one not quantized
+    return sources
 
 
 def image_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the names of the convolutions that see the image: no other layer lies before them."""
-    behind, found = set(), []
+    """Return the names of the convolutions whose input is the image: no layer precedes them."""
+    behind = set()
+    found = []
     for node in graph.nodes:
         layer = module_of(node, modules)
         is_behind = any(source in behind for source in node.all_input_nodes)

@@ -1,4 +1,4 @@
-"""The any-precision step: who teaches whom (paper, Algorithm 1), and what is computed once."""
+"""The any-precision training step (paper, Algorithm 1), and what it computes only once."""
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from models.bit_widths import BitWidth, check_bit_widths
 from models.quan_ops import DoReFaWeight, QuantizedLayer, WeightQuantizer, set_bit_width
 from models.stem import Shared, SharedStem, SharedWeight, without_bit_width
 
-# What the next lower bit-width learns from: (target, logits, labels) -> labels or probabilities.
+# The target of the next lower bit-width: (target, logits, labels) -> labels or probabilities.
 NEXT_TARGET = {
     "hard": lambda target, logits, labels: labels,
     "soft": lambda target, logits, labels: logits.softmax(1) if target is labels else target,
@@ -20,7 +20,10 @@ NEXT_TARGET = {
 
 
 def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the batch mean of -sum(p log q), p or classes being the target, and the logits."""
+    """Return the cross-entropy -sum(p log q), averaged over the batch, and logits (N, classes).
+
+    target: labels (N,) int64, or probabilities p (N, classes).
+    """
     logits = model(images)
     return torch.nn.functional.cross_entropy(logits, target), logits
 
@@ -51,11 +54,15 @@ def any_precision_backward(
     The highest bit-width learns from the labels, a lower one from what NEXT_TARGET[loss] returns.
 
     Args:
-        images: (N, 3, H, W). labels: (N,) int64.
+        images: (N, 3, H, W).
+        labels: (N,) int64.
+        bit_widths: those to train, in any order.
+        loss: a key of NEXT_TARGET.
         loss_scale: multiplies every loss.
-        shared: False computes everything anew at each bit-width, the reference.
-        share_stem: False computes the stem anew.
-        forward: forward_loss, or that compiled. prepare: prepare_weights compiled, or None.
+        shared: whether to compute once what no bit-width changes; False is the reference.
+        share_stem: whether that includes the stem.
+        forward: forward_loss, or that compiled.
+        prepare: prepare_weights compiled, or None.
         autocast: its context surrounds the forward passes.
 
     Returns:
@@ -76,7 +83,7 @@ def any_precision_backward(
             set_bit_width(model, bit_width)
             with autocast():
                 value, logits = forward(model, images, target)
-            (loss_scale * value).backward()  # here: one bit-width's graph is alive at a time
+            (loss_scale * value).backward()  # now: frees its graph before the next bit-width
             logits = logits.detach()
             results[bit_width] = value.detach(), logits
             target = NEXT_TARGET[loss](target, logits, labels)

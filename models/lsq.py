@@ -1,6 +1,6 @@
 """LSQ: a learned step per layer and bit-width (Esser et al., ICLR 2020, arXiv 1902.08153).
 
-At 1 bit, which the paper does not have, weights are -s and s, and s starts at mean |w|.
+At 1 bit, which is not in the paper, weights are -s and s, and s is initialized to mean |w|.
 """
 import math
 from collections.abc import Iterable
@@ -14,19 +14,19 @@ from models.quan_ops import (ActivationQuantizer, QuantizedLayer, Quantizer, Wei
 
 
 def lsq(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
-    """Return the quantizer of a layer: of its weight, or of activations."""
+    """Return an LSQ quantizer for a layer's weight, or for activations."""
     if isinstance(layer, QuantizedLayer):
         return LSQWeight(layer, bit_widths)
     return LSQActivation(layer, bit_widths)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return x, whose gradient is multiplied by `factor`."""
+    """Return x, with its gradient multiplied by `factor`."""
     return (x - x * factor).detach() + x * factor
 
 
 class LSQWeight(WeightQuantizer):
-    """round(clamp(w / s, -2^(bits - 1), 2^(bits - 1) - 1)) s;  at 32 bits w."""
+    """Quantizes w to round(clamp(w / s, -2^(bits - 1), 2^(bits - 1) - 1)) s; at 32 bits to w."""
 
     def __init__(self, layer: QuantizedLayer, bit_widths: Iterable[BitWidth]):
         super().__init__()
@@ -53,7 +53,7 @@ class LSQWeight(WeightQuantizer):
 
 
 class LSQActivation(ActivationQuantizer):
-    """round(clamp(x / s, 0, 2^bits - 1)) s;  at 32 bits ReLU(x)."""
+    """Quantizes x to round(clamp(x / s, 0, 2^bits - 1)) s; at 32 bits to ReLU(x)."""
 
     def __init__(self, layer: nn.Module, bit_widths: Iterable[BitWidth]):
         super().__init__()
@@ -61,7 +61,7 @@ class LSQActivation(ActivationQuantizer):
         for width in bit_widths:
             bits = layer.own_bits or width.activations
             if bits != FULL_PRECISION:
-                steps[str(width)] = torch.tensor(1 / (2**bits - 1))  # until there is a batch
+                steps[str(width)] = torch.tensor(1 / (2**bits - 1))  # until `initialize`
         self.step_dict = nn.ParameterDict(steps)
 
     def initialize(self, x: Tensor) -> None:
@@ -91,14 +91,16 @@ def step_of(quantizer: Quantizer) -> Tensor:
 
 
 def largest_weight(bits: int) -> int:
-    """Return the largest integer of a signed weight; at 1 bit, of -1 and 1."""
+    """Return the largest integer of a signed weight; 1 at 1 bit, whose integers are -1 and 1."""
     return max(1, 2**(bits - 1) - 1)
 
 
 def initial_weight_step(w: Tensor, bits: int) -> Tensor:
+    """Return the initial step of a weight."""
     w = w.detach()
     return w.abs().mean() if bits == 1 else initial_step(w, largest_weight(bits))
 
 
 def initial_step(x: Tensor, largest: int) -> Tensor:
-    return 2 * x.detach().abs().mean() / math.sqrt(largest)  # section 2.1 of the paper
+    """Return the initial step 2 mean |x| / sqrt(largest integer) (section 2.1 of the paper)."""
+    return 2 * x.detach().abs().mean() / math.sqrt(largest)

@@ -1,8 +1,8 @@
-"""The packed file: a network of every bit-width, with a byte (or nine bits) a quantized weight.
+"""The packed file: a network at any precision, with a byte or nine bits per quantized weight.
 
-It is a safetensors file: of each quantized layer numbers of rows of a table of levels (see
-levels.py), and the scale and grid of its integers at each bit-width; the BatchNorms, and what
-quantizers keep, of its bit-widths; all else in float32; and one JSON text, with a SHA-256.
+It is a safetensors file. It holds row numbers in a table of levels (see levels.py) for the weight
+of each quantized layer, and the scale and grid of its integers at each bit-width; BatchNorms and
+quantizer state of its bit-widths; all other tensors in float32; and one JSON text with a SHA-256.
 """
 import hashlib
 import json
@@ -21,19 +21,20 @@ from models.calibration import ENTRY
 from models.levels import Codes, decode, encode, join, table
 from models.quan_ops import QuantizedLayer, WeightQuantizer
 
-KEY = "any_precision"  # the one metadata entry: several are written in another order each time
+KEY = "any_precision"  # the only metadata entry: the order of several varies from file to file
 FORMAT = 2
 ANY = (1, 2, 3, 4, 5, 6, 7, 8)
-COUNTED = ".num_batches_tracked"  # not stored: evaluation does not need it
+BATCH_COUNT = ".num_batches_tracked"  # not stored: evaluation does not need it
 OPTIONAL = ("high_bits", "exceptions", "exception_levels")
 OLD_NAMES = {"ninth": "high_bits", "mended": "exceptions", "mended_levels": "exception_levels"}
 
 
 class PackedWeight(WeightQuantizer):
-    """The quantizer of a layer whose weight, uint8, is the low byte of numbers of rows.
+    """The quantizer of a layer whose weight, uint8, is the low byte of row numbers.
 
-    columns: {name of a bit-width, or bits: number of its column}. rows: the table. scale, grid:
-    of each column; an integer is grid[0] + grid[1] k, k being the level.
+    columns: {name of a bit-width, or bits: index of its column}. rows: the table (rows, columns)
+    uint8. scale, grid: of each column; the integer of level k is grid[0] + grid[1] k. The others
+    are as in Codes.
     """
 
     def __init__(self, columns: dict[str, int], rows: Tensor, scale: Tensor, grid: Tensor,
@@ -49,23 +50,26 @@ class PackedWeight(WeightQuantizer):
         self.register_buffer("exception_levels", exception_levels)
 
     def check(self, weight: Tensor) -> None:
-        """Raise ValueError where the tensors do not fit each other."""
+        """Raise ValueError where the weight and this quantizer's tensors do not fit each other."""
         count = len(self.columns)
-        weights = weight.numel()
-        indices = self.exceptions
-        if (weight.dtype != torch.uint8 or self.rows.shape[1:] != (count,)
-                or self.scale.shape[:1] != (count,) or self.grid.shape != (count, 2)
-                or self.high_bits is None and int(weight.max()) >= len(self.rows)
-                or self.high_bits is not None and 8 * len(self.high_bits) < weights
-                or indices is not None and not 0 <= int(indices.min()) <= int(indices.max())
-                < weights):
+        fits = (weight.dtype == torch.uint8 and self.rows.shape[1:] == (count,)
+                and self.scale.shape[:1] == (count,) and self.grid.shape == (count, 2))
+        if fits and self.high_bits is None:
+            fits = int(weight.max()) < len(self.rows)
+        elif fits:
+            fits = 8 * len(self.high_bits) >= weight.numel()
+        if fits and self.exceptions is not None:
+            lowest = int(self.exceptions.min())
+            highest = int(self.exceptions.max())
+            fits = 0 <= lowest and highest < weight.numel()
+        if not fits:
             raise ValueError("weights and their table do not fit each other")
 
     def full_precision(self, w: Tensor) -> NoReturn:
         raise self.absent()
 
     def column(self) -> int:
-        """Return the number of the bit-width's column; ValueError where the file has none."""
+        """Return the index of the bit-width's column; raises ValueError where the file has none."""
         found = self.columns.get(self.width, self.columns.get(str(self.bits)))
         if found is None:
             raise self.absent()
@@ -80,11 +84,13 @@ class PackedWeight(WeightQuantizer):
         return (low + stride * levels).view(w.shape), self.scale[column]
 
     def absent(self) -> ValueError:
+        """Return the error for a bit-width that the file lacks."""
         return ValueError(f"{self.width}-bit is not in the packed file: choose from "
                           f"{', '.join(self.columns)}")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers with a quantized weight, by name."""
     return {name: layer for name, layer in model.named_modules()
             if isinstance(layer, QuantizedLayer)}
 
@@ -94,20 +100,24 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 @torch.no_grad()
 def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
          about: dict, stored: Iterable[BitWidth | int | str] | None = None) -> None:
-    """Write a model's weights at the bit-widths `stored` (None: bit_widths), BatchNorms of those.
+    """Write a packed file: weights at the bit-widths `stored`, BatchNorms at `bit_widths`.
 
-    about: what to build it from (model, width, all_conv, classes, quantizer), and what else to say
-    of it. Raises ValueError, naming the layer, where a quantizer gives what no integers stand for.
+    about: the metadata: what builds the model (model, width, all_conv, classes, quantizer), and
+    anything else. stored: None for `bit_widths` alone. Raises ValueError, naming the layer, where a
+    quantizer's weights are not integers times a scale.
     """
     bit_widths = sorted(check_bit_widths(bit_widths))
     stored = stored_bit_widths(model, bit_widths, stored)
     layers = quantized_layers(model)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()
-               if is_kept(key, bit_widths, layers)}
-    groups = {}  # columns: {name of a layer: its Column of each}
+               if is_stored_unchanged(key, bit_widths, layers)}
+
+    groups = {}  # layers by their columns: {((key, bits), ...): {layer: {key: Column}}}
     for name, layer in layers.items():
         columns = columns_of(name, layer, stored)
-        groups.setdefault(tuple((key, c.bits) for key, c in columns.items()), {})[name] = columns
+        signature = tuple((key, column.bits) for key, column in columns.items())
+        groups.setdefault(signature, {})[name] = columns
+
     named_columns = []
     for number, (signature, members) in enumerate(groups.items()):
         bits = tuple(b for _, b in signature)
@@ -129,6 +139,7 @@ def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str
             tensors[f"{name}.weight"] = weight
             tensors.update({f"{name}.quantizer.{key}": value
                             for key, value in quantizer.state_dict().items()})
+
     set_bit_width(model, bit_widths[-1])
     about = {**about, "format": FORMAT, "bit_widths": [width.plain for width in bit_widths],
              "stored": [width.plain for width in stored], "groups": named_columns,
@@ -141,30 +152,33 @@ def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str
 
 def stored_bit_widths(model: nn.Module, bit_widths: list[BitWidth],
                       stored: Iterable[BitWidth | int | str] | None) -> list[BitWidth]:
-    """Return the bit-widths at which weights are stored; ValueError for 32 bits.
+    """Return the bit-widths at which weights are stored; raises ValueError for 32 bits.
 
-    Where a quantizer keeps something per bit-width, there are those of the model alone.
+    A quantizer with state per bit-width allows `bit_widths` alone.
     """
     stored = sorted(check_bit_widths({*bit_widths, *map(BitWidth.of, stored or ())}))
     for width in stored:
         if FULL_PRECISION in (width.weights, width.activations):
             raise ValueError(f"{width} bits is not stored in a packed file, which holds integers: "
                              "choose from 1 to 8, and keep the checkpoint for 32")
-    if any(keeps_per_width(layer) for layer in quantized_layers(model).values()):
+    if any(has_state_per_width(layer) for layer in quantized_layers(model).values()):
         return bit_widths
     return stored
 
 
-def keeps_per_width(layer: nn.Module) -> bool:
+def has_state_per_width(layer: nn.Module) -> bool:
+    """Return whether a layer's quantizer has state per bit-width."""
     return any(ENTRY.fullmatch(key) for key in layer.state_dict(prefix="."))
 
 
-def is_kept(key: str, bit_widths: list[BitWidth], layers: dict[str, nn.Module]) -> bool:
-    """Return whether a state dict's entry is stored as it is."""
-    if key.endswith(COUNTED):
+def is_stored_unchanged(key: str, bit_widths: list[BitWidth], layers: dict[str, nn.Module]) -> bool:
+    """Return whether an entry of the state dict is stored unchanged."""
+    if key.endswith(BATCH_COUNT):
         return False
     owner, _, name = key.partition(".quantizer.")
-    if owner in layers and name or key.rpartition(".")[0] in layers and key.endswith(".weight"):
+    is_quantizer = owner in layers and name
+    is_weight = key.endswith(".weight") and key.rpartition(".")[0] in layers
+    if is_quantizer or is_weight:
         return False
     entry = ENTRY.fullmatch(key)
     return not entry or BitWidth.of(entry["width"]) in bit_widths
@@ -197,8 +211,8 @@ class Column:
 
 
 def columns_of(name: str, layer: QuantizedLayer, stored: list[BitWidth]) -> dict[str, Column]:
-    """Return {name: Column} of a layer at the stored bit-widths: one for each that differs."""
-    per_width = keeps_per_width(layer)
+    """Return {key: Column} of a layer, one per stored bit-width, or one per number of bits."""
+    per_width = has_state_per_width(layer)
     columns = {}
     for width in stored:
         layer.switch_bit_width(width)
@@ -210,7 +224,7 @@ def columns_of(name: str, layer: QuantizedLayer, stored: list[BitWidth]) -> dict
 
 def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
              stored: list[BitWidth]) -> None:
-    """Raise ValueError unless a packed layer has the layer's own weights, to the last bit."""
+    """Raise ValueError unless the packed weights equal the layer's own, bit for bit."""
     for width in stored:
         layer.switch_bit_width(width)
         quantizer.switch(layer.bits, str(width))
@@ -221,7 +235,7 @@ def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: 
 
 
 def digest(tensors: dict[str, Tensor], about: dict) -> str:
-    """Return the SHA-256 of all that a file holds, but of the digest itself."""
+    """Return the SHA-256 of a file's tensors and metadata, without the digest itself."""
     about = {name: value for name, value in about.items() if name != "sha256"}
     total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -233,7 +247,7 @@ def digest(tensors: dict[str, Tensor], about: dict) -> str:
 # ---- read
 
 def is_packed(path: str | Path) -> bool:
-    """Return whether a file begins as safetensors do: a length in 8 bytes, and JSON."""
+    """Return whether a file begins as safetensors files do: with a length in 8 bytes, then JSON."""
     try:
         with open(path, "rb") as file:
             return file.read(9)[8:] == b"{"
@@ -242,7 +256,7 @@ def is_packed(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Return a packed file's {name: tensor} and what it says of itself, in this format's form.
+    """Return a packed file's {name: tensor} and its metadata, both in the current format.
 
     Raises ValueError where the file is damaged, of a newer version, or not a packed one.
     """
@@ -267,13 +281,13 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                          "export it anew")
     if version == 1:
         tensors, about = from_format_1(tensors, about)
-    tensors.update({f"{key.rpartition('.')[0]}{COUNTED}": torch.tensor(0)
+    tensors.update({f"{key.rpartition('.')[0]}{BATCH_COUNT}": torch.tensor(0)
                     for key in list(tensors) if key.endswith(".running_mean")})
     return tensors, about
 
 
 def from_format_1(tensors: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
-    """Return a file of format 1, DoReFa's levels with one E a layer, in the form of this one."""
+    """Convert a file of format 1, DoReFa's levels with one E per layer, to the current format."""
     stored = about["stored_bits"]
     layers = [key.removesuffix(".weight") for key, value in tensors.items()
               if key.endswith(".weight") and value.dtype == torch.uint8]
@@ -295,7 +309,7 @@ def from_format_1(tensors: dict[str, Tensor], about: dict) -> tuple[dict[str, Te
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Return a packed file as the dict that a checkpoint holds; ValueError where it is none."""
+    """Return a packed file in the form of a checkpoint; raises ValueError where it is not one."""
     tensors, about = read(path)
     try:
         groups = read_groups(tensors, about)
@@ -315,21 +329,22 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def read_groups(tensors: dict[str, Tensor], about: dict) -> list[dict]:
-    """Return a file's groups, with the rows of each, taken from the tensors, as `others`."""
+    """Return a file's groups, each with its table rows, moved out of `tensors`, as `others`."""
     return [{**group, "others": tensors.pop(f"rows.{number}", None)}
             for number, group in enumerate(about["groups"])]
 
 
 def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             own_bits: dict[str, int] | None = None) -> None:
-    """Give the quantized layers of a model packed weights, of the tensors that a file holds.
+    """Replace the weights and quantizers of a model's quantized layers by a packed file's.
 
-    groups: what read_groups returns. own_bits: of layers that have some. Raises KeyError,
-    AttributeError and ValueError where they do not fit, as where the model's layers lack a
-    bit-width of the file.
+    tensors: of the file. groups: from read_groups. own_bits: {layer: bits} of layers with bits of
+    their own. Raises KeyError, AttributeError or ValueError where they do not fit the model, or the
+    file lacks one of its bit-widths.
     """
     for name, bits in (own_bits or {}).items():
         model.get_submodule(name).own_bits = bits
+
     bit_widths = trained_bit_widths(model)
     layers = quantized_layers(model)
     for group in groups:
@@ -346,6 +361,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             quantizer = PackedWeight(columns, rows, tensors[prefix + "scale"],
                                      tensors[prefix + "grid"], *optional)
             quantizer.check(weight)
+
             layer = layers.pop(name)
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.quantizer = quantizer
@@ -359,9 +375,9 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
 
 def load_runner(path: str | Path, memory_format: torch.memory_format = torch.contiguous_format,
                 ) -> Callable[[numpy.ndarray, BitWidth | int | str], numpy.ndarray]:
-    """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) to logits (N, classes).
+    """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) -> logits (N, classes).
 
-    The contiguous memory format has the logits of the network that was packed, bit for bit.
+    In the contiguous memory format the logits are those of the packed network, bit for bit.
     """
     from models.checkpoint import load
 

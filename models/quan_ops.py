@@ -2,7 +2,7 @@
 
 Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net's (1606.06160).
 Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
-and 32-bit weights pass through tanh too.
+and 32-bit weights also pass through tanh.
 """
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d
 
-# ---- quantizers: a change here is one to training, evaluation, low precision and export
+# ---- quantizers: a change here reaches training, evaluation, low precision and export
 
 
 class Quantizer(nn.Module):
@@ -63,7 +63,7 @@ class WeightQuantizer(Quantizer):
     """Quantizes the weight of a layer; a subclass defines `full_precision` and `integers`."""
 
     def prepare(self, w: Tensor) -> tuple[Tensor, ...]:
-        """Return what no bit-width changes, which is computed once a step."""
+        """Return what does not depend on the bit-width; computed once per step."""
         return (w,)
 
     def full_precision(self, *prepared: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class WeightQuantizer(Quantizer):
     def integers(self, *prepared: Tensor) -> tuple[Tensor, Tensor]:
         """Return integers, in floating point, and their scale: one, or one per output channel.
 
-        The integers are at most 2^bits in magnitude and, at each bit-width, evenly spaced.
+        The integers are evenly spaced, and at most 2^bits in magnitude.
         """
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class ActivationQuantizer(Quantizer):
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor | float]:
         """Return integers from 0 to 2^bits - 1, in floating point, and their scale, one number.
 
-        Without rounding the integers are clipped alone.
+        rounding: False clips to that range without rounding.
         """
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class ActivationQuantizer(Quantizer):
 
 
 class DoReFaWeight(WeightQuantizer):
-    """Quantizes w to 2^bits values of equal distance in [-E, E] (DoReFa-Net, eq. 9, times E).
+    """Quantizes w to 2^bits evenly spaced values in [-E, E] (DoReFa-Net, eq. 9, times E).
 
         v = tanh(w) / max |tanh(w)|;  E = mean |w|;  n = 2^bits - 1
         bits <= 8:  E (2 round(n (v / 2 + 1/2)) / n - 1)
@@ -119,7 +119,7 @@ class DoReFaWeight(WeightQuantizer):
 
 
 class DoReFaActivation(ActivationQuantizer):
-    """Quantizes x to 2^bits values of equal distance in [0, 1] (DoReFa-Net, section 2.4).
+    """Quantizes x to 2^bits evenly spaced values in [0, 1] (DoReFa-Net, section 2.4).
 
         bits <= 8:  round(n clamp(x, 0, 1)) / n;  n = 2^bits - 1
         bits = 32:  ReLU(x)
@@ -137,14 +137,14 @@ class DoReFaActivation(ActivationQuantizer):
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes unchanged (straight-through estimator)."""
+    """Round half to even, with the gradient of the identity (straight-through estimator)."""
     return RoundSTE.apply(x)
 
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """Clamp; the gradient passes where low <= x <= high.
+    """Clamp x to [low, high]; the gradient passes where low <= x <= high.
 
-    Both ends, on which low-bit sums often lie, are included, as in torch.clamp of some versions.
+    It passes at both ends, where low-bit sums often lie; torch.clamp differs between versions.
     """
     return Clamp.apply(x, low, high)
 
@@ -152,7 +152,7 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
 class RoundSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return x.round()  # torch 2.11 compiles an in-place end to a zero gradient
+        return x.round()  # torch 2.11 compiles a final in-place operation to a zero gradient
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         x, = ctx.saved_tensors
-        # hardtanh's gradient leaves its ends out: just outside.
+        # hardtanh_backward excludes its ends: move them outwards by the least that counts.
         limits = torch.finfo(x.dtype)
         low = ctx.low - max(abs(ctx.low) * limits.eps, limits.tiny)
         high = ctx.high + max(abs(ctx.high) * limits.eps, limits.tiny)
@@ -180,10 +180,10 @@ class Clamp(torch.autograd.Function):
 # ---- layers
 
 class QuantizedLayer:
-    """A mixin of Conv2dQ, and of any layer whose output is linear in its weight.
+    """A mixin for a layer whose output is linear in its weight, such as Conv2dQ.
 
-    Holds a `quantizer` of the weight; a bias is not quantized. bits: of the weight, whatever the
-    network's bit-width is; None: the bit-width's.
+    Its `quantizer` quantizes the weight; the bias stays as it is. bits: of the weight, at every
+    bit-width of the network; None: those of the bit-width.
     """
 
     def __init__(self, *args, bits: int | None = None, **kwargs):
@@ -191,16 +191,16 @@ class QuantizedLayer:
         self.add_quantizer(bits)
 
     def add_quantizer(self, bits: int | None = None) -> None:
-        """Become a quantized layer; for a float layer whose class was changed."""
+        """Add what a quantized layer has; called too for a float layer whose class was changed."""
         self.own_bits = bits
         self.quantizer = DoReFaWeight()
         self.shared = None  # what quantizer.prepare gives, while losses.shared_computation runs
-        self.input_quantizer = None  # an ActivationQuantizer, where link_inputs has found it
+        self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
     @property
     def bits(self) -> int:
-        """Bits of the weight."""
+        """Bits of the weight at the current bit-width."""
         return self.quantizer.bits
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
@@ -208,6 +208,7 @@ class QuantizedLayer:
         self.quantizer.switch(self.own_bits or bit_width.weights, str(bit_width))
 
     def prepared_weight(self) -> tuple[Tensor, ...]:
+        """Return what the quantizer prepares of the weight, computed once where it is shared."""
         if self.shared is None:
             return self.quantizer.prepare(self.weight)
         if isinstance(self.shared, tuple):  # compiled
@@ -230,8 +231,8 @@ class QuantizedLayer:
                         linear_map: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """Return linear_map(x, weight, bias) with the quantized weight.
 
-        Where operands are rounded, by autocast or to TF32, they are integers over a power of two,
-        which 16 bits and TF32 hold exactly; their scales are applied to the output.
+        Where autocast or TF32 rounds the operands, they are integers over a power of two, which
+        16 bits and TF32 represent exactly; their scales multiply the output.
         """
         edited = type(self).quantized_weight is not QuantizedLayer.quantized_weight
         if self.bits == FULL_PRECISION or edited or not low_precision(x):
@@ -249,10 +250,10 @@ class QuantizedLayer:
         return y if self.bias is None else y + self.bias.view(-1, *[1] * (integers.ndim - 2))
 
     def input_unit(self) -> Tensor | float:
-        """Return the number over which quantized activations are integers over a power of two.
+        """Return u such that quantized activations, divided by u, are integers over 2^bits.
 
-        Any number gives the same output; this one makes the operands exact. Where the quantizer of
-        the input is not known it is taken to be DoReFa's, at the network's bit-width.
+        Any u gives the same output; this one makes the operands exact. An unknown quantizer of the
+        input is assumed to be DoReFa's, at the network's bit-width.
         """
         if self.input_quantizer is None:
             bits = self.activation_bits
@@ -271,10 +272,10 @@ class Conv2dQ(QuantizedLayer, nn.Conv2d):
 
 
 class ActivationQ(nn.Module):
-    """The activation function, quantized.
+    """A quantized activation function.
 
-    rounding: False clips alone. limit: at 32 bits, as 6 of ReLU6. bits: of its own, whatever the
-    network's bit-width is; None: the bit-width's.
+    rounding: False clips without rounding. limit: maximum at 32 bits, such as 6 for ReLU6. bits: of
+    the activations, at every bit-width of the network; None: those of the bit-width.
     """
 
     def __init__(self, rounding: bool = True, limit: float | None = None, bits: int | None = None):
@@ -287,7 +288,7 @@ class ActivationQ(nn.Module):
 
     @property
     def bits(self) -> int:
-        """Bits of the activations."""
+        """Bits of the activations at the current bit-width."""
         return self.quantizer.bits
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
@@ -302,7 +303,10 @@ class ActivationQ(nn.Module):
 
 
 class SwitchableBatchNorm2d(nn.Module):
-    """One BatchNorm2d per bit-width: all that the published networks' bit-widths do not share."""
+    """One BatchNorm2d per bit-width: (N, C, H, W) -> (N, C, H, W).
+
+    In the published networks nothing else differs between bit-widths.
+    """
 
     def __init__(self, num_features: int, bit_widths: Iterable[BitWidth | int | str]):
         super().__init__()
@@ -319,7 +323,7 @@ class SwitchableBatchNorm2d(nn.Module):
 
 
 def low_precision(x: Tensor) -> bool:
-    """Return whether convolutions of x round their operands, by autocast or to TF32."""
+    """Return whether autocast or TF32 rounds the operands of a convolution of x."""
     return torch.is_autocast_enabled(x.device.type) or (
         x.device.type == "cuda" and torch.backends.cudnn.allow_tf32)
 
@@ -329,14 +333,15 @@ def low_precision(x: Tensor) -> bool:
 def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
     """Switch every layer of the model that has a method `switch_bit_width`.
 
-    Raises ValueError where the model was not built for that bit-width, or a layer has `bits` and no
-    such method, and changes nothing.
+    Raises ValueError, and changes nothing, where the model was not built for that bit-width, or a
+    layer has `bits` but no such method.
     """
     bit_width = BitWidth.of(bit_width)
     trained = trained_bit_widths(model)
     if trained and bit_width not in trained:
         raise ValueError(f"{bit_width}-bit was not trained; choose from "
                          f"{', '.join(map(str, trained))}")
+
     layers = []
     for name, layer in model.named_modules():
         if hasattr(layer, "switch_bit_width"):

@@ -11,11 +11,11 @@ from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight, Quanti
 
 
 def dorefa(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
-    """Return the quantizer of a layer, the published one: of its weight, or of activations."""
+    """Return the published quantizer for a layer's weight, or for activations."""
     return DoReFaWeight() if isinstance(layer, QuantizedLayer) else DoReFaActivation()
 
 
-# Each is called with a layer, a QuantizedLayer or an ActivationQ, and the network's bit-widths.
+# Called with a layer, a QuantizedLayer or an ActivationQ, and the network's bit-widths.
 QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer]] = {
     "dorefa": dorefa,
     "lsq": lsq,
@@ -23,13 +23,13 @@ QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer]] = {
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that hold a quantizer of their weight or of activations, by name."""
+    """Return the layers that hold a quantizer, of their weight or of activations, by name."""
     return {name: layer for name, layer in model.named_modules()
             if isinstance(layer, QuantizedLayer | ActivationQ)}
 
 
 def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | int | str]) -> None:
-    """Give every quantized layer of a model a quantizer of QUANTIZERS[name].
+    """Replace the quantizer of every quantized layer by one of QUANTIZERS[name].
 
     Raises ValueError for an unknown name.
     """
@@ -41,20 +41,20 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
     set_bit_width(model, bit_widths[0])
 
 
-def sets_parameters(model: nn.Module) -> list[nn.Module]:
-    """Return the layers whose quantizers set their parameters from a batch."""
+def layers_to_initialize(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose quantizers define `initialize`."""
     return [layer for layer in quantized_layers(model).values()
             if type(layer.quantizer).initialize is not Quantizer.initialize]
 
 
 @torch.no_grad()
 def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable[BitWidth]) -> None:
-    """Let quantizers set their parameters from a batch of images (N, 3, H, W).
+    """Initialize the quantizers from a batch of images (N, 3, H, W).
 
-    Each bit-width runs in training mode, so BatchNorm has the batch's statistics; its running
-    statistics, and torch's random numbers, are afterwards what they were.
+    Runs each bit-width in training mode, so that BatchNorm uses the batch's statistics. Restores
+    the running statistics and torch's random state.
     """
-    layers = sets_parameters(model)
+    layers = layers_to_initialize(model)
     own = {id(buffer) for layer in layers for buffer in layer.quantizer.buffers()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in own]
     hooks = [layer.register_forward_pre_hook(initialize_quantizer) for layer in layers]

@@ -10,8 +10,11 @@ from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit
 
 
 class BasicBlock(nn.Module):
-    """BN, act, Q 3x3, BN, act, Q 3x3, plus a shortcut: the input, or where the shape changes a 1x1
-    convolution of the first activation and an ordinary BatchNorm, which all bit-widths share."""
+    """A block of BN, act, Q 3x3, BN, act, Q 3x3, and a shortcut.
+
+    The shortcut is the input, or where the shape changes a 1x1 convolution of the first activation
+    and a plain BatchNorm, which all bit-widths share.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, bn: Callable[[int], nn.Module],
                  shortcut_conv: type[nn.Conv2d]):
@@ -31,14 +34,14 @@ class BasicBlock(nn.Module):
         a = self.act0(self.bn0(x))
         shortcut = x if self.skip_conv is None else self.skip_bn(self.skip_conv(a))
         out = self.conv1(self.act1(self.bn1(self.conv0(a))))
-        return (out + shortcut).type_as(x)  # in bf16 stored in 16 bits
+        return (out + shortcut).type_as(x)  # with bf16, stored in 16 bits
 
 
 class ResNet20(nn.Module):
     """The any-precision ResNet-20 for CIFAR-10: (N, 3, 32, 32) -> (N, num_classes).
 
-    Three stages of three basic blocks, 16, 32 and 64 times `width` channels; all_conv quantizes
-    every convolution. Raises ValueError for bit-widths that check_bit_widths refuses.
+    Three stages of three basic blocks, with 16, 32 and 64 times `width` channels. all_conv
+    quantizes every convolution. Raises ValueError for bit-widths that check_bit_widths refuses.
     """
 
     def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 10,
@@ -66,8 +69,11 @@ class ResNet20(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """BN, act, Q 1x1, BN, act, Q 3x3 (with the stride), BN, act, Q 1x1, plus a shortcut: the input,
-    or in a stage's first block a 1x1 convolution of the input and a switchable BatchNorm."""
+    """A block of BN, act, Q 1x1, BN, act, Q 3x3 (with the stride), BN, act, Q 1x1, and a shortcut.
+
+    The shortcut is the input, or in a stage's first block a 1x1 convolution of the input and a
+    switchable BatchNorm.
+    """
 
     expansion = 4
 
@@ -94,13 +100,14 @@ class Bottleneck(nn.Module):
         out = self.conv0(self.act0(self.bn0(x)))
         out = self.conv1(self.act1(self.bn1(out)))
         out = self.conv2(self.act2(self.bn2(out)))
-        return (out + shortcut).type_as(x)  # in bf16 stored in 16 bits
+        return (out + shortcut).type_as(x)  # with bf16, stored in 16 bits
 
 
 class ResNet50(nn.Module):
-    """The any-precision ResNet-50: (N, 3, 224, 224) -> (N, num_classes); else as ResNet20.
+    """The any-precision ResNet-50: (N, 3, 224, 224) -> (N, num_classes).
 
-    Four stages of 3, 4, 6 and 3 bottlenecks, 64 to 512 times `width` channels within them.
+    Four stages of 3, 4, 6 and 3 bottlenecks, which are 64, 128, 256 and 512 times `width` channels
+    wide inside. all_conv and errors are as in ResNet20.
     """
 
     def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 1000,

@@ -8,12 +8,14 @@ PREFIX = "torchvision:"
 
 
 def is_torchvision(name: object) -> bool:
+    """Return whether a model's name is torchvision:NAME."""
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
 def check_name(name: str) -> str:
-    """Return the name; ValueError where torchvision has no classification network of it."""
-    known, given = models.list_models(module=models), name.removeprefix(PREFIX)
+    """Return the name; raises ValueError where torchvision has no classification network of it."""
+    known = models.list_models(module=models)
+    given = name.removeprefix(PREFIX)
     if given not in known:
         near = difflib.get_close_matches(given, known, 3) or ["resnet18", "mobilenet_v2"]
         raise ValueError(f"{given!r} is no classification network of torchvision: choose one of "
@@ -22,7 +24,7 @@ def check_name(name: str) -> str:
 
 
 def torchvision_network(name: str, num_classes: int) -> nn.Module:
-    """Return a new float network; ValueError for an unknown one, or one with auxiliary outputs."""
+    """Return a new float network; raises ValueError for unknown ones and for several outputs."""
     check_name(name)
     given = name.removeprefix(PREFIX)
     if given in ("googlenet", "inception_v3"):
