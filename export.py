@@ -20,7 +20,7 @@ from torch import nn
 from dataset.data import DATASETS
 from deploy.graph import NESTED, Run
 from engine import published
-from engine.arguments import FLAGS, OneLineParser, bit_width_list, merge_args, number
+from engine.arguments import FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from models import packed, saved_bit_widths
@@ -173,7 +173,7 @@ def exporter(form: str) -> ModuleType:
 def export_metadata(checkpoint: Checkpoint, model: nn.Module, images: dict) -> dict:
     """Return a packed file's metadata: what builds the network, its images, its arguments."""
     arguments = {name: value for name, value in checkpoint.arguments.items()
-                 if name in FLAGS and FLAGS[name].evaluated
+                 if name in FLAGS and FLAGS[name].evaluated and FLAGS[name].kind != MACHINE
                  and name not in ("batch_size", "precision")}
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
     return {**spec, "image_size": images["size"], "mean": images["mean"], "std": images["std"],
@@ -183,8 +183,8 @@ def export_metadata(checkpoint: Checkpoint, model: nn.Module, images: dict) -> d
 
 def size_of(path: Path) -> int:
     """Return the bytes of an exported file, including OpenVINO's .bin."""
-    parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    return sum(part.stat().st_size for part in parts)
+    parts = [path, path.with_suffix(".bin")]
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
 # ---- check and benchmark

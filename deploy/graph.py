@@ -52,6 +52,9 @@ def trace(model: nn.Module, bits: BitWidth | int | str) -> list[Operation]:
     except Exception as error:  # any that the network's own code raises
         raise ValueError(f"the network cannot be traced ({type(error).__name__}: {error}): its "
                          "forward must not depend on values of tensors") from None
+    if has_hooks(model):
+        raise ValueError(f"the network ({type(model).__name__}) has hooks, which an exported file "
+                         "does not hold: remove them, or take the packed format")
     for node in graph.find_nodes(op="call_method", target="type_as"):  # all are float32
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
@@ -73,6 +76,9 @@ def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
         return {"placeholder": "input", "output": "output"}[node.op]
     if node.op == "call_module":
         kind = MODULES.get(type(layer)) if "forward" not in vars(layer) else None
+        if has_hooks(layer):
+            raise ValueError(f"layer {name} ({type(layer).__name__}) has hooks, which an exported "
+                             "file does not hold: remove them, or take the packed format")
         whole = not isinstance(layer, nn.AdaptiveAvgPool2d) or layer.output_size in (1, (1, 1))
         if isinstance(layer, nn.Conv2d):
             whole = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -83,12 +89,21 @@ def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
         whole = whole and (kind != "mean" or is_spatial_mean(node))
         whole = whole and (kind != "flatten" or node.args[1:] == (1,))
         whole = whole and (kind != "cat" or node.kwargs.get("dim", (*node.args, 0)[1]) == 1)
-        whole = whole and (kind != "add" or len(node.all_input_nodes) == 2)
+        whole = whole and (kind != "add" or len(node.all_input_nodes) == 2 and not node.kwargs)
+        if target.endswith("_"):  # in place: what reads the input later reads the output
+            order = list(node.graph.nodes)
+            later = set(order[order.index(node) + 1:])
+            whole = whole and not later.intersection(node.args[0].users)
     if kind is None or not whole:
         what = type(layer).__name__ if layer else str(node.target)
         raise ValueError(f"layer {name} ({what}) has no place in an exported file: take the packed "
                          "format")
     return kind
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Return whether something else runs where a layer is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def is_spatial_mean(node: fx.Node) -> bool:
@@ -148,7 +163,7 @@ def float_weight(layer: nn.Conv2d) -> Tensor:
     if not isinstance(layer, Conv2dQ):
         return layer.weight.detach()
     with torch.no_grad():
-        return layer.quantized_weight()
+        return layer.quantized_weight().detach()
 
 
 def takes_levels(layer: nn.Module) -> bool:
@@ -221,7 +236,8 @@ def check_activation(layer: ActivationQ, name: str) -> None:
                 x = x[(levels - levels.floor() - 0.5).abs() > TIE]  # there float32 may choose
                 levels = (x.double() / step).clamp(0, n).round()
             expected = (levels * step).float()
-        wrong = not torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5 * step)
+        found = layer(x.view(1, 1, 1, -1)).flatten()
+        wrong = not torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * step)
     if wrong:
         raise ValueError(f"layer {name} at {layer.bits} bits: it is not a clip to a range from 0, "
                          "rounded to steps of one size, which integer formats hold")

@@ -241,12 +241,12 @@ class Writer:
 @contextlib.contextmanager
 def at_bits(layer: QuantizedLayer, bits: int) -> Iterator[None]:
     """Quantize a layer's weight to other bits within the context."""
-    before = layer.quantizer.bits
-    layer.quantizer.bits = bits
+    before = layer.quantizer.state
+    layer.quantizer.switch(bits, str(bits))
     try:
         yield
     finally:
-        layer.quantizer.bits = before
+        layer.quantizer.state = before
 
 
 def column(values: Tensor) -> numpy.ndarray:

@@ -210,7 +210,7 @@ def add_running(add: Callable[..., None]) -> None:
         help="with --calibrate: save the result as a checkpoint")
     add("--results-dir", kind=MACHINE, help="folder of the run; the same command resumes what is "
         "there; default: a new folder under results/, named after the run")
-    add("--data-dir", kind=MACHINE,
+    add("--data-dir", kind=MACHINE, evaluated=True,
         help="folder that holds the data sets' folders; default: data")
     add("--device", kind=MACHINE, default="auto",
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
@@ -247,7 +247,10 @@ def parse_flags(argv: list[str] | None = None, description: str | None = None) -
 
 
 def check_saved(arguments: dict, path: str | Path) -> dict:
-    """Return a checkpoint's arguments; UserError naming one that no command line could have set."""
+    """Return a checkpoint's arguments; UserError naming one that no command line could have set.
+
+    A precision that there was once passes: check_settings says what to do.
+    """
     parser = make_parser()
     actions = {action.dest: action for action in parser._actions}
     for name, value in arguments.items():
@@ -261,8 +264,11 @@ def check_saved(arguments: dict, path: str | Path) -> dict:
                 right = action.type is None or action.type(flag_text(value)) == value
         except (ArgumentTypeError, AttributeError):
             right = False
-        text = action.type is None and not isinstance(action.default, bool)
-        if not right or text and not isinstance(value, str):
+        if action.type is None and not isinstance(action.default, bool):
+            right = isinstance(value, str)
+            if action.choices and name != "precision":
+                right = right and value in action.choices
+        if not right:
             raise UserError(f"{path}: its argument {name} is {value!r}, which {flag_name(name)} "
                             "does not take: the file may be damaged")
     return arguments

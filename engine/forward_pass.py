@@ -57,7 +57,7 @@ class ForwardPass:
             self.memory_format = torch.channels_last
         model.to(memory_format=self.memory_format)
         self.batch_size = batch_size
-        self.prepare = prepare_weights
+        self.prepare = None
         if batch_size:
             self.compile(device, precision, backend)
         self.autocast = contextlib.nullcontext

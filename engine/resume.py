@@ -8,7 +8,7 @@ from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, check
                               flag_name, merge_args, names_of)
 from engine.errors import UsageError, UserError
 from models import BitWidth, saved_bit_widths
-from models.checkpoint import BEST, LATEST, network_spec, read_checkpoint
+from models.checkpoint import BEST, LATEST, network_spec, old_spec, read_checkpoint
 from utils import flag_text
 
 
@@ -16,13 +16,22 @@ class Checkpoint:
     """A checkpoint that is read.
 
     Its path and content; whether a run goes on in its folder; network: what builds its network;
-    arguments: those it was trained with, as far as it has them.
+    arguments: those it was trained with, as far as it has them. flags: what a published one cannot
+    say of its network is theirs.
     """
 
-    def __init__(self, path: Path, in_place: bool = False):
+    def __init__(self, path: Path, in_place: bool = False, flags: Namespace | None = None):
         self.path = path
         self.in_place = in_place
         self.content = read_checkpoint(path)
+        epoch = self.content.get("epoch")
+        if epoch is not None and (type(epoch) is not int or epoch < 0):
+            raise UserError(f"{path}: its epoch is {epoch!r}, which is no number of epochs done: "
+                            "the file may be damaged")
+        if not self.content.get("network"):
+            given = {name: getattr(flags, name) for name in names_of(NETWORK)
+                     if name != "width" and flags and name in flags}
+            self.content["network"] = old_spec(self.content, path, given)
         self.network = network_spec(self.content, path)
         self.arguments = {
             "model": self.network["name"], "width": self.network["width"],
@@ -61,7 +70,7 @@ def resolve(flags: Namespace) -> tuple[Namespace, Checkpoint | None]:
     # A run resumed from an older checkpoint than its folder's latest gets a folder of its own.
     in_place = (path.parent.name == "ckpt" and (path == latest or not latest.exists())
                 and Path(given.results_dir or folder).resolve() == folder.resolve())
-    return resolve_resumed(flags, given.resume, Checkpoint(path, in_place))
+    return resolve_resumed(flags, given.resume, Checkpoint(path, in_place, flags))
 
 
 def resolve_resumed(flags: Namespace, source: str | Path,
@@ -78,12 +87,12 @@ def resolve_resumed(flags: Namespace, source: str | Path,
             raise UserError(f"{source} holds no {name} to go on with: start a new run from it "
                             "with --pretrain")
     saved = checkpoint.arguments
-    if not checkpoint.says_how_it_was_trained:
-        missing = [flag_name(name) for name in ("train_split", "loss", *names_of(SCHEDULE))
-                   if name not in given]
-        if missing:
-            raise UsageError(f"--resume {source} does not say how it was trained: give "
-                             f"{', '.join(missing)}, or start a new run from it with --pretrain")
+    said = checkpoint.content.get("arguments") or {}
+    missing = [flag_name(name) for name in ("train_split", "loss", *names_of(SCHEDULE))
+               if name not in {**said, **given}]
+    if missing:
+        raise UsageError(f"--resume {source} does not say how it was trained: give "
+                         f"{', '.join(missing)}, or start a new run from it with --pretrain")
     free = ["resume", "start_epoch"]
     if saved.get("schedule") != "cosine":  # which --epochs stretches
         free.append("epochs")
@@ -104,12 +113,12 @@ def resolve_resumed(flags: Namespace, source: str | Path,
 def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Namespace, Checkpoint]:
     """Go on by the same command; UserError naming what another command changes."""
     folder = checkpoint.path.parent.parent
+    saved = {**DEFAULTS, **checkpoint.arguments}
     ours = vars(flags)  # with --resume, what they leave open came from the run it names
     if not ours.get("resume"):
-        saved_epochs = {"epochs": checkpoint.arguments["epochs"]} if "epochs" not in ours else {}
-        ours = {**vars(merge_args(flags)), **saved_epochs, "resume": None}
-    changed = differences({**DEFAULTS, **checkpoint.arguments, "resume": ours["resume"]}, ours,
-                          ["epochs"] if checkpoint.arguments.get("schedule") != "cosine" else [])
+        epochs = ours.get("epochs", saved["epochs"])
+        ours = {**vars(merge_args(flags)), "epochs": epochs, "resume": saved["resume"]}
+    changed = differences(saved, ours, ["epochs"] if saved["schedule"] != "cosine" else [])
     if changed:
         raise UserError(f"{folder} holds a run already: cannot change on resume: {changed}: go on "
                         f"with it by --resume {folder}, or choose another folder with "
@@ -135,8 +144,8 @@ def refuse_packed(content: dict, path: str | Path, purpose: str) -> None:
 def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, Checkpoint]:
     """Return an evaluation's arguments: those that no flag sets are the checkpoint's."""
     names = [BEST] if given.pretrain else [LATEST, BEST]
-    checkpoint = Checkpoint(published.find_checkpoint(given.pretrain or given.resume, *names))
-    path = checkpoint.path
+    path = published.find_checkpoint(given.pretrain or given.resume, *names)
+    checkpoint = Checkpoint(path, flags=flags)
     saved = {name: value for name, value in checkpoint.arguments.items()
              if name in FLAGS and FLAGS[name].evaluated}
     network = {name: saved[name] for name in names_of(NETWORK) if name in saved}

@@ -37,7 +37,7 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
         set_quantizers(model, quantizer, bit_widths)
     model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
                   "quantizer": quantizer, "keep": list(keep),
-                  "bit_widths": [width.plain for width in bit_widths]}
+                  "bit_widths": [width.plain for width in sorted(bit_widths)]}
     return model
 
 

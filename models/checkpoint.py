@@ -13,8 +13,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from models import (DEFAULT_WIDTH, MODELS, BitWidth, add_missing_bit_widths, build, packed,
-                    saved_bit_widths, set_bit_width, zoo)
+from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, BitWidth, add_missing_bit_widths, build,
+                    packed, saved_bit_widths, set_bit_width, zoo)
 from models.bit_widths import FULL_PRECISION
 from models.converted import CLASSIFIER
 
@@ -84,6 +84,10 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise FileError(f"{path} is not a checkpoint of this kind: it must be a dict with a "
                         "state_dict")
+    for field in ("arguments", "network", "images"):
+        if not isinstance(content.get(field), (dict, type(None))):
+            raise FileError(f"{path}: its {field} are {content[field]!r}, which is no dict: it may "
+                            "be damaged")
     content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return content
 
@@ -123,15 +127,16 @@ def network_spec(content: dict, path: str | Path) -> dict:
     """
     state_dict = content["state_dict"]
     saved = content.get("network") or old_spec(content, path)
-    name = saved.get("model")
-    if not isinstance(name, str) or not (name in MODELS or zoo.is_torchvision(name)):
-        raise FileError(f"{path} is of model {name!r}: choose a checkpoint of {', '.join(MODELS)}")
-    spec = {"name": name, "num_classes": saved.get("classes"), "width": saved.get("width"),
-            "all_conv": saved.get("all_conv", False),
-            "quantizer": saved.get("quantizer", "dorefa"), "keep": tuple(saved.get("keep", ()))}
-    for field, kind in (("num_classes", int), ("width", int), ("all_conv", bool),
-                        ("quantizer", str)):
-        if not isinstance(spec[field], kind) or kind is int and spec[field] < 1:
+    spec = {"name": check_model(saved.get("model"), path), "num_classes": saved.get("classes"),
+            "width": saved.get("width"), "all_conv": saved.get("all_conv", False),
+            "quantizer": saved.get("quantizer", "dorefa"), "keep": saved.get("keep", [])}
+    fits = {"num_classes": is_count, "width": is_count,
+            "all_conv": lambda value: isinstance(value, bool),
+            "quantizer": lambda value: isinstance(value, str) and value in QUANTIZERS,
+            "keep": lambda value: isinstance(value, list) and all(
+                isinstance(name, str) for name in value)}
+    for field, is_right in fits.items():
+        if not is_right(spec[field]):
             raise FileError(f"{path}: its network's {field} is {spec[field]!r}, which is none: it "
                             "may be damaged")
     try:
@@ -143,10 +148,29 @@ def network_spec(content: dict, path: str | Path) -> dict:
     return spec
 
 
-def old_spec(content: dict, path: str | Path) -> dict:
-    """Return the spec of a checkpoint that does not hold one: by its arguments, and by shapes."""
-    arguments = content.get("arguments") or {}
-    name = content.get("model") or arguments.get("model")
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_model(name: object, path: str | Path) -> str:
+    """Return the name of a checkpoint's model; FileError where there is none of it."""
+    if not isinstance(name, str) or not (name in MODELS or zoo.is_torchvision(name)):
+        raise FileError(f"{path} is of model {name!r}: choose a checkpoint of {', '.join(MODELS)}")
+    if name in MODELS:
+        return name
+    try:
+        return zoo.check_name(name)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def old_spec(content: dict, path: str | Path, given: dict | None = None) -> dict:
+    """Return the spec of a checkpoint that does not hold one: by its arguments, and by shapes.
+
+    given: model, all_conv and quantizer, of a checkpoint that has no arguments either.
+    """
+    arguments = content.get("arguments") or given or {}
+    name = check_model(content.get("model") or arguments.get("model"), path)
     spec = {"model": name, "all_conv": arguments.get("all_conv", False),
             "quantizer": arguments.get("quantizer", "dorefa"), "width": arguments.get("width")}
     state_dict = content["state_dict"]
@@ -155,21 +179,23 @@ def old_spec(content: dict, path: str | Path) -> dict:
             smallest = MODELS[name]([FULL_PRECISION], 1, 1, False)
         key = next(iter(smallest.state_dict()))
         if spec["width"] is None and key in state_dict:
-            spec["width"] = len(state_dict[key]) // len(smallest.state_dict()[key])
+            spec["width"] = first_size(state_dict[key]) // len(smallest.state_dict()[key])
         last = [key for key in smallest.state_dict() if key.endswith("weight")][-1]
     else:
         spec["width"] = 1
-        last = ""
-        if zoo.is_torchvision(name):
-            layers = build(zoo.check_name(name), [FULL_PRECISION], 2).layers
-            last = next(f"network.{layer.name}.weight" for layer in layers
-                        if layer.why == CLASSIFIER)
+        layers = build(name, [FULL_PRECISION], 2).layers
+        last = next(f"network.{layer.name}.weight" for layer in layers
+                    if layer.why == CLASSIFIER)
     spec["width"] = spec["width"] or DEFAULT_WIDTH.get(name, 1)
     if last not in state_dict:
-        raise FileError(f"{path} has no classifier ({last or 'of an unknown model'}): give a "
-                        "checkpoint of this project")
-    spec["classes"] = len(state_dict[last])
+        raise FileError(f"{path} does not fit the model: it has no classifier ({last})")
+    spec["classes"] = first_size(state_dict[last])
     return spec
+
+
+def first_size(value: object) -> int:
+    """Return the first dimension of a tensor; 0 of what has none."""
+    return len(value) if torch.is_tensor(value) and value.ndim else 0
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:

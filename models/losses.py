@@ -1,5 +1,6 @@
 """The any-precision training step (paper, Algorithm 1), and what it computes only once."""
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.bit_widths import BitWidth, check_bit_widths
-from models.quan_ops import QuantizedLayer, WeightQuantizer, set_bit_width
-from models.stem import SharedStem
+from models.quan_ops import DoReFaWeight, QuantizedLayer, WeightQuantizer, set_bit_width
+from models.stem import Shared, SharedStem, SharedWeight, without_bit_width
 
 # The target of the next lower bit-width: (target, logits, labels) -> labels or probabilities.
 NEXT_TARGET = {
@@ -28,16 +29,25 @@ def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tens
 
 
 def prepare_weights(layers: list[QuantizedLayer]) -> list[tuple[Tensor, ...]]:
-    """Return quantizer.prepare of each layer's weight, computed again backward rather than kept."""
-    return [checkpoint(layer.quantizer.prepare, layer.weight, use_reentrant=False,
-                       preserve_rng_state=False) for layer in layers]
+    """Return what each layer's quantizer prepares of its weight, for torch.compile."""
+    return [prepare_weight(layer) for layer in layers]
+
+
+def prepare_weight(layer: QuantizedLayer) -> tuple[Tensor, ...]:
+    """Return what a layer's quantizer prepares of its weight."""
+    quantizer = layer.quantizer
+    if type(quantizer).prepare is not DoReFaWeight.prepare:
+        return quantizer.prepare(layer.weight)
+    # Computed again backward rather than kept; another one may draw numbers, or count.
+    return checkpoint(quantizer.prepare, layer.weight, use_reentrant=False,
+                      preserve_rng_state=False)
 
 
 def any_precision_backward(
         model: nn.Module, images: Tensor, labels: Tensor,
         bit_widths: Iterable[BitWidth | int | str], loss: str = "recursive",
         loss_scale: float = 1.0, shared: bool = True, share_stem: bool = True,
-        forward: Callable = forward_loss, prepare: Callable = prepare_weights,
+        forward: Callable = forward_loss, prepare: Callable | None = None,
         autocast: Callable = contextlib.nullcontext) -> dict[BitWidth, tuple[Tensor, Tensor]]:
     """Add the gradients of all bit-widths, from high to low, to `.grad`.
 
@@ -51,7 +61,8 @@ def any_precision_backward(
         loss_scale: multiplies every loss.
         shared: whether to compute once what no bit-width changes; False is the reference.
         share_stem: whether that includes the stem.
-        forward, prepare: forward_loss and prepare_weights, or these compiled.
+        forward: forward_loss, or that compiled.
+        prepare: prepare_weights compiled, or None.
         autocast: its context surrounds the forward passes.
 
     Returns:
@@ -81,27 +92,29 @@ def any_precision_backward(
 
 @contextlib.contextmanager
 def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True,
-                       prepare: Callable = prepare_weights) -> Iterator[None]:
+                       prepare: Callable | None = None) -> Iterator[None]:
     """Compute once what no bit-width changes: prepared weights, and the stem of these images.
 
-    Set a bit-width before each use of the model within. Gradients gather at what is shared; those
-    of prepared weights and of the stem reach the parameters at the end.
+    Set a bit-width before each use of the model within. Gradients gather at what is shared, and
+    reach the parameters at the end. prepare: a compiled prepare_weights, to call at the start; None
+    prepares each weight at its first use, and again where it has changed since.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)
               and type(layer.quantizer).prepare is not WeightQuantizer.prepare]
-    for layer in layers:
-        layer.quantizer.bits = None  # so that a `prepare` that depends on it fails
-        layer.quantizer.width = None
-    prepared = prepare(layers)
-    outputs = []
+    shared = Shared()
     try:
-        for layer, tensors in zip(layers, prepared, strict=True):
-            layer.prepared = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
-            outputs += zip(tensors, layer.prepared)
+        if prepare is None:
+            for layer in layers:
+                layer.shared = SharedWeight(shared, prepare_weight)
+        else:
+            with without_bit_width(layers):
+                prepared = prepare(layers)
+            leaves = iter(shared.leaves("weights", tuple(itertools.chain(*prepared))))
+            for layer, tensors in zip(layers, prepared, strict=True):
+                layer.shared = tuple(itertools.islice(leaves, len(tensors)))
         with SharedStem(model, images) if share_stem else contextlib.nullcontext():
             yield
     finally:
         for layer in layers:
-            layer.prepared = None
-    outputs = [(tensor, leaf) for tensor, leaf in outputs if leaf.grad is not None]
-    torch.autograd.backward([tensor for tensor, _ in outputs], [leaf.grad for _, leaf in outputs])
+            layer.shared = None
+    shared.backward()

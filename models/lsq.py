@@ -46,7 +46,7 @@ class LSQWeight(WeightQuantizer):
 
     def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
         largest = largest_weight(self.bits)
-        s = scale_gradient(self.step_dict[self.width].abs(), 1 / math.sqrt(w.numel() * largest))
+        s = scale_gradient(step_of(self), 1 / math.sqrt(w.numel() * largest))
         if self.bits == 1:
             return 2 * round_ste((clamp(w / s, -1, 1) + 1) / 2) - 1, s
         return round_ste(clamp(w / s, -largest - 1, largest)), s
@@ -74,12 +74,20 @@ class LSQActivation(ActivationQuantizer):
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor]:
         largest = 2**self.bits - 1
         features = x[0].numel()
-        s = scale_gradient(self.step_dict[self.width].abs(), 1 / math.sqrt(features * largest))
+        s = scale_gradient(step_of(self), 1 / math.sqrt(features * largest))
         a = clamp(x / s, 0, largest)
         return round_ste(a) if rounding else a, s
 
     def step(self) -> Tensor:
-        return self.step_dict[self.width].detach().abs()
+        return step_of(self).detach()
+
+
+def step_of(quantizer: Quantizer) -> Tensor:
+    """Return the step of a quantizer at its bit-width; ValueError where it has none."""
+    if quantizer.width not in quantizer.step_dict:
+        raise ValueError(f"lsq has no step for {quantizer.bits} bits at bit-width "
+                         f"{quantizer.width}: build the network with it, or train at it")
+    return quantizer.step_dict[quantizer.width].abs()
 
 
 def largest_weight(bits: int) -> int:

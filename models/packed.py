@@ -188,8 +188,11 @@ class Column:
     """A layer's weights at one bit-width: bits, levels (weights,) int64, scale and grid."""
 
     def __init__(self, name: str, layer: QuantizedLayer):
-        integers, scale = layer.integer_weight()
         self.bits = layer.bits
+        if self.bits == FULL_PRECISION:
+            raise ValueError(f"layer {name} has 32 bits of its own, which a packed file, of "
+                             "integers, does not hold")
+        integers, scale = layer.integer_weight()
         self.scale = scale.to(torch.float32).clone()
         n = 2**self.bits - 1
         exact = integers.round()
@@ -224,8 +227,7 @@ def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: 
     """Raise ValueError unless the packed weights equal the layer's own, bit for bit."""
     for width in stored:
         layer.switch_bit_width(width)
-        quantizer.bits = layer.bits
-        quantizer.width = str(width)
+        quantizer.switch(layer.bits, str(width))
         found = quantizer.integers(weight)
         if not all(map(torch.equal, found, layer.integer_weight())):
             raise ValueError(f"layer {name} at {width} bits cannot be packed: the file would not "
@@ -317,8 +319,9 @@ def read_checkpoint(path: str | Path) -> dict:
         images = {field: about.get(field) for field in ("mean", "std")}
         images["size"] = about.get("image_size")
         images["class_names"] = about.get("class_names")
-        images["dataset"] = about["arguments"].get("dataset")
-        return {"model": about["model"], "epoch": None, "arguments": about["arguments"],
+        arguments = about.get("arguments", {})
+        images["dataset"] = arguments.get("dataset")
+        return {"model": about["model"], "epoch": None, "arguments": arguments,
                 "network": network, "images": images, "stored": about["stored"],
                 "packed": {"groups": groups, "own_bits": about.get("own_bits", {})},
                 "state_dict": tensors}

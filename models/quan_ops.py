@@ -23,11 +23,40 @@ class Quantizer(nn.Module):
     nn.ParameterDict whose name ends in `_dict`, as BatchNorms in `bn_dict`.
     """
 
-    bits = None
-    width = None
+    preparing = False
+
+    def __init__(self):
+        super().__init__()
+        self.state = None
+
+    @property
+    def bits(self) -> int:
+        """Bits that this quantizes to."""
+        return self.current[0]
+
+    @property
+    def width(self) -> str:
+        """The name of the network's bit-width."""
+        return self.current[1]
+
+    @property
+    def current(self) -> tuple[int, str]:
+        if self.preparing:
+            raise ValueError(f"{type(self).__name__}.prepare depends on the bit-width, and it is "
+                             "computed once for all of them: move that to `integers`")
+        if self.state is None:
+            raise ValueError(f"a {type(self).__name__} has no bit-width yet: call set_bit_width")
+        return self.state
+
+    def switch(self, bits: int, width: str) -> None:
+        """Set `bits` and `width`."""
+        self.state = bits, width
 
     def initialize(self, *inputs: Tensor) -> None:
-        """Set parameters from the first batch; called at each bit-width before a new run."""
+        """Set parameters and buffers from the first batch; called at each bit-width of a new run.
+
+        Of several processes only the first calls it, and the others get its values.
+        """
 
 
 class WeightQuantizer(Quantizer):
@@ -165,7 +194,7 @@ class QuantizedLayer:
         """Add what a quantized layer has; called too for a float layer whose class was changed."""
         self.own_bits = bits
         self.quantizer = DoReFaWeight()
-        self.prepared = None  # what quantizer.prepare gives, while losses.shared_computation runs
+        self.shared = None  # what quantizer.prepare gives, while losses.shared_computation runs
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
@@ -176,16 +205,20 @@ class QuantizedLayer:
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
         self.activation_bits = bit_width.activations
-        self.quantizer.bits = self.own_bits or bit_width.weights
-        self.quantizer.width = str(bit_width)
+        self.quantizer.switch(self.own_bits or bit_width.weights, str(bit_width))
 
     def prepared_weight(self) -> tuple[Tensor, ...]:
         """Return what the quantizer prepares of the weight, computed once where it is shared."""
-        return self.prepared or self.quantizer.prepare(self.weight)
+        if self.shared is None:
+            return self.quantizer.prepare(self.weight)
+        if isinstance(self.shared, tuple):  # compiled
+            return self.shared
+        return self.shared.prepared(self)
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
         """Return the quantized weight as integers, in floating point, and their scale."""
-        return self.quantizer.integers(*self.prepared_weight())
+        integers, scale = self.quantizer.integers(*self.prepared_weight())
+        return integers, torch.as_tensor(scale, dtype=integers.dtype, device=integers.device)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight that the layer computes with."""
@@ -201,11 +234,13 @@ class QuantizedLayer:
         Where autocast or TF32 rounds the operands, they are integers over a power of two, which
         16 bits and TF32 represent exactly; their scales multiply the output.
         """
-        if self.bits == FULL_PRECISION or not low_precision(x):
+        edited = type(self).quantized_weight is not QuantizedLayer.quantized_weight
+        if self.bits == FULL_PRECISION or edited or not low_precision(x):
             return linear_map(x, self.quantized_weight(), self.bias)
         integers, scale = self.integer_weight()
         if scale.numel() > 1:
-            if scale.shape != (len(integers), *[1] * (integers.ndim - 1)):  # not of the output
+            per_output = scale.shape == (len(integers), *[1] * (integers.ndim - 1))
+            if not per_output or getattr(self, "transposed", False):
                 return linear_map(x, integers * scale, self.bias)
             scale = scale[:, 0]
         weight_unit = 2.0**-self.bits
@@ -225,7 +260,7 @@ class QuantizedLayer:
             step = 1 / (2**bits - 1)
         else:
             bits = self.input_quantizer.bits
-            step = self.input_quantizer.step()
+            step = self.input_quantizer.step() if bits != FULL_PRECISION else None
         return 1.0 if bits == FULL_PRECISION or step is None else step * 2.0**bits
 
 
@@ -257,8 +292,7 @@ class ActivationQ(nn.Module):
         return self.quantizer.bits
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
-        self.quantizer.bits = self.own_bits or bit_width.activations
-        self.quantizer.width = str(bit_width)
+        self.quantizer.switch(self.own_bits or bit_width.activations, str(bit_width))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bits != FULL_PRECISION:
@@ -312,7 +346,7 @@ def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
     for name, layer in model.named_modules():
         if hasattr(layer, "switch_bit_width"):
             layers.append(layer)
-        elif hasattr(layer, "bits") and not isinstance(layer, Quantizer):
+        elif not isinstance(layer, Quantizer) and hasattr(layer, "bits"):
             raise ValueError(f"layer {name or 'of the network'} ({type(layer).__name__}) has bits "
                              "that cannot be switched: give it a method "
                              "switch_bit_width(bit_width)")

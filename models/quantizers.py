@@ -55,7 +55,8 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
     the running statistics and torch's random state.
     """
     layers = layers_to_initialize(model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    own = {id(buffer) for layer in layers for buffer in layer.quantizer.buffers()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in own]
     hooks = [layer.register_forward_pre_hook(initialize_quantizer) for layer in layers]
     training = model.training
     model.train()

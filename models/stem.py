@@ -1,5 +1,9 @@
-"""The stem: what lies before the first layer that switches, found as the network runs."""
-import functools
+"""What bit-widths share, computed at its first use in a step and reused while it stays the same."""
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,48 +14,128 @@ PURE = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn
         nn.ZeroPad2d)
 
 
-class SharedStem:
-    """Within it, modules of PURE that images reach through such modules alone run once.
+class Shared:
+    """Tensors that are computed once, by label, and the leaves in which their gradients gather."""
 
-    At the first bit-width they run as ever; at the next ones they return what they returned then.
-    Gradients gather there, and go on to the weights of the stem when it is left without an error.
-    Hooks fire at every bit-width. Any other module or function between ends the stem.
-    """
-
-    def __init__(self, model: nn.Module, images: Tensor):
-        self.modules = [module for module in model.modules()
-                        if type(module) in PURE and "forward" not in vars(module)
-                        and not getattr(module, "inplace", False)]
-        self.shared = {id(images): images}  # by identity: the same tensor at every bit-width
+    def __init__(self):
         self.found = {}
         self.outputs = []
 
-    def __enter__(self):
+    def leaves(self, label: Hashable, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Store the outputs under a label; return leaves that stand for them."""
+        leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in outputs)
+        self.outputs.append((outputs, leaves))
+        self.found[label] = leaves
+        return leaves
+
+    def backward(self) -> None:
+        """Continue from the gradients of the leaves to what they stand for, the last first."""
+        for outputs, leaves in reversed(self.outputs):
+            used = [(tensor, leaf.grad) for tensor, leaf in zip(outputs, leaves, strict=True)
+                    if leaf.grad is not None]
+            torch.autograd.backward([tensor for tensor, _ in used], [grad for _, grad in used])
+
+
+def state_of(tensors: Iterable[Tensor]) -> Hashable:
+    """Return what a result depends on besides its input: tensors as they are, and torch's modes."""
+    return (tuple((id(t), t._version) for t in tensors), torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+@contextlib.contextmanager
+def without_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let quantizers refuse to say their bit-width: what is prepared is of all of them."""
+    for layer in layers:
+        layer.quantizer.preparing = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quantizer.preparing = False
+
+
+class SharedStem:
+    """Within it, modules of PURE that images reach through such modules alone run once.
+
+    That is the stem: what lies before the first layer that switches. At the first bit-width its
+    modules run as ever; at the next ones they return copies of what they returned then. Gradients
+    gather there, and go on to the weights of the stem when it is left without an error. Hooks fire
+    at every bit-width. Any other module, function or change in place ends the stem.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.images = images
+        self.shared = Shared()
+        self.modules = [module for module in model.modules()
+                        if type(module) in PURE and "forward" not in vars(module)]
+
+    def __enter__(self) -> SharedStem:
         for module in self.modules:
-            module.forward = functools.partial(self.run, module)
+            module.forward = StemForward(self, module)
         return self
 
-    def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        if id(x) not in self.shared:
-            return type(module).forward(module, x)
-        leaf, version = self.found.get((module, id(x)), (None, None))
-        if leaf is None or leaf._version != version:  # new, or written to
-            output = type(module).forward(module, x)
-            leaf = output.detach().requires_grad_(output.requires_grad)
-            self.outputs.append((output, leaf))
-            self.found[module, id(x)] = leaf, leaf._version
-            self.shared[id(leaf)] = leaf
-        return leaf
+    def run(self, module: nn.Module, *args: object, **kwargs: object) -> Tensor:
+        label = self.label(module, args, kwargs)
+        if label is None:
+            return type(module).forward(module, *args, **kwargs)
+        if label not in self.shared.found:
+            output = type(module).forward(module, *args)
+            if not isinstance(output, Tensor) or output is args[0]:
+                return output
+            self.shared.leaves(label, (output,))
+        leaf, = self.shared.found[label]
+        output = leaf.clone()  # what follows may change it in place
+        output.stem = label, output._version
+        return output
+
+    def label(self, module: nn.Module, args: tuple, kwargs: dict) -> Hashable | None:
+        """Return what a module's output is known by; None where it is not shared."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not isinstance(x, Tensor) or x.is_inference() or getattr(module, "inplace", False):
+            return None
+        source, version = getattr(x, "stem", (None, None))
+        if x is self.images and not x.requires_grad:
+            source = "images"
+            version = x._version
+        if source is None or version != x._version:
+            return None
+        return module, source, version, state_of(module.parameters())
 
     def __exit__(self, error, *details):
         for module in self.modules:
             del module.forward
         if error is None:
-            backward(self.outputs)
+            self.shared.backward()
 
 
-def backward(outputs: list[tuple[Tensor, Tensor]]) -> None:
-    """Continue from the gradients of leaves to the tensors they were detached from, last first."""
-    for tensor, leaf in reversed(outputs):
-        if leaf.grad is not None:
-            torch.autograd.backward(tensor, leaf.grad)
+class StemForward:
+    """The forward of a module while its output is shared; in a copy of the module, its own."""
+
+    def __init__(self, stem: SharedStem, module: nn.Module):
+        self.stem = stem
+        self.module = module
+
+    def __call__(self, *args, **kwargs):
+        return self.stem.run(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        return types.MethodType(type(self.module).forward, memo[id(self.module)])
+
+
+class SharedWeight:
+    """What a quantizer prepares of a layer's weight, once for each state of the weight."""
+
+    def __init__(self, shared: Shared, prepare: Callable):
+        self.shared = shared
+        self.prepare = prepare
+
+    def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        weight = layer.weight
+        label = layer, state_of((weight, *layer.quantizer.parameters()))
+        if label not in self.shared.found:
+            with without_bit_width([layer]):
+                self.shared.leaves(label, self.prepare(layer))
+        return self.shared.found[label]
+
+    def __deepcopy__(self, memo):
+        return None  # a copy of the layer shares nothing

@@ -193,7 +193,8 @@ class Run:
                 found = model(self.images)
         far = (found - expected).abs().amax(1).median() / expected.abs().max()
         assert far < 0.1, f"bf16 is off by {far:.2f}"
-        must(self.program(train, [*self.flags, "--epochs", 1, "--precision", "bf16",
+        must(self.program(train, [*self.flags, "--epochs", 1, "--train-fraction", 0.3,
+                                  "--precision", "bf16",
                                   "--results-dir", self.place / "bf16"]))
 
     def export(self, form, suffix):

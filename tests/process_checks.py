@@ -26,7 +26,7 @@ import tiny_data  # noqa: E402
 import train  # noqa: E402
 from dataset.data import DATASETS, get_dataset  # noqa: E402
 from engine import distributed  # noqa: E402
-from engine.arguments import parse_flags, settle  # noqa: E402
+from engine.arguments import merge_args, parse_flags  # noqa: E402
 from engine.errors import StopRequest  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.forward_pass import ForwardPass  # noqa: E402
@@ -166,10 +166,10 @@ def gradients():
 
 def initial_values(folder):
     """Begin a run whose network depends on the process, then save one whose statistics do."""
-    args = settle(parse_flags(DIGITS))
-    state, *_ = train.prepare(args, None, CPU)
+    args = merge_args(parse_flags(DIGITS))
+    state, forward_pass, train_loader, _ = train.prepare(args, CPU)
     add_rank(state.model.state_dict().values())
-    train.start(state, args, None)
+    train.load_initial_state(state, args, None, forward_pass, train_loader)
     found = {"started": distributed.gather(copy.deepcopy(state.model.state_dict()))}
     add_rank(state.model.buffers())
     state.save(folder / "statistics")
@@ -195,7 +195,7 @@ def evaluation():
     """Evaluate on the images by train.py's loader, of which one process has a batch more."""
     pixels, labels = images()
     dataset = [(Image.fromarray(image.numpy()), int(label)) for image, label in zip(pixels, labels)]
-    args = settle(parse_flags(["--dataset", "cifar10", "--model", "resnet20q",
+    args = merge_args(parse_flags(["--dataset", "cifar10", "--model", "resnet20q",
                                "--batch-size", "50"]))
     net = model().float()
     forward_pass = ForwardPass(net, CPU)

@@ -5,7 +5,7 @@ from models.quan_ops import ActivationQ, BitWidth, DoReFaActivation, DoReFaWeigh
 def quantize_weight(w, bits):
     """Return a weight, quantized as layers do."""
     quantizer = DoReFaWeight()
-    quantizer.bits = bits
+    quantizer.switch(bits, str(bits))
     prepared = quantizer.prepare(w)
     if bits == 32:
         return quantizer.full_precision(*prepared)

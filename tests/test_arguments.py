@@ -10,14 +10,14 @@ import torch
 from runs import ROOT, assert_one_line, run
 
 import train
-from engine.arguments import parse_flags, settle
+from engine.arguments import merge_args, parse_flags
 
 SETTINGS = ("dataset", "train_split", "model", "optimizer", "lr", "lr_decay", "epochs",
             "batch_size", "weight_decay")
 
 
 def arguments(argv):
-    return settle(parse_flags(argv))
+    return merge_args(parse_flags(argv))
 
 
 def settings(args):
@@ -52,7 +52,7 @@ def test_dashed_spellings():
 
 def test_flags_hold_what_is_given_and_nothing_else():
     flags = vars(parse_flags(["--lr", "0.5", "--all-conv"]))
-    assert flags == {"lr": 0.5, "all_conv": True, "recipe": {}}
+    assert flags == {"lr": 0.5, "all_conv": True}
 
 
 @pytest.mark.parametrize("nothing", ["", "None"])
@@ -61,10 +61,11 @@ def test_no_source_as_published_scripts_write_it(nothing):
     assert args.pretrain is None and args.resume is None
 
 
-def test_flags_come_before_a_checkpoint_it_before_the_recipe_and_that_before_the_defaults():
-    flags = parse_flags(["--lr", "0.1", "--recipe", "--lr", "0.2", "--epochs", "2", "--loss",
-                         "hard", "--dataset", "cifar10", "--model", "resnet20q"])
-    args = settle(flags, {"lr": 0.3, "epochs": 3}, {"dataset": "svhn", "seed": 4})
+def test_flags_come_before_a_checkpoint_and_that_before_the_defaults():
+    """Of a flag that is given twice the last one wins, as the user's come after the recipe's."""
+    flags = parse_flags(["--lr", "0.2", "--loss", "hard", "--dataset", "cifar10", "--model",
+                         "resnet20q", "--lr", "0.1"])
+    args = merge_args(flags, {"lr": 0.3, "epochs": 3, "dataset": "svhn", "seed": 4})
     assert (args.lr, args.epochs, args.loss, args.dataset, args.seed, args.batch_size) == (
         0.1, 3, "hard", "cifar10", 4, 128)
 
@@ -78,8 +79,9 @@ def test_learning_rate_against_a_table_by_hand(flags, expected):
     assert found == pytest.approx(expected)
 
 
-def test_a_cosine_takes_no_epochs_of_decay_of_a_recipe():
-    args = arguments(["--schedule", "cosine", "--recipe", "--lr_decay", "3"])
+def test_a_cosine_takes_no_epochs_of_decay():
+    """Not of a recipe either, whose --lr_decay a user cannot leave out."""
+    args = arguments(["--lr_decay", "3", "--schedule", "cosine"])
     assert (args.schedule, args.lr_decay) == ("cosine", [])
 
 
@@ -148,21 +150,29 @@ done
 
 @pytest.mark.parametrize("script", RECIPES)
 def test_recipe(script, recipe_flags):
-    args = settle(recipe_flags(script))
+    args = merge_args(recipe_flags(script))
     assert settings(args) == RECIPES[script]
     assert (args.bit_width_list, args.loss) == ([1, 2, 4, 8, 32], "recursive")
-    args = settle(recipe_flags(script, "--loss", "hard", "--bit_width_list", "2",
+    args = merge_args(recipe_flags(script, "--loss", "hard", "--bit_width_list", "2",
                                "--results-dir", "a folder"))
     assert (args.bit_width_list, args.loss, args.results_dir) == ([2], "hard", "a folder")
 
 
 @pytest.mark.parametrize("script", RECIPES)
-def test_a_resumed_run_keeps_its_own_settings(script, recipe_flags):
-    flags = recipe_flags(script, "--resume", "results/x", "--workers", "1")
-    recipe = vars(flags).pop("recipe")
-    assert vars(flags) == {"resume": "results/x", "workers": 1}
-    args = settle(flags, {**recipe, "lr": 0.7, "epochs": 3})
-    assert (args.lr, args.epochs, args.workers) == (0.7, 3, 1)
+def test_of_a_recipe_s_flag_and_the_user_s_the_last_wins(script, recipe_flags):
+    flags = recipe_flags(script, "--lr", "0.7", "--epochs", "3", "--lr_decay", "2", "--workers",
+                         "1", "--optimizer", "adamw")
+    args = merge_args(flags)
+    assert (args.lr, args.epochs, args.lr_decay, args.workers, args.optimizer) == (
+        0.7, 3, [2], 1, "adamw")
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_cosine_through_a_recipe(script, recipe_flags):
+    args = merge_args(recipe_flags(script, "--schedule", "cosine"))
+    assert (args.schedule, args.lr_decay) == ("cosine", [])
+    factors = [train.learning_rate_factor(args, epoch) for epoch in (0, args.epochs // 2)]
+    assert factors == pytest.approx([1, 0.5])
 
 
 @pytest.mark.parametrize("bits, decay, spelling", [
@@ -170,7 +180,7 @@ def test_a_resumed_run_keeps_its_own_settings(script, recipe_flags):
     ("4", 1e-4, "--bit-width-list {}"), ("8", 1e-4, "--bit_width_list={}"),
     ("32", 1e-4, "--bit_width_list {}")])
 def test_dedicated_imagenet_recipe(bits, decay, spelling, recipe_flags):
-    args = settle(recipe_flags("train_imagenet.sh", *spelling.format(bits).split()))
+    args = merge_args(recipe_flags("train_imagenet.sh", *spelling.format(bits).split()))
     assert settings(args) == (*DEDICATED_IMAGENET, decay) and args.bit_width_list == [int(bits)]
 
 
@@ -178,7 +188,7 @@ def test_dedicated_imagenet_recipe(bits, decay, spelling, recipe_flags):
 def test_the_imagenet_recipe_names_its_results_folder(processes, recipe_flags):
     def results_dir(*flags):
         flags = recipe_flags("train_imagenet.sh", *flags, processes=processes)
-        return getattr(flags, "results_dir", flags.recipe.get("results_dir"))
+        return getattr(flags, "results_dir", None)
 
     assert results_dir() == "results/imagenet_resnet50q_any"
     assert results_dir("--bit_width_list", "2,32") == "results/imagenet_resnet50q_any"
@@ -220,8 +230,6 @@ BAD_ARGUMENTS = [
     (["--lr", "1e38"], "'1e38'", "at most 1e+30"),
     (["--lr_decay", "20,10"], "'20,10'", "rising epochs"),
     (["--lr_decay", "soon"], "'soon'", "rising epochs"),
-    (["--schedule", "cosine", "--lr_decay", "20"], "--lr_decay 20 goes with --schedule step",
-     "leave it out"),
     (["--widths-per-step", "1"], "'1' is not allowed", "from 2 up"),
     (["--weight-decay", "-1"], "'-1'", "from 0 up"),
     (["--train-fraction", "1.5"], "'1.5'", "above 0, at most 1"),
@@ -297,7 +305,7 @@ def test_a_precision_that_is_not_there(capsys, tmp_path):
 def test_a_gpu_that_is_not_there(device, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run(["--device", device, "--results-dir", tmp_path / "r"]) == 1
-    assert_one_line(capsys, f"device {device} is not here", "choose auto or one of cpu")
+    assert_one_line(capsys, f"no device {device}; available: auto, cpu")
 
 
 def test_a_network_larger_than_the_memory(capsys, tmp_path):

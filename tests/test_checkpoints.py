@@ -164,7 +164,7 @@ def test_other_classes_do_not_fit(trained, tmp_path, monkeypatch, capsys):
     tiny_data.cifar100(tmp_path / "data100", monkeypatch)
     assert run(["--evaluate", "--pretrain", trained, "--dataset", "cifar100",
                 "--data-dir", tmp_path / "data100"]) == 1
-    assert_one_line(capsys, "2 of another shape (fc.bias, fc.weight)")
+    assert_one_line(capsys, "has 10 classes and cifar100 has 100: choose the data set", "--dataset")
 
 
 # ---- bad input: a source of weights, and what is told of it
@@ -198,7 +198,10 @@ def bad_files(trained):
         "weights that are numbers": ({**good, "state_dict": dict.fromkeys(weights, 1.0)},
                                      "of another shape"),
         "no weights in it": ({**good, "state_dict": {}}, not_fit),
-        "unknown model": ({**good, "model": "resnet18"}, "choose a checkpoint of resnet20q"),
+        "unknown model": ({**good, "network": {**good["network"], "model": "resnet18"}},
+                          "is of model 'resnet18': choose a checkpoint of resnet20q"),
+        "unknown model of an older file": (
+            {**good, "network": None, "model": "resnet18"}, "choose a checkpoint of resnet20q"),
         "another model's weights": (
             {**good, "state_dict": MODELS["svhnq"]([2, 32], width=1).state_dict()}, not_fit),
         "an entry is missing": (
@@ -243,16 +246,22 @@ def bad_sources(trained, folder, url):
 
 
 def bad_arguments(trained, folder):
-    """Return the same of checkpoints to resume, of which the saved arguments are rubbish."""
+    """Return {case: (source, exit code, part of the message)} of what cannot be resumed.
+
+    The saved arguments are rubbish.
+    """
     good = load(trained)
     saved = good["arguments"]
     sources = {}
-    for case, arguments in (("arguments that are a list", [1]), ("arguments of nothing", {"x": 1}),
-                            ("a width that is text", {**saved, "width": "x"}),
-                            ("a wrong bit-width", {**saved, "bit_width_list": [16]})):
+    for case, arguments, code, told in (
+            ("arguments that are a list", [1], 1, "its arguments are [1]"),
+            ("arguments of nothing", {"x": 1}, 2, "does not say how it was trained: give --train"),
+            ("a width that is text", {**saved, "width": "x"}, 1, "its argument width is 'x'"),
+            ("a wrong bit-width", {**saved, "bit_width_list": [16]}, 1,
+             "its argument bit_width_list is [16], which --bit-width-list does not take")):
         path = folder / f"{case}.pth.tar"
         torch.save({**good, "arguments": arguments}, path)
-        sources[case] = path, folder.name
+        sources[case] = path, code, told
     return sources
 
 
@@ -265,10 +274,10 @@ def bad_evaluations(trained):
         "untrained": ([*evaluate, "--bit_width_list", "2,3,5"], 2,
                       "3,5 bits were not trained; choose from 2,32, or pass --calibrate N"),
         "another model": ([*evaluate, "--model", "svhnq"], 2,
-                          "another network: --model was resnet20q and is now svhnq"),
-        "another width": ([*evaluate, "--width", 2], 2, "--width was 1 and is now 2"),
+                          "another network: --model is resnet20q, not svhnq"),
+        "another width": ([*evaluate, "--width", 2], 2, "--width is 1, not 2"),
         "another variant": ([*evaluate, "--all-conv"], 2,
-                            "--all-conv was False and is now True"),
+                            "--all-conv is False, not True"),
         "unwritable folder": ([*evaluate, "--results-dir", "/proc/x"], 1, "cannot be written"),
         "unwritable file": ([*evaluate, "--calibrate", 1, "--save-calibrated", "/proc/x/y"], 1,
                             "/proc/x"),
@@ -284,13 +293,13 @@ def test_bad_input_is_one_line_and_loses_nothing(trained, tmp_path, tiny_cifar10
     cases = bad_evaluations(trained)
     for case, (source, told) in bad_sources(trained, folder, http_folder[1]).items():
         cases[f"{case}, evaluated"] = ["--evaluate", "--pretrain", source], 1, told
-        if case != "unknown model":  # which --pretrain does not read
+        if "unknown model" not in case:  # which --pretrain does not read
             cases[f"{case}, trained from"] = (
                 tiny(tiny_cifar10, tmp_path / "new", "--pretrain", source), 1, told)
         if "weights" not in case and "entry" not in case:
             cases[f"{case}, resumed"] = ["--resume", source], 1, told
-    for case, (source, told) in bad_arguments(trained, folder).items():
-        cases[f"{case}, resumed"] = ["--resume", source, "--epochs", 9], 1, told
+    for case, (source, code, told) in bad_arguments(trained, folder).items():
+        cases[f"{case}, resumed"] = ["--resume", source, "--epochs", 9], code, told
     assert len(cases) >= 90
     before = snapshot(trained)
     failures = []

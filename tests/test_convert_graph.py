@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import deploy.graph
-from models import MODELS, convert, layer_table, packed, quan_ops, set_bit_width, zoo
+from models import MODELS, convert, layer_table, load, packed, quan_ops, set_bit_width, zoo
 from models.bit_widths import BitWidth
 from models.losses import any_precision_backward
 
@@ -153,7 +153,7 @@ def test_keep(images):
 def test_a_packed_file(tmp_path, images):
     model, path = convert(build("shufflenet_v2_x0_5"), [1, 2]), tmp_path / "net.safetensors"
     packed.save(model, [1, 2], path, {"model": SMALL, "width": 1, "all_conv": False, "classes": 10})
-    loaded = packed.load(path)
+    loaded = load(path)
     for bits in (1, 2):
         logits = [set_bit_width(network, bits) or network(images) for network in (model, loaded)]
         assert torch.equal(*logits)

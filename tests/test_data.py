@@ -14,7 +14,7 @@ from dataset import data as data_room
 from dataset.data import DATASETS, DataError, data_paths, get_dataset, get_transform
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
                             flipped_crops, make_loader, read_arrays)
-from engine.arguments import parse_flags, settle
+from engine.arguments import merge_args, parse_flags
 from engine.setup import make_val_loader
 
 SIZES = {  # of the files in tiny_data, per split
@@ -321,8 +321,8 @@ def joined(loader):
 
 def test_validation_batches_are_4_times_as_large_unless_compiled(tiny_cifar10):
     for flags, size in (((), 16), (["--compile"], 4)):
-        args = settle(parse_flags(["--dataset", "cifar10", "--model", "resnet20q", "--batch-size",
-                                   "4", *flags]))
+        args = merge_args(parse_flags(["--dataset", "cifar10", "--model", "resnet20q",
+                                       "--batch-size", "4", *flags]))
         dataset = get_dataset("cifar10", "test", data_dir=tiny_cifar10)
         loader = make_val_loader(args, dataset, torch.channels_last, CPU)
         sizes = [len(labels) for labels in loader.labels.split(size)]

@@ -30,7 +30,7 @@ def test_named_devices(monkeypatch):
     fake_gpus(monkeypatch, {"a": 1, "b": 2})
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert choose_device("cpu") == torch.device("cpu")
-    told = "device cuda:2 is not here: choose auto or one of cpu, cuda:0, cuda:1"
+    told = "no device cuda:2; available: auto, cpu, cuda:0, cuda:1"
     with pytest.raises(UserError, match=told):
         choose_device("cuda:2")
 
@@ -49,7 +49,7 @@ def test_gpustat_that_cannot_tell(monkeypatch, capsys):
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_device("auto") == torch.device("cpu")
-    told = "device cuda is not here: choose auto or one of cpu"
+    told = "no device cuda; available: auto, cpu"
     with pytest.raises(UserError, match=told):
         choose_device("cuda")
 

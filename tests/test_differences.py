@@ -7,9 +7,8 @@ from runs import assert_one_line, load, run
 
 import tiny_data
 from dataset.data import DataError, get_dataset
-from engine.errors import UserError
-from models.checkpoint import load_weights
 from models import MODELS
+from models.checkpoint import FileError, load_weights
 
 
 def test_what_is_left_to_the_defaults_is_told(training):
@@ -18,7 +17,10 @@ def test_what_is_left_to_the_defaults_is_told(training):
 
 
 def test_a_published_run_resumed_by_a_recipe(trained, tmp_path, tiny_cifar10, capsys):
-    """The recipe tells what the file does not; config.json has it, and later runs go by that."""
+    """The recipe says what the file does not; config.json has it, and later runs go by that.
+
+    Of a flag that is given twice the last one wins, as the user's come after the recipe's.
+    """
     parameters = MODELS["resnet20q"]([2, 32], width=1).parameters()
     sgd = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.5)
     names = ("epoch", "model", "state_dict", "best_prec1")
@@ -26,12 +28,12 @@ def test_a_published_run_resumed_by_a_recipe(trained, tmp_path, tiny_cifar10, ca
                tmp_path / "x.pth.tar")
     argv = ["--resume", tmp_path / "x.pth.tar", "--width", 1, "--data-dir", tiny_cifar10,
             "--results-dir", tmp_path / "r", "--epochs", 4]
-    recipe = ["--recipe", "--train_split", "train", "--loss", "hard", "--batch-size", 8, "--lr",
+    recipe = ["--train_split", "train", "--loss", "hard", "--batch-size", 8, "--lr",
               0.01, "--lr_decay", "2", "--epochs", 200, "--optimizer", "sgd"]
-    assert run([*argv, *recipe, "--weight-decay", 0.1]) == 1
+    assert run([*recipe, "--weight-decay", 0.1, *argv]) == 1
     assert_one_line(capsys, "another optimizer's state (group 0: weight_decay was 0.5 and is now "
                             "0.1): check --optimizer, --weight-decay")
-    assert run([*argv, *recipe, "--weight-decay", 0.5]) == 0
+    assert run([*recipe, "--weight-decay", 0.5, *argv]) == 0
     arguments = json.loads((tmp_path / "r" / "config.json").read_text())["arguments"]
     names = ("epochs", "batch_size", "optimizer", "lr", "lr_decay", "weight_decay", "dataset")
     assert [arguments[name] for name in names] == [4, 8, "sgd", 0.01, [2], 0.5, "cifar10"]
@@ -54,5 +56,5 @@ def test_an_empty_class_folder_is_named_with_a_way_on(tmp_path):
 
 def test_a_checkpoint_of_other_classes_says_what_to_do():
     thousand, three = (MODELS["resnet20q"]([2], classes, width=1) for classes in (1000, 3))
-    with pytest.raises(UserError, match="fc.bias, fc.weight.*by its classes, --dataset"):
+    with pytest.raises(FileError, match="fc.bias, fc.weight.*by its classes, --dataset"):
         load_weights(three, thousand.state_dict(), "x")

@@ -29,7 +29,6 @@ from models.losses import NEXT_TARGET
 CPU = torch.device("cpu")
 
 
-
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory, environment):
     """The folder that process_checks.py has written to."""
@@ -263,7 +262,7 @@ def test_a_killed_worker_is_replaced_and_the_end_is_the_same(kills, undisturbed,
         until_replaced(process, running)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
-    assert ", 2 processes" in out and "resuming in results/imagenet_resnet50q_any" in out
+    assert ", 2 processes" in out and "done, in results/imagenet_resnet50q_any" in out
     for name in ("model_latest", "model_best"):
         ours, theirs = load(folder, name), load(undisturbed, name)
         for part in ("state_dict", "optimizer", "best_prec1", "epoch"):

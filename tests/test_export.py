@@ -15,6 +15,7 @@ from deploy import benchmark, check
 from engine.errors import run_program
 from exported import network
 from models import MODELS, packed, resnet20q, set_bit_width
+from models.checkpoint import read_checkpoint
 from runs import ROOT, assert_one_line, evaluation, run
 
 MODULES = {"onnx": "onnx_file", "openvino": "openvino_file"}
@@ -94,8 +95,8 @@ def test_classes_are_counted_beside_quantizers(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "svhnq", type(model))
     packed.save(model, [2, 4], tmp_path / "net", {
         "model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "arguments": {}})
-    assert export.count_outputs(deploy.load(tmp_path / "net").state_dict()) == 10
-    assert packed.read_checkpoint(tmp_path / "net")["classes"] == 10
+    assert deploy.load(tmp_path / "net").fc.out_features == 10
+    assert read_checkpoint(tmp_path / "net")["network"]["classes"] == 10
 
 
 def test_calibrated_widths(arguments, tmp_path):

@@ -106,7 +106,7 @@ def test_what_is_shared_is_computed_once_a_step(monkeypatch):
     assert calls.count("tanh") == 2 * 18  # on the way there, and anew on the way back
     any_precision_backward(model, images, labels, [1, 8, 32], shared=False)
     assert calls.count("stem") == 4 and calls.count("tanh") == 5 * 18
-    assert not any(layer.prepared for layer in layers)
+    assert not any(layer.shared for layer in layers)
     assert "forward" not in vars(model.conv0)
 
 
@@ -115,7 +115,7 @@ def test_an_error_within_a_step_leaves_nothing_shared():
     images, labels = batch("resnet20q", dtype=torch.float32)
     with pytest.raises(ValueError, match="3-bit was not trained"):
         any_precision_backward(model, images, labels, [32, 3])  # 32 comes first
-    assert not any(layer.prepared for layer in model.modules() if isinstance(layer, Conv2dQ))
+    assert not any(layer.shared for layer in model.modules() if isinstance(layer, Conv2dQ))
     assert "forward" not in vars(model.conv0)
 
 

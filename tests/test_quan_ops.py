@@ -133,9 +133,9 @@ def test_only_the_active_batch_norm_moves():
 WIDTHS = [1, 2, 4, 8, 32]
 
 
-def trained(path):
+def trained(path, bit_widths=WIDTHS):
     def losses(model, images, labels):
-        results = any_precision_backward(model, images, labels, WIDTHS, "hard", **path(model))
+        results = any_precision_backward(model, images, labels, bit_widths, "hard", **path(model))
         return {bits: loss.item() for bits, (loss, _) in results.items()}
     return losses
 
@@ -165,7 +165,7 @@ def bf16(model):
 
 PATHS = {"shared": trained(lambda model: {}),
          "not shared": trained(lambda model: {"shared": False}), "bf16": trained(bf16),
-         "compiled": trained(compiled), "evaluate": evaluated, "calibrate": calibrated}
+         "compiled": trained(compiled, [2, 32]), "evaluate": evaluated, "calibrate": calibrated}
 
 
 @pytest.mark.parametrize("quantizer", ["DoReFaWeight", "DoReFaActivation"])
@@ -203,7 +203,8 @@ def assert_every_loss_changes(path, change, also=()):
         losses.append(PATHS[path](model, images, labels))
     before, after = losses
     assert (before[32] != after[32]) == (32 in also)
-    assert all(before[bits] != after[bits] for bits in (1, 2, 4, 8)), (before, after)
+    assert all(before[bits] != after[bits] for bits in before if bits != 32), (before, after)
+    assert len(before) > 1
 
 
 @pytest.mark.parametrize("path", [contextlib.nullcontext, torch.no_grad])
@@ -257,7 +258,7 @@ def test_weights_and_activations_have_bits_of_their_own():
 def test_a_quantizer_that_is_put_in_place_has_no_bits_until_it_is_switched():
     conv = Conv2dQ(3, 4, 3)
     conv.quantizer = quan_ops.DoReFaWeight()
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="DoReFaWeight has no bit-width yet"):
         conv(torch.randn(2, 3, 6, 6))
 
 

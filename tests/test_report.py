@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 import report
-from engine.arguments import parse_flags, settle
+from engine.arguments import merge_args, parse_flags
 from engine.errors import run_program
 from engine.run_folder import write_metrics
 
@@ -15,7 +15,7 @@ def write_run(folder, top1, *flags):
     """Make a results folder of train.py's `flags`, with val top-1 {bits: [per epoch]}."""
     folder.mkdir(parents=True)
     epochs = len(next(iter(top1.values())))
-    arguments = vars(settle(parse_flags(["--epochs", str(max(1, epochs)), *flags,
+    arguments = vars(merge_args(parse_flags(["--epochs", str(max(1, epochs)), *flags,
                                          "--bit_width_list", ",".join(map(str, top1))])))
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
     records = []

@@ -113,7 +113,7 @@ def test_a_cosine_resumes_in_step(tmp_path, tiny_cifar10, monkeypatch, capsys):
     assert load(whole)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.00025)
     capsys.readouterr()
     assert run(["--resume", whole, "--epochs", 4]) == 2
-    assert_one_line(capsys, "--epochs was 3 and is now 4")
+    assert_one_line(capsys, "--epochs is 3, not 4")
 
 
 def test_bit_widths_per_step_resume_in_an_epoch(tmp_path, tiny_cifar10, monkeypatch):
@@ -181,22 +181,22 @@ def test_other_groups_than_were_saved_are_refused(groups, told, tmp_path, tiny_c
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--loss", "hard"], "--loss was recursive and is now hard"),
-    (["--seed", "4"], "--seed was 0 and is now 4"),
-    (["--bit_width_list", "2"], "--bit-width-list was 2,32 and is now 2"),
-    (["--model", "resnet50q"], "--model was resnet20q and is now resnet50q"),
-    (["--optimizer", "sgd"], "--optimizer was adam and is now sgd"),
-    (["--batch-size", "4"], "--batch-size was 8"),
-    (["--dataset", "cifar100"], "--dataset was cifar10 and is now cifar100"),
-    (["--lr", "0.1"], "--lr was 0.001"),
-    (["--precision", "bf16"], "--precision was fp32 and is now bf16"),
-    (["--lr_decay", "1"], "--lr-decay was 2 and is now 1"),
-    (["--schedule", "cosine"], "--schedule was step and is now cosine"),
-    (["--widths-per-step", "2"], "--widths-per-step was None and is now 2"),
-    (["--weight-decay", "0.5"], "--weight-decay was 0.0")])
+    (["--loss", "hard"], "--loss is recursive, not hard"),
+    (["--seed", "4"], "--seed is 0, not 4"),
+    (["--bit_width_list", "2"], "--bit-width-list is 2,32, not 2"),
+    (["--model", "resnet50q"], "--model is resnet20q, not resnet50q"),
+    (["--optimizer", "sgd"], "--optimizer is adam, not sgd"),
+    (["--batch-size", "4"], "--batch-size is 8"),
+    (["--dataset", "cifar100"], "--dataset is cifar10, not cifar100"),
+    (["--lr", "0.1"], "--lr is 0.001"),
+    (["--precision", "bf16"], "--precision is fp32, not bf16"),
+    (["--lr_decay", "1"], "--lr-decay is 2, not 1"),
+    (["--schedule", "cosine"], "--schedule is step, not cosine"),
+    (["--widths-per-step", "2"], "--widths-per-step is None, not 2"),
+    (["--weight-decay", "0.5"], "--weight-decay is 0.0")])
 def test_resume_with_other_flags_is_refused(flags, told, trained, capsys):
     assert run(["--resume", trained, *flags]) == 2
-    assert_one_line(capsys, told, "leave these flags out")
+    assert_one_line(capsys, "cannot change on resume: ", told, "leave that out")
 
 
 def test_resume_of_a_finished_run_tells_its_results_again(copied, capsys):
@@ -247,7 +247,7 @@ def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path
     argv = ["--resume", tmp_path / "x.pth.tar", "--epochs", 4, "--width", 1, "--data-dir",
             tiny_cifar10, "--results-dir", tmp_path / "r"]
     assert run(argv) == 2
-    assert_one_line(capsys, "does not tell how it was trained: give --train-split, --loss, "
+    assert_one_line(capsys, "does not say how it was trained: give --train-split, --loss, "
                             "--batch-size, --optimizer, --lr, --lr-decay, --weight-decay")
     argv += ["--train-split", "train", "--loss", "recursive", "--batch-size", 8, "--lr", 0.001,
              "--lr-decay", "", "--weight-decay", 0]
@@ -258,7 +258,9 @@ def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path
 
 @pytest.mark.parametrize("changes, code, told", [
     ({"optimizer": None}, 1, "holds no optimizer to go on with"),
-    ({"epoch": "3"}, 1, "holds no epoch"),
+    ({"epoch": None}, 1, "holds no epoch"),
+    ({"epoch": "3"}, 1, "its epoch is '3'"),
+    ({"epoch": -3}, 1, "its epoch is -3"),
     ({"optimizer": {"state": {}, "param_groups": []}}, 1, "holds another optimizer's state"),
     ({"arguments": {"precision": "fp16"}}, 2, "--precision fp16 does not exist: choose from fp32")])
 def test_what_cannot_be_resumed(changes, code, told, trained, tmp_path, capsys):
@@ -285,7 +287,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(begun, trained, tmp_path, caps
     torch.save({**checkpoint, "scaler": {}, "arguments": arguments},
                folder / "ckpt" / "model_latest.pth.tar")
     assert run(["--resume", folder, "--schedule", "cosine"]) == 2
-    assert_one_line(capsys, "--schedule was step and is now cosine")
+    assert_one_line(capsys, "--schedule is step, not cosine")
     assert run(["--resume", folder]) == 0
     assert_same_run(folder, trained)
 
@@ -296,7 +298,7 @@ def test_the_same_command_goes_on_from_the_latest_checkpoint(begun, trained, tmp
                                                             tiny_cifar10, capsys):
     folder = shutil.copytree(begun, tmp_path / "r")
     assert run(tiny(tiny_cifar10, folder, "--print-freq", 1, "--device", "auto")) == 0
-    assert f"resuming in {folder}: 1 of 3 epochs done" in capsys.readouterr().out
+    assert f"resuming: 1 of 3 epochs done, in {folder}" in capsys.readouterr().out
     assert_same_run(folder, trained)
 
     before = load(folder)  # and of a finished run it tells the results again
@@ -308,19 +310,19 @@ def test_the_same_command_goes_on_from_the_latest_checkpoint(begun, trained, tmp
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--seed", 5], "--seed was 0 and is now 5"),
-    (["--epochs", 9], "--epochs was 3 and is now 9"),
-    (["--lr", 0.1, "--all-conv"], "--all-conv was False and is now True; --lr was 0.001"),
-    (["--pretrain", "x"], "--pretrain was None and is now x"),
-    (["--resume", "x"], "--resume was None and is now x")])
+    (["--seed", 5], "--seed is 0, not 5"),
+    (["--epochs", 9, "--seed", 5], "resume: --seed is 0, not 5: "),  # --epochs may grow
+    (["--lr", 0.1, "--all-conv"], "--all-conv is False, not True; --lr is 0.001"),
+    (["--pretrain", "x"], "--pretrain is None, not x"),
+    (["--resume", "x"], "--resume is None, not x")])
 @pytest.mark.parametrize("folder", ["begun", "trained"])
 def test_another_command_in_a_run_s_folder_is_refused(folder, flags, told, request, tiny_cifar10,
                                                       capsys):
     folder = request.getfixturevalue(folder)
     before = snapshot(folder)
     assert run([*tiny(tiny_cifar10, folder), *flags]) == 1
-    assert_one_line(capsys, f"{folder} holds a run already, and ", told, f"--resume {folder}",
-                    "choose another folder with --results-dir")
+    assert_one_line(capsys, f"{folder} holds a run already: cannot change on resume: ", told,
+                    f"--resume {folder}", "choose another folder with --results-dir")
     assert snapshot(folder) == before
 
 
@@ -328,7 +330,7 @@ def test_a_run_s_own_best_checkpoint_is_another_command(begun, capsys):
     before = snapshot(begun)
     best = begun / "ckpt" / "model_best.pth.tar"
     assert run(["--resume", best, "--results-dir", begun]) == 1
-    assert_one_line(capsys, f"{begun} holds a run already", f"--resume was None and is now {best}")
+    assert_one_line(capsys, f"{begun} holds a run already", f"--resume is None, not {best}")
     assert snapshot(begun) == before
 
 
@@ -339,15 +341,16 @@ def test_a_run_begun_from_an_older_checkpoint_goes_on_by_its_command(trained, tm
     assert run(command) == 0
     first = load(tmp_path / "new")
     assert first["epoch"] == 4
-    for other, told in ((["--epochs", 5], "--epochs was 4 and is now 5"),
-                        (["--seed", 1], "--seed was 0 and is now 1"),
-                        (["--resume", trained], f"--resume was {best} and is now {trained}")):
+    for other, told in ((["--seed", 1], "--seed is 0, not 1"),
+                        (["--resume", trained], f"--resume is {best}, not {trained}")):
         capsys.readouterr()
         assert run([*command, *other]) == 1
-        assert_one_line(capsys, f"{tmp_path}/new holds a run already, and {told}")
+        assert_one_line(
+            capsys, f"{tmp_path}/new holds a run already: cannot change on resume: {told}")
     best.unlink()
     assert run(command) == 0
-    assert "4 of 4 epochs done, nothing is left to train" in capsys.readouterr().out
+    done = f"4 of 4 epochs done, in {tmp_path}/new; nothing is left to train"
+    assert done in capsys.readouterr().out
     assert_same(load(tmp_path / "new"), first)
     assert run(["--resume", tmp_path / "new", "--epochs", 5]) == 0  # lengthened, it is still it
     assert run([*command, "--epochs", 5]) == 0 and load(tmp_path / "new")["epoch"] == 5
@@ -375,7 +378,7 @@ def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_pa
                                                                  capsys):
     argv = tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1, "--lr", "1e-30", "--pretrain", trained)
     assert run([*argv, "--bit_width_list", "4,8,32"]) == 0
-    told = "BatchNorms of 4 bits (as those of 2 bits), 8 bits (as those of 2 bits)"
+    told = "BatchNorms and quantizers, 4-bit from 2-bit, 8-bit from 2-bit"
     assert told in capsys.readouterr().out
     before, after = load(trained, "model_best")["state_dict"], load(tmp_path / "r")["state_dict"]
     assert_same(after["bn.bn_dict.4.weight"], before["bn.bn_dict.2.weight"])

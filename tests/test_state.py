@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import UserError
 from engine.state import save_checkpoint
-from models.checkpoint import read_checkpoint
+from models.checkpoint import FileError, read_checkpoint
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch):
@@ -46,7 +46,7 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(content, tmp_path
     else:
         path.write_bytes(content)
     told = "model_best.pth.tar is not a checkpoint that can be read safely"
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(FileError, match=told) as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value) and not (tmp_path / "harm").exists()
 
@@ -54,5 +54,5 @@ def test_what_is_not_a_checkpoint_is_one_line_and_runs_nothing(content, tmp_path
 @pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, {"state_dict": 5}])
 def test_a_file_without_weights_is_not_a_checkpoint(content, tmp_path):
     torch.save(content, tmp_path / "x.pth.tar")
-    with pytest.raises(UserError, match="must be a dict with a state_dict"):
+    with pytest.raises(FileError, match="must be a dict with a state_dict"):
         read_checkpoint(tmp_path / "x.pth.tar")

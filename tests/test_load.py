@@ -1,0 +1,305 @@
+"""models.load: a network from any file, with the logits of the one built by hand; and refusals."""
+import json
+
+import pytest
+import torch
+import torchvision
+from float_networks import SMALL
+from runs import ROOT, assert_one_line, evaluation, load, run, tiny
+
+import models
+import reference
+from dataset.data import DATASETS
+from exported import network as exported_network
+from models import MODELS, packed, set_bit_width
+from models.checkpoint import FileError
+from models.svhn_quan import SVHNNet
+
+SIZES = {"resnet20q": 32, "resnet50q": 32, "svhnq": 40}
+FILES = ROOT / "tests" / "files"
+
+
+def images_of(size):
+    return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def assert_logits_equal(found, by_hand, bit_widths, size=32):
+    """Assert that logits agree to the last bit, that differ from one bit-width to another."""
+    assert not found.training
+    by_hand.eval()
+    images = images_of(size)
+    logits = []
+    for width in bit_widths:
+        for model in (found, by_hand):
+            set_bit_width(model, width)
+        logits.append(by_hand(images))
+        assert logits[-1].isfinite().all() and torch.equal(found(images), logits[-1]), width
+    assert len(logits) == 1 or not torch.equal(logits[0], logits[-1])
+
+
+def assert_refused(path, *parts):
+    with pytest.raises(FileError) as error:
+        models.load(path)
+    assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+    for part in (str(path), *parts):
+        assert part in str(error.value)
+
+
+# ---- files of this project
+
+@pytest.mark.parametrize("name, place", [
+    ("model_best", ""), ("model_best", "ckpt/model_best.pth.tar"),
+    ("model_latest", "ckpt/model_latest.pth.tar")])
+def test_a_run(name, place, trained):
+    content = load(trained, name)
+    by_hand = MODELS["resnet20q"]([2, 32], 10, 1)
+    by_hand.load_state_dict(content["state_dict"])
+    found = models.load(trained / place)
+    with torch.no_grad():  # it comes at its highest bit-width
+        set_bit_width(by_hand.eval(), 32)
+        assert torch.equal(found(images_of(32)), by_hand(images_of(32)))
+    assert_logits_equal(found, by_hand, [2, 32])
+    row = DATASETS["cifar10"]
+    assert found.images == content["images"] == {
+        "dataset": "cifar10", "size": 32, "mean": list(row.mean), "std": list(row.std),
+        "class_names": [f"class {index}" for index in range(10)]}
+    assert content["network"] == found.spec == {
+        "model": "resnet20q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
+        "keep": [], "bit_widths": [2, 32]}
+
+
+def test_a_run_of_another_variant(tmp_path, tiny_cifar10):
+    """Nothing in its weights says that it is ALL CONV."""
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--all-conv", "--quantizer", "lsq", "--epochs", 1)
+    assert run(argv) == 0
+    by_hand = MODELS["resnet20q"]([2, 32], 10, 1, True)
+    models.set_quantizers(by_hand, "lsq", [2, 32])
+    by_hand.load_state_dict(load(tmp_path / "r", "model_best")["state_dict"])
+    assert_logits_equal(models.load(tmp_path / "r"), by_hand, [2, 32])
+
+
+def test_a_bit_width_that_is_asked_for(trained):
+    by_hand = MODELS["resnet20q"]([3, 32], 10, 1)
+    weights = load(trained, "model_best")["state_dict"]
+    by_hand.load_state_dict({key.replace("bn_dict.2.", "bn_dict.3."): value
+                             for key, value in weights.items()})
+    assert_logits_equal(models.load(trained, [3, 32]), by_hand, [3, 32])
+
+
+@pytest.mark.parametrize("older", [("network", "images", "best")])
+def test_an_older_run_s_checkpoint(older, trained, tmp_path):
+    content = load(trained, "model_best")
+    for name in older:
+        del content[name]
+    path = tmp_path / "x.pth.tar"
+    by_hand = MODELS["resnet20q"]([2, 32], 10, 1)
+    by_hand.load_state_dict(content["state_dict"])
+    torch.save(content, path)
+    assert_logits_equal(models.load(path), by_hand, [2, 32])
+    content["arguments"].update(all_conv=True)
+    torch.save(content, path)
+    by_hand = MODELS["resnet20q"]([2, 32], 10, 1, True)
+    by_hand.load_state_dict(content["state_dict"])
+    assert_logits_equal(models.load(path), by_hand, [2, 32])
+
+
+def test_a_packed_file(tmp_path):
+    model, _ = exported_network("svhnq", [1, 4])
+    about = {"model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "image_size": 40,
+             "mean": [0.5] * 3, "std": [0.25] * 3, "class_names": list("abcdefghij"),
+             "arguments": {"dataset": "digits"}}
+    packed.save(model, [1, 4], tmp_path / "net", about)
+    found = models.load(tmp_path / "net")
+    assert_logits_equal(found, model, [1, 4], 40)
+    assert found.images == {"dataset": "digits", "size": 40, "mean": [0.5] * 3, "std": [0.25] * 3,
+                            "class_names": list("abcdefghij")}
+
+
+@pytest.mark.parametrize("name", ["byte", "any"])
+def test_a_packed_file_of_format_1(name):
+    """Beside the same file's tensors, installed by hand."""
+    path = FILES / f"format_1_{name}.safetensors"
+    tensors, about = packed.read(path)
+    by_hand = MODELS[about["model"]](about["bit_widths"], about["classes"], about["width"],
+                                     about["all_conv"])
+    packed.install(by_hand, tensors, packed.read_groups(tensors, about))
+    by_hand.load_state_dict(tensors)
+    assert_logits_equal(models.load(path), by_hand, about["bit_widths"], 40)
+    exact = json.loads((FILES / "format_1.json").read_text())[name]["logits"]
+    assert list(exact) == [str(width) for width in about["bit_widths"]]
+
+
+# ---- files of others
+
+@pytest.mark.parametrize("name, width, classes", [
+    ("resnet20q", 1, 7), ("resnet20q", 5, 10), ("resnet50q", 1, 1000), ("resnet50q", 2, 3),
+    ("svhnq", 2, 10), ("svhnq", 3, 4)])
+def test_a_published_checkpoint(name, width, classes, tmp_path):
+    """DataParallel's keys and no arguments: width and classes are found from the shapes."""
+    model = reference.fill(MODELS[name]([1, 4, 32], classes, width).double(), seed=3).float()
+    torch.save({
+        "epoch": 200, "model": name, "best_prec1": torch.tensor(93.5), "optimizer": {},
+        "state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}},
+        tmp_path / "x.pth.tar")
+    found = models.load(tmp_path / "x.pth.tar")
+    assert (found.spec["width"], found.spec["classes"]) == (width, classes)
+    assert_logits_equal(found, model, [1, 4, 32], SIZES[name])
+    assert found.images is None
+
+
+def test_a_converted_network_of_torchvision(tmp_path, tiny_cifar10):
+    argv = ["--dataset", "cifar10", "--data-dir", tiny_cifar10, "--model", SMALL, "--batch-size",
+            10, "--bit_width_list", "2,32", "--epochs", 1, "--device", "cpu", "--results-dir",
+            tmp_path / "r"]
+    assert run(argv) == 0
+    content = load(tmp_path / "r", "model_best")
+    name = SMALL.removeprefix("torchvision:")
+    by_hand = models.convert(torchvision.models.get_model(name, weights=None, num_classes=10),
+                             [2, 32])
+    by_hand.load_state_dict(content["state_dict"])
+    assert_logits_equal(models.load(tmp_path / "r"), by_hand, [2, 32])
+    for field in ("network", "arguments"):  # an older one's classes are of its classifier's shape
+        content.pop(field)
+    torch.save(content, tmp_path / "older.pth.tar")
+    assert_logits_equal(models.load(tmp_path / "older.pth.tar"), by_hand, [2, 32])
+
+
+# ---- what is refused
+
+def test_files_that_are_refused(trained, tmp_path):
+    assert_refused(tmp_path / "none", "does not exist: give a file or a results folder")
+    assert_refused(tmp_path, "holds no checkpoint", "model_best.pth.tar")
+    good = load(trained, "model_best")
+    path = tmp_path / "x.pth.tar"
+    whole = (trained / "ckpt" / "model_best.pth.tar").read_bytes()
+    path.write_bytes(whole[:-1000])
+    assert_refused(path, "is not a checkpoint that can be read safely")
+    float_weights = {key: value for key, value in good["state_dict"].items()
+                     if "bn_dict" not in key}
+    network = good["network"]
+    for changes, message in (
+            ({"state_dict": float_weights}, "it has BatchNorms for no bit-width"),
+            ({"state_dict": {"fc.weight": good["state_dict"]["fc.weight"]}, "network": None},
+             "it has BatchNorms for no bit-width"),
+            ({"state_dict": {"bn.bn_dict.2.weight": 1.0}, "network": None}, "has no classifier"),
+            ({"network": [1]}, "its network are [1]"),
+            ({"network": {**network, "width": "x"}}, "its network's width is 'x'"),
+            ({"network": {**network, "width": True}}, "its network's width is True"),
+            ({"network": {**network, "classes": 0}}, "its network's num_classes is 0"),
+            ({"network": {**network, "all_conv": 1}}, "its network's all_conv is 1"),
+            ({"network": {**network, "quantizer": "pact"}}, "its network's quantizer is 'pact'"),
+            ({"network": {**network, "keep": 3}}, "its network's keep is 3"),
+            ({"network": {**network, "model": ["svhnq"]}}, "is of model ['svhnq']"),
+            ({"network": {**network, "model": "torchvision:resnt18"}}, "'resnt18' is no"),
+            ({"network": None, "model": None, "arguments": None}, "is of model None")):
+        torch.save({**good, **changes}, path)
+        assert_refused(path, message)
+
+
+@pytest.mark.parametrize("argument, value, flag", [
+    ("print_freq", 0, "--print-freq"), ("lr", [0.1], "--lr"), ("lr", float("nan"), "--lr"),
+    ("loss", "unknown", "--loss"), ("loss", 3, "--loss"), ("dataset", "cifar", "--dataset"),
+    ("batch_size", 8.0, "--batch-size"), ("sync_bn", 1, "--sync-bn"), ("seed", True, "--seed"),
+    ("lr_decay", [3, 2], "--lr-decay"), ("best_by", "luck", "--best-by"),
+    ("bit_width_list", "2,32", "--bit-width-list")])
+def test_a_saved_argument_of_another_kind_is_one_line(argument, value, flag, trained, tmp_path,
+                                                      capsys):
+    content = load(trained)
+    content["arguments"][argument] = value
+    path = tmp_path / "x.pth.tar"
+    torch.save(content, path)
+    for argv in (["--resume", path, "--epochs", 9], ["--evaluate", "--pretrain", path]):
+        assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
+        assert_one_line(capsys, f"{path}: its argument {argument} is {value!r}, which {flag} does")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("epoch", [-3, "3", 1.5])
+def test_an_epoch_that_is_none_is_one_line(epoch, trained, tmp_path, capsys):
+    path = tmp_path / "x.pth.tar"
+    torch.save({**load(trained), "epoch": epoch}, path)
+    for argv in (["--resume", path, "--epochs", 9], ["--evaluate", "--pretrain", path]):
+        assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
+        assert_one_line(capsys, f"{path}: its epoch is {epoch!r}")
+
+
+# ---- a researcher's own network
+
+MISTAKES = {"an attribute": AttributeError, "a key": KeyError, "a type": TypeError,
+            "a value": ValueError, "an index": IndexError}
+
+
+def mistake(kind):
+    if kind == "an attribute":
+        return torch.nn.no_such_layer
+    if kind == "a key":
+        return {}["missing"]
+    if kind == "a type":
+        return len(5)
+    if kind == "an index":
+        return [][3]
+    return int("four")
+
+
+class OwnNetwork(SVHNNet):
+    """svhnq, with a mistake in the place and of the kind that its class says."""
+    place = None
+    kind = "an attribute"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.place == "constructor":
+            mistake(self.kind)
+
+    def forward(self, x):
+        if self.place == "forward":
+            mistake(self.kind)
+        return super().forward(x)
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """A run of a network that is registered in MODELS, begun before it had a mistake."""
+    folder = tmp_path_factory.mktemp("own") / "r"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(MODELS, "own", OwnNetwork)
+        assert run(["--model", "own", "--dataset", "digits", "--width", 1, "--bit_width_list",
+                    "2,32", "--epochs", 1, "--train-fraction", 0.05, "--device", "cpu",
+                    "--results-dir", folder]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+@pytest.mark.parametrize("place", ["constructor", "forward"])
+def test_a_mistake_in_one_s_own_network_shows_its_traceback(place, kind, own_run, tmp_path,
+                                                            monkeypatch):
+    """It is no fault of the file: not reported as one that is damaged."""
+    monkeypatch.setitem(MODELS, "own", OwnNetwork)
+    assert models.load(own_run).spec["model"] == "own"
+    monkeypatch.setattr(OwnNetwork, "place", place)
+    monkeypatch.setattr(OwnNetwork, "kind", kind)
+    common = ["--device", "cpu", "--results-dir", tmp_path / "r"]
+    training = ["--model", "own", "--width", 1, "--bit_width_list", "2,32", "--epochs", 1,
+                "--train-fraction", 0.05]
+    calls = [lambda: run([*training, *common]),
+             lambda: run([*training, "--pretrain", own_run, *common]),
+             lambda: run(["--resume", own_run, "--epochs", 2, *common]),
+             lambda: run(["--evaluate", "--pretrain", own_run, *common]),
+             lambda: models.load(own_run)(images_of(40))]
+    for index, call in enumerate(calls):
+        common[-1] = tmp_path / f"r{index}"
+        with pytest.raises(MISTAKES[kind]) as error:
+            call()
+        assert error.traceback[-1].name == "mistake" and not isinstance(error.value, FileError)
+
+
+def test_more_classes_than_the_data_set_has_are_evaluated(tmp_path, tiny_cifar10, capsys):
+    for classes, code in ((12, 0), (4, 1)):
+        model = reference.fill(MODELS["resnet20q"]([2], classes, 1), seed=0)
+        path = tmp_path / f"{classes}.pth.tar"
+        torch.save({"model": "resnet20q", "state_dict": model.state_dict()}, path)
+        assert run(["--evaluate", "--pretrain", path, "--data-dir", tiny_cifar10, "--device", "cpu",
+                    "--results-dir", tmp_path / f"e{classes}"]) == code
+    assert_one_line(capsys, f"{path} has 4 classes and cifar10 has 10", "--dataset")
+    assert evaluation(tmp_path / "e12").keys() == {"2"}

@@ -1,0 +1,334 @@
+"""What bit-widths share follows whatever a researcher's code does in between."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from models import build, check_bit_widths, initialize_quantizers, quantizers, set_bit_width
+from models.losses import any_precision_backward, forward_loss, shared_computation
+from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
+                             SwitchableBatchNorm2d)
+
+WIDTHS = [1, 4, 32]
+IMAGES = torch.randn(6, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6) % 3
+
+
+class Net(nn.Module):
+    """A stem, a quantized convolution and a classifier; `between` follows the stem."""
+
+    conv = Conv2dQ
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.bn = SwitchableBatchNorm2d(8, WIDTHS)
+        self.act = ActivationQ()
+        self.body = self.conv(8, 8, 3)
+        self.fc = nn.Linear(8, 3)
+
+    def between(self, x):
+        return x
+
+    def forward(self, x):
+        x = self.act(self.bn(self.between(self.stem(x))))
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def assert_shared_is_unshared(kind=Net, forward=forward_loss, change=lambda model: None, steps=2):
+    """Assert that some steps end in the same weights, shared or not."""
+    ends = []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        model = kind().double()
+        for width in WIDTHS:
+            nn.init.uniform_(model.bn.bn_dict[str(width)].bias, 0.2, 0.6)
+        change(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            any_precision_backward(model, IMAGES, LABELS, WIDTHS, shared=shared, forward=forward)
+            optimizer.step()
+        ends.append(model)
+    for (name, found), expected in zip(ends[0].named_parameters(), ends[1].parameters()):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=name)
+    evaluated = ends[0].eval()
+    with torch.no_grad(), shared_computation(evaluated, IMAGES):
+        for width in WIDTHS:
+            set_bit_width(evaluated, width)
+            found = evaluated(IMAGES)
+            expected = copy.deepcopy(evaluated)(IMAGES)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def looked_at_before(model, images, target):
+    with torch.no_grad():
+        weight = 1 - model(images).softmax(1).amax(1).mean()
+    loss, logits = forward_loss(model, images, target)
+    return loss * weight, logits
+
+
+def taught_by_a_copy(model, images, target):
+    teacher = vars(model).setdefault("teachers", [])
+    if not teacher:
+        teacher.append(copy.deepcopy(model))
+    loss, logits = forward_loss(model, images, target)
+    with torch.no_grad():
+        expected = teacher[0](images)
+    return loss + (logits - expected).square().mean(), logits
+
+
+def adversarial(model, images, target):
+    images.requires_grad_()
+    loss, logits = forward_loss(model, images, target)
+    gradient, = torch.autograd.grad(loss, images, retain_graph=True)
+    images.requires_grad_(False)
+    return loss + forward_loss(model, images + 0.1 * gradient.sign(), target)[0], logits
+
+
+@pytest.mark.parametrize("forward", [looked_at_before, taught_by_a_copy, adversarial])
+def test_other_passes_within_a_step(forward):
+    assert_shared_is_unshared(forward=forward)
+
+
+def test_weights_that_change_between_two_passes():
+    torch.manual_seed(0)
+    model = Net().double()
+    with shared_computation(model, IMAGES), torch.no_grad():
+        set_bit_width(model, 4)
+        before = model(IMAGES)
+        for parameter in (model.stem.weight, model.body.weight):
+            parameter.mul_(-1)
+        after = model(IMAGES)
+    assert not torch.allclose(before, after)
+    with torch.no_grad():
+        torch.testing.assert_close(after, model(IMAGES), rtol=0, atol=0)
+
+
+def in_place(function):
+    class InPlace(Net):
+        def between(self, x):
+            function(x)
+            return x
+    return InPlace
+
+
+class TwoBranches(Net):
+    def between(self, x):
+        first = self.pool(x)
+        x.mul_(0.5)
+        return first + self.pool(x)
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(3, 1, 1)
+
+
+class PoolAgain(Net):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, 1)
+
+    def between(self, x):
+        return self.pool(functional.pad(self.pool(x), (0, 1, 0, 1)))
+
+
+class ByName(Net):
+    def forward(self, x):
+        x, _ = functional.max_pool2d(self.stem(input=x), 2, return_indices=True)
+        return self.fc(self.body(self.act(self.bn(x))).mean((2, 3)))
+
+
+class Indices(Net):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, 1, return_indices=True)
+
+    def between(self, x):
+        return self.pool(x)[0]
+
+
+@pytest.mark.parametrize("kind", [
+    in_place(torch.relu_), in_place(lambda x: x.add_(0.1)),
+    in_place(nn.LeakyReLU(inplace=True)), PoolAgain, ByName, Indices])
+def test_stems_of_other_networks(kind):
+    assert_shared_is_unshared(kind)
+
+
+def test_a_change_in_place_between_two_uses():
+    torch.manual_seed(0)
+    model = TwoBranches().double().eval()
+    with torch.no_grad(), shared_computation(model, IMAGES):
+        for width in WIDTHS:
+            set_bit_width(model, width)
+            expected = copy.deepcopy(model)(IMAGES)
+            torch.testing.assert_close(model(IMAGES), expected, rtol=0, atol=0)
+
+
+def clamp_weight(model):
+    model.body.register_forward_pre_hook(lambda layer, x: clamp_(layer.weight))
+
+
+@torch.no_grad()
+def clamp_(weight):
+    weight.clamp_(-0.05, 0.05)
+
+
+def normalize_weight(model):
+    torch.nn.utils.parametrizations.weight_norm(model.body)
+
+
+def tie(model):
+    model.second = Conv2dQ(8, 8, 3).double()
+    model.second.weight = model.body.weight
+
+
+def freeze(model):
+    model.stem.requires_grad_(False)
+    model.body.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [normalize_weight, tie, freeze])
+def test_weights_that_are_not_plain(change):
+    assert_shared_is_unshared(change=change)
+
+
+def test_a_weight_that_a_hook_changes_is_prepared_again():
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    clamp_weight(model)
+    set_bit_width(model, 4)
+    with torch.no_grad(), shared_computation(model, IMAGES):
+        found = model(IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(IMAGES), rtol=0, atol=0)
+
+
+# ---- what `prepare` may do
+
+class ByBits(DoReFaWeight):
+    def prepare(self, w):
+        v, e = super().prepare(w)
+        return v, e if self.bits == 1 else 2 * e
+
+
+class Noisy(DoReFaWeight):
+    calls = 0
+
+    def prepare(self, w):
+        type(self).calls += 1
+        return super().prepare(w + 0.3 * w.detach().std() * torch.randn_like(w))
+
+
+def with_quantizer(kind):
+    def change(model):
+        model.body.quantizer = kind()
+    return change
+
+
+def test_prepare_that_depends_on_the_bit_width_fails():
+    with pytest.raises(ValueError, match="ByBits.prepare depends on the bit-width"):
+        assert_shared_is_unshared(change=with_quantizer(ByBits))
+
+
+def test_noise_in_prepare_is_drawn_once_a_step():
+    Noisy.calls = 0
+    model = Net().double()
+    with_quantizer(Noisy)(model)
+    any_precision_backward(model, IMAGES, LABELS, WIDTHS)
+    assert Noisy.calls == 1
+
+
+class StaticActivation(DoReFaActivation):
+    """A scale that initialize sets, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("most", torch.tensor(1.0))
+
+    def initialize(self, x):
+        self.most.fill_(float(x.max()))
+
+
+def test_initialize_sets_buffers_and_leaves_those_of_batch_norm(monkeypatch):
+    monkeypatch.setitem(quantizers.QUANTIZERS, "static", lambda layer, bit_widths: (
+        DoReFaWeight() if isinstance(layer, QuantizedLayer) else StaticActivation()))
+    model = build("svhnq", WIDTHS, 10, quantizer="static")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    initialize_quantizers(model, torch.randn(4, 3, 40, 40), check_bit_widths(WIDTHS))
+    changed = {key.rpartition(".")[2] for key, value in model.state_dict().items()
+               if not torch.equal(value, before[key])}
+    assert changed == {"most"}
+
+
+# ---- low precision
+
+def bf16_error(layer, x):
+    """Return the largest difference of a layer in bf16 from float32, relative to its output."""
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+class TransposedQ(QuantizedLayer, nn.ConvTranspose2d):
+    def forward(self, x):
+        return self.apply_quantized(
+            x, lambda x, w, b: functional.conv_transpose2d(x, w, b, self.stride, self.padding))
+
+
+class PerRow(DoReFaWeight):
+    def prepare(self, w):
+        v, _ = super().prepare(w)
+        return v, w.abs().mean((1, 2, 3), keepdim=True).detach()
+
+
+class Louder(Conv2dQ):
+    def quantized_weight(self):
+        return 1.7 * super().quantized_weight()
+
+
+class Unscaled(DoReFaWeight):
+    def integers(self, v, e):
+        integers, _ = super().integers(v, e)
+        return integers, 1 / (2**self.bits - 1)
+
+
+def with_rows(kind):
+    layer = kind(8, 8, 3)
+    layer.weight.data *= torch.logspace(-1, 1, 8)[:, None, None, None]
+    layer.quantizer = PerRow()
+    return layer
+
+
+def unscaled():
+    layer = Conv2dQ(8, 8, 3)
+    layer.quantizer = Unscaled()
+    return layer
+
+
+@pytest.mark.parametrize("make", [
+    lambda: with_rows(TransposedQ), lambda: with_rows(Conv2dQ), lambda: Louder(8, 8, 3), unscaled])
+def test_low_precision_is_near(make):
+    torch.manual_seed(0)
+    layer = make()
+    for bits in (1, 2, 8):
+        set_bit_width(layer, bits)
+        levels = torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)
+        assert bf16_error(layer, levels) < 0.02, bits
+
+
+@pytest.mark.parametrize("width", ["w4a32", "w32a4", 4])
+def test_lsq_in_bf16(width):
+    from engine.forward_pass import ForwardPass
+
+    torch.manual_seed(0)
+    model = build("resnet20q", [width], 10, quantizer="lsq").eval()
+    images = torch.randn(2, 3, 16, 16)
+    initialize_quantizers(model, images, check_bit_widths([width]))
+    forward = ForwardPass(model, torch.device("cpu"), "bf16")
+    with torch.no_grad(), forward.autocast():
+        assert model(images).isfinite().all()
