@@ -15,9 +15,9 @@ from utils import flag_text
 class Checkpoint:
     """A checkpoint that is read.
 
-    Its path and content; whether a run goes on in its folder; network: what builds its network;
-    arguments: those it was trained with, as far as it has them. flags: what a published one cannot
-    say of its network is theirs.
+    path, content: of the file. in_place: whether the run resumes in its folder. network: arguments
+    of models.build. arguments: those of its training, as far as it has them. flags: settings of the
+    network that a published checkpoint lacks.
     """
 
     def __init__(self, path: Path, in_place: bool = False, flags: Namespace | None = None):
@@ -37,12 +37,12 @@ class Checkpoint:
             "model": self.network["name"], "width": self.network["width"],
             "all_conv": self.network["all_conv"], "quantizer": self.network["quantizer"],
             "bit_width_list": plain(self.network["bit_widths"])}
-        self.says_how_it_was_trained = bool(self.content.get("arguments"))
-        if self.says_how_it_was_trained:
+        self.has_arguments = bool(self.content.get("arguments"))
+        if self.has_arguments:
             later = {name: value for name, value in DEFAULTS.items() if FLAGS[name].kind != MACHINE}
             saved = check_saved(self.content["arguments"], path)
             self.arguments = {**later, **saved}
-        else:  # a published one
+        else:  # a published checkpoint
             self.arguments["dataset"] = published.DATASET.get(self.network["name"],
                                                               DEFAULTS["dataset"])
 
@@ -96,7 +96,7 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     free = ["resume", "start_epoch"]
     if saved.get("schedule") != "cosine":  # which --epochs stretches
         free.append("epochs")
-    if not checkpoint.says_how_it_was_trained:
+    if not checkpoint.has_arguments:
         free.append("dataset")  # that of the published model is a guess
     changed = differences(saved, given, free)
     if changed:

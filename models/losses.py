@@ -29,7 +29,7 @@ def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tens
 
 
 def prepare_weights(layers: list[QuantizedLayer]) -> list[tuple[Tensor, ...]]:
-    """Return what each layer's quantizer prepares of its weight, for torch.compile."""
+    """Return what each layer's quantizer prepares of its weight; the function to compile."""
     return [prepare_weight(layer) for layer in layers]
 
 
@@ -95,9 +95,9 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
                        prepare: Callable | None = None) -> Iterator[None]:
     """Compute once what no bit-width changes: prepared weights, and the stem of these images.
 
-    Set a bit-width before each use of the model within. Gradients gather at what is shared, and
-    reach the parameters at the end. prepare: a compiled prepare_weights, to call at the start; None
-    prepares each weight at its first use, and again where it has changed since.
+    Set a bit-width before each use of the model within the context. Gradients accumulate at what is
+    shared, and propagate to the parameters on exit. prepare: prepare_weights compiled, called on
+    entry; None: prepare each weight at its first use, and again whenever it has changed.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)
               and type(layer.quantizer).prepare is not WeightQuantizer.prepare]

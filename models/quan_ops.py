@@ -19,8 +19,8 @@ class Quantizer(nn.Module):
     """Quantizes a tensor to integers times a scale.
 
     The layer that holds it sets `bits`, 1 to 8 or 32, and `width`, the name of the network's
-    bit-width, under which a quantizer keeps what it has one of per bit-width: parameters in an
-    nn.ParameterDict whose name ends in `_dict`, as BatchNorms in `bn_dict`.
+    bit-width. State per bit-width is keyed by that name: parameters in an nn.ParameterDict whose
+    name ends in `_dict`, as BatchNorms in `bn_dict`.
     """
 
     preparing = False
@@ -31,7 +31,7 @@ class Quantizer(nn.Module):
 
     @property
     def bits(self) -> int:
-        """Bits that this quantizes to."""
+        """Bits of the quantized tensor."""
         return self.current[0]
 
     @property
@@ -41,6 +41,7 @@ class Quantizer(nn.Module):
 
     @property
     def current(self) -> tuple[int, str]:
+        """Bits and name of the current bit-width; raises ValueError within `prepare`."""
         if self.preparing:
             raise ValueError(f"{type(self).__name__}.prepare depends on the bit-width, and it is "
                              "computed once for all of them: move that to `integers`")
@@ -55,7 +56,7 @@ class Quantizer(nn.Module):
     def initialize(self, *inputs: Tensor) -> None:
         """Set parameters and buffers from the first batch; called at each bit-width of a new run.
 
-        Of several processes only the first calls it, and the others get its values.
+        Of several processes only rank 0 calls it, and the others receive its values.
         """
 
 

@@ -1,4 +1,4 @@
-"""What bit-widths share, computed at its first use in a step and reused while it stays the same."""
+"""What bit-widths share: computed at its first use in a step, reused while its inputs are equal."""
 from __future__ import annotations
 
 import contextlib
@@ -8,28 +8,28 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-# Modules whose output depends on their input and weights alone, in training too. Exact types: what
-# a subclass does is not known.
+# Modules whose output depends only on their input and weights, also in training. Exact types: what
+# a subclass computes is not known.
 PURE = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ReLU6, nn.Identity,
         nn.ZeroPad2d)
 
 
 class Shared:
-    """Tensors that are computed once, by label, and the leaves in which their gradients gather."""
+    """Tensors that are computed once, by label, and the leaves that accumulate their gradients."""
 
     def __init__(self):
         self.found = {}
         self.outputs = []
 
     def leaves(self, label: Hashable, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Store the outputs under a label; return leaves that stand for them."""
+        """Store outputs under a label; return detached leaves to use in their place."""
         leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in outputs)
         self.outputs.append((outputs, leaves))
         self.found[label] = leaves
         return leaves
 
     def backward(self) -> None:
-        """Continue from the gradients of the leaves to what they stand for, the last first."""
+        """Propagate the gradients of the leaves to the outputs they replace, the last first."""
         for outputs, leaves in reversed(self.outputs):
             used = [(tensor, leaf.grad) for tensor, leaf in zip(outputs, leaves, strict=True)
                     if leaf.grad is not None]
@@ -37,14 +37,14 @@ class Shared:
 
 
 def state_of(tensors: Iterable[Tensor]) -> Hashable:
-    """Return what a result depends on besides its input: tensors as they are, and torch's modes."""
+    """Return a key that changes with the content of the tensors, and with torch's modes."""
     return (tuple((id(t), t._version) for t in tensors), torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
 
 
 @contextlib.contextmanager
 def without_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let quantizers refuse to say their bit-width: what is prepared is of all of them."""
+    """Make quantizers raise where they read their bit-width, as what they prepare is for all."""
     for layer in layers:
         layer.quantizer.preparing = True
     try:
@@ -55,12 +55,12 @@ def without_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class SharedStem:
-    """Within it, modules of PURE that images reach through such modules alone run once.
+    """A context in which the stem runs once: modules of PURE that images reach through PURE alone.
 
-    That is the stem: what lies before the first layer that switches. At the first bit-width its
-    modules run as ever; at the next ones they return copies of what they returned then. Gradients
-    gather there, and go on to the weights of the stem when it is left without an error. Hooks fire
-    at every bit-width. Any other module, function or change in place ends the stem.
+    Those precede the first layer that switches. At the first bit-width they run; at the others they
+    return copies of their first output. Gradients accumulate there, and propagate to the weights of
+    the stem on exit without an error. Hooks fire at every bit-width. Any other module, function or
+    in-place change ends the stem.
     """
 
     def __init__(self, model: nn.Module, images: Tensor):
@@ -75,6 +75,7 @@ class SharedStem:
         return self
 
     def run(self, module: nn.Module, *args: object, **kwargs: object) -> Tensor:
+        """Run a module of PURE, or return a copy of its output where that is shared."""
         label = self.label(module, args, kwargs)
         if label is None:
             return type(module).forward(module, *args, **kwargs)
@@ -84,12 +85,12 @@ class SharedStem:
                 return output
             self.shared.leaves(label, (output,))
         leaf, = self.shared.found[label]
-        output = leaf.clone()  # what follows may change it in place
+        output = leaf.clone()  # later layers may change it in place
         output.stem = label, output._version
         return output
 
     def label(self, module: nn.Module, args: tuple, kwargs: dict) -> Hashable | None:
-        """Return what a module's output is known by; None where it is not shared."""
+        """Return the label of a module's output, or None where it is not shared."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or x.is_inference() or getattr(module, "inplace", False):
             return None
@@ -109,7 +110,7 @@ class SharedStem:
 
 
 class StemForward:
-    """The forward of a module while its output is shared; in a copy of the module, its own."""
+    """The forward of a module within SharedStem; copies of the module get their own forward."""
 
     def __init__(self, stem: SharedStem, module: nn.Module):
         self.stem = stem
@@ -123,13 +124,14 @@ class StemForward:
 
 
 class SharedWeight:
-    """What a quantizer prepares of a layer's weight, once for each state of the weight."""
+    """The result of a quantizer's `prepare`, computed once for each state of the weight."""
 
     def __init__(self, shared: Shared, prepare: Callable):
         self.shared = shared
         self.prepare = prepare
 
     def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        """Return what the layer's quantizer prepares of its weight."""
         weight = layer.weight
         label = layer, state_of((weight, *layer.quantizer.parameters()))
         if label not in self.shared.found:
