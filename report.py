@@ -19,9 +19,9 @@ from models import BitWidth
 from utils import flag_text, one_line, replacing, write_text
 
 EPOCHS = {  # of --epoch: its name in the table, and its values per bit-width
-    "last": ("last epoch", lambda history: history[-1]["val"]),
-    "checkpoint": ("best checkpoint", lambda history: best_record(history)["val"]),
-    "best": ("best epoch of each bit-width", best_of_each),
+    "last": ("last epoch", lambda run: run.history[-1]["val"]),
+    "checkpoint": ("best checkpoint", lambda run: best_record(run.history, run.best_by)["val"]),
+    "best": ("best epoch of each bit-width", lambda run: best_of_each(run.history)),
 }
 
 
@@ -32,6 +32,7 @@ class Run(NamedTuple):
     bit_widths: str  # that it was trained at; of dedicated ones all are alike
     settings: dict  # argument: text, of whatever else may set it apart
     seed: int
+    best_by: str
     history: list  # records of metrics.jsonl; of an evaluation a single one
 
 
@@ -63,7 +64,7 @@ def load_run(folder):
                 and sets_apart(argument, arguments["evaluate"])}
     kind = arguments["dataset"], arguments["model"], arguments["evaluate"]
     return Run(str(folder), kind, name, flag_text(bit_widths) if len(bit_widths) > 1 else "all",
-               settings, arguments["seed"], history)
+               settings, arguments["seed"], arguments["best_by"], history)
 
 
 def sets_apart(argument, evaluated):
@@ -109,12 +110,12 @@ def read_runs(folders):
 
 
 def table_rows(runs, values_of):
-    """Return the rows of the CSV as dicts; values_of: a run's history -> {bits: values}."""
+    """Return the rows of the CSV as dicts; values_of: a run -> {bits: values}."""
     return [{"dataset": run.kind[0], "model": run.kind[1], "configuration": name,
              "seed": run.seed, "bits": bits, "top1": values["top1"], "top5": values["top5"],
              "loss": values["loss"], "results": run.folder}
             for run, name in zip(runs, names_of(runs))
-            for bits, values in sorted(values_of(run.history).items())]
+            for bits, values in sorted(values_of(run).items())]
 
 
 def panels(rows):
@@ -164,8 +165,8 @@ def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
     parser.add_argument("--epoch", choices=EPOCHS, default="last",
-                        help="report the last epoch, that of model_best (best top-1 of the highest "
-                             "bit-width), or the best epoch of each bit-width by itself")
+                        help="report the last epoch, that of model_best (by the run's own "
+                             "--best-by), or the best epoch of each bit-width by itself")
     parser.add_argument("--output", default="results/report", metavar="PATH",
                         help="write PATH.md, PATH.png, PATH.csv")
     return parser.parse_args(argv)
