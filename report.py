@@ -20,10 +20,10 @@ from engine.run_folder import read_metrics
 from models import BitWidth
 from utils import flag_text, one_line, replacing, write_text
 
-EPOCHS = {  # --epoch: (name in the table, function of a history to values per bit-width)
-    "last": ("last epoch", lambda history: history[-1]["val"]),
-    "checkpoint": ("best checkpoint", lambda history: best_record(history)["val"]),
-    "best": ("best epoch of each bit-width", best_of_each),
+EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
+    "last": ("last epoch", lambda run: run.history[-1]["val"]),
+    "checkpoint": ("best checkpoint", lambda run: best_record(run.history, run.best_by)["val"]),
+    "best": ("best epoch of each bit-width", lambda run: best_of_each(run.history)),
 }
 
 
@@ -35,6 +35,7 @@ class Run(NamedTuple):
     bit_widths: str  # those of training; "all" for dedicated networks
     settings: dict[str, str]  # {argument: text} of what else may differ between runs
     seed: int
+    best_by: str
     history: list[dict]  # records of metrics.jsonl; one for an evaluation
 
 
@@ -66,7 +67,8 @@ def load_run(folder: str | Path) -> Run:
                 and sets_apart(argument, arguments["evaluate"])}
     kind = (arguments["dataset"], arguments["model"], arguments["evaluate"])
     trained = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
-    return Run(str(folder), kind, name, trained, settings, arguments["seed"], history)
+    return Run(str(folder), kind, name, trained, settings, arguments["seed"],
+               arguments["best_by"], history)
 
 
 def sets_apart(argument: str, evaluated: bool) -> bool:
@@ -115,13 +117,13 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str]]:
 
 
 def table_rows(runs: list[Run],
-               values_of: Callable[[list[dict]], dict[BitWidth, dict]]) -> list[dict]:
+               values_of: Callable[[Run], dict[BitWidth, dict]]) -> list[dict]:
     """Return the rows of the CSV; values_of: a function of EPOCHS."""
     return [{"dataset": run.kind[0], "model": run.kind[1], "configuration": name,
              "seed": run.seed, "bits": bits, "top1": values["top1"], "top5": values["top5"],
              "loss": values["loss"], "results": run.folder}
             for run, name in zip(runs, names_of(runs))
-            for bits, values in sorted(values_of(run.history).items())]
+            for bits, values in sorted(values_of(run).items())]
 
 
 def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
@@ -172,8 +174,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
     parser.add_argument("--epoch", choices=EPOCHS, default="last",
-                        help="report the last epoch, that of model_best (best top-1 of the highest "
-                             "bit-width), or the best epoch of each bit-width by itself")
+                        help="report the last epoch, that of model_best (by the run's own "
+                             "--best-by), or the best epoch of each bit-width by itself")
     parser.add_argument("--output", default="results/report", metavar="PATH",
                         help="write PATH.md, PATH.png, PATH.csv")
     return parser.parse_args(argv)

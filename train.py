@@ -59,9 +59,8 @@ def main(flags: Namespace) -> Path:
         if args.evaluate:
             return evaluate_checkpoint(args, checkpoint, device)
 
-        defaulted = [name for name in names_of(SCHEDULE) if name not in flags]
-        if args.schedule == "cosine":
-            defaulted.remove("lr_decay")
+        unused = ["lr_decay"] if args.schedule == "cosine" else []
+        defaulted = [name for name in names_of(SCHEDULE) if name not in (*vars(flags), *unused)]
         return train(args, checkpoint, device, () if checkpoint else defaulted)
 
 

@@ -94,8 +94,8 @@ def resolve_resumed(flags: Namespace, source: str | Path,
         raise UsageError(f"--resume {source} does not say how it was trained: give "
                          f"{', '.join(missing)}, or start a new run from it with --pretrain")
     free = ["resume", "start_epoch"]
-    if saved.get("schedule") != "cosine":  # which --epochs stretches
-        free.append("epochs")
+    # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.
+    free.append("lr_decay" if saved.get("schedule") == "cosine" else "epochs")
     if not checkpoint.has_arguments:
         free.append("dataset")  # that of the published model is a guess
     changed = differences(saved, given, free)

@@ -1,4 +1,5 @@
 """The command line and the recipes: what they mean, and what is told of a wrong one."""
+import ast
 import itertools
 import os
 import random
@@ -10,7 +11,7 @@ import torch
 from runs import ROOT, assert_one_line, run
 
 import train
-from engine.arguments import merge_args, parse_flags
+from engine.arguments import DEFAULTS, FLAGS, merge_args, parse_flags
 
 SETTINGS = ("dataset", "train_split", "model", "optimizer", "lr", "lr_decay", "epochs",
             "batch_size", "weight_decay")
@@ -83,6 +84,18 @@ def test_a_cosine_takes_no_epochs_of_decay():
     """Not of a recipe either, whose --lr_decay a user cannot leave out."""
     args = arguments(["--lr_decay", "3", "--schedule", "cosine"])
     assert (args.schedule, args.lr_decay) == ("cosine", [])
+
+
+def test_flags_are_listed_where_they_are_declared_alone():
+    """Three or more names of flags in one literal are a list that a new flag would have to join."""
+    assert FLAGS.keys() == DEFAULTS.keys()
+    programs = [ROOT / name for name in ("train.py", "report.py", "export.py")]
+    for path in (*programs, *(ROOT / "engine").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path.name != "arguments.py" and isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+                values = {getattr(element, "value", None) for element in node.elts
+                          if isinstance(element, ast.Constant)}
+                assert len(values & DEFAULTS.keys()) < 3, f"{path}:{node.lineno}"
 
 
 # ---- bit-widths per step

@@ -1,4 +1,5 @@
 """Evaluation at trained and other bit-widths, and sources of weights that are rubbish."""
+import json
 import os
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ import torch
 from runs import ROOT, assert_one_line, assert_same, evaluation, load, run, snapshot, tiny
 
 import reference
+import report
 import tiny_data
 from engine import published
 from engine.run_folder import read_metrics
@@ -79,6 +81,21 @@ def test_evaluation_of_some_bit_widths(trained, tmp_path):
     assert run(["--evaluate", "--resume", trained, "--bit_width_list", "2",
                 "--results-dir", tmp_path / "e"]) == 0
     assert list(evaluation(tmp_path / "e")) == ["2"]
+
+
+def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tmp_path, capsys):
+    folder = tmp_path / "e"
+    assert run(["--evaluate", "--pretrain", trained, "--bit_width_list", "1,3,32", "--calibrate",
+                1, "--results-dir", folder]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    arguments = config["arguments"]
+    names = ("bit_width_list", "calibrate", "evaluate", "pretrain", "model", "batch_size")
+    assert [arguments[name] for name in names] == [
+        [1, 3, 32], 1, True, str(trained), "resnet20q", 8]
+    assert config["trained_bit_widths"] == [2, 32]
+    assert config["epoch"] == load(trained, "model_best")["epoch"]
+    report.main(report.parse_args([str(folder), "--output", str(tmp_path / "table")]))
+    assert "any, recursive, trained at 2,32, calibrate 1, model_best" in capsys.readouterr().out
 
 
 def test_evaluation_through_the_recipe(tmp_path, environment):

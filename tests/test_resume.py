@@ -292,6 +292,16 @@ def test_a_checkpoint_of_an_older_version_goes_on(begun, trained, tmp_path, caps
     assert_same_run(folder, trained)
 
 
+def test_steps_of_an_epoch_are_counted(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    with monkeypatch.context() as stopping:
+        stop_after(5, stopping)
+        assert run(tiny(tiny_cifar10, tmp_path / "r")) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert run(["--resume", tmp_path / "r"]) == 0
+    done = f"resuming: 1 of 3 epochs and 2 of 3 steps done, in {tmp_path}/r\n"
+    assert done in capsys.readouterr().out
+
+
 # ---- the same command again
 
 def test_the_same_command_goes_on_from_the_latest_checkpoint(begun, trained, tmp_path,
@@ -307,6 +317,37 @@ def test_the_same_command_goes_on_from_the_latest_checkpoint(begun, trained, tmp
     assert_same(load(folder), before)
     assert run(["--resume", folder, "--epochs", 4]) == 0 and load(folder)["epoch"] == 4
     assert run([*tiny(tiny_cifar10, folder), "--epochs", 4]) == 0
+
+
+def test_the_same_command_with_more_epochs_lengthens_the_run(copied, tiny_cifar10, tmp_path):
+    other = shutil.copytree(copied, tmp_path / "other")
+    assert run([*tiny(tiny_cifar10, copied), "--epochs", 4]) == 0
+    assert run(["--resume", other, "--epochs", 4]) == 0
+    assert load(copied)["epoch"] == 4
+    assert_same_run(copied, other)
+
+
+def test_a_cosine_is_not_lengthened_by_its_command(tmp_path, tiny_cifar10, capsys):
+    argv = [*tiny(tiny_cifar10, tmp_path / "r"), "--schedule", "cosine"]
+    assert run([*argv, "--epochs", 1]) == 0
+    capsys.readouterr()
+    assert run([*argv, "--epochs", 2]) == 1
+    assert_one_line(capsys, "cannot change on resume: --epochs is 1, not 2")
+    assert run([*argv, "--epochs", 1]) == 0
+
+
+def test_a_run_remembers_its_first_command(copied, monkeypatch):
+    def config():
+        return json.loads((copied / "config.json").read_text())
+
+    first = config()["command"]
+    assert "first_command" not in config()
+    for epochs in (4, 5):
+        command = ["train.py", "--resume", str(copied), "--epochs", str(epochs)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert run(command[1:]) == 0
+        assert config()["first_command"] == first != config()["command"] == command
+        assert config()["arguments"]["epochs"] == epochs
 
 
 @pytest.mark.parametrize("flags, told", [

@@ -121,6 +121,52 @@ def test_metrics_are_those_of_the_saved_network(trained, tiny_cifar10):
             {"loss": loss, "top1": top1, "top5": top5}, rel=1e-4)
 
 
+# ---- the best epoch
+
+def validated_as(top1s, monkeypatch):
+    """Let the validations of a run give top-1 of (2 bits, 32 bits), one pair an epoch."""
+    pairs = iter(top1s)
+
+    def evaluate(*args, **kwargs):
+        return {bits: {"loss": 1.0, "top1": top1, "top5": 99.0}
+                for bits, top1 in zip((2, 32), next(pairs), strict=True)}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("best_by, top1s, best", [
+    ("highest", [(60.0, 60.0), (40.0, 70.0), (90.0, 65.0)], 2),
+    ("highest", [(40.0, 70.0), (60.0, 60.0), (30.0, 70.0)], 1),  # a tie, which the mean breaks
+    ("highest", [(40.0, 70.0), (40.0, 70.0), (60.0, 60.0)], 2),  # one in both: the later epoch
+    ("mean", [(60.0, 60.0), (40.0, 70.0), (30.0, 50.0)], 1),
+    ("mean", [(60.0, 60.0), (50.0, 70.0), (70.0, 50.0)], 2),
+    ("mean", [(60.0, 60.0), (60.0, 60.0), (10.0, 90.0)], 2)])
+def test_the_best_epoch_is_the_same_in_checkpoint_log_and_report(best_by, top1s, best, tmp_path,
+                                                                tiny_cifar10, monkeypatch, capsys):
+    validated_as(top1s, monkeypatch)
+    folder = tmp_path / "r"
+    assert run(tiny(tiny_cifar10, folder, "--best-by", best_by)) == 0
+    low, high = top1s[best - 1]
+    checkpoint = load(folder, "model_best")
+    assert (checkpoint["epoch"], checkpoint["best_prec1"]) == (best, high)
+    assert load(folder)["best_prec1"] == high
+    assert f"best checkpoint (epoch {best})" in capsys.readouterr().out
+    report.main(report.parse_args([str(folder), "--epoch", "checkpoint", "--output",
+                                   str(tmp_path / "table")]))
+    assert f"| any, recursive | {low:.2f} | {high:.2f} |" in capsys.readouterr().out
+
+
+def test_a_run_resumed_into_another_folder_carries_its_best(tmp_path, tiny_cifar10, monkeypatch):
+    validated_as([(50.0, 70.0), (50.0, 60.0), (50.0, 65.0), (50.0, 75.0)], monkeypatch)
+    assert run(tiny(tiny_cifar10, tmp_path / "a", "--epochs", 2)) == 0
+    other = ["--resume", tmp_path / "a", "--results-dir", tmp_path / "b"]
+    assert run([*other, "--epochs", 3]) == 0
+    assert load(tmp_path / "b")["epoch"] == 3 and load(tmp_path / "b")["best_prec1"] == 70
+    assert run([*other, "--epochs", 4]) == 0
+    best = load(tmp_path / "b", "model_best")
+    assert best["epoch"] == 4 and best["best_prec1"] == load(tmp_path / "b")["best_prec1"] == 75
+
+
 # ---- data and seeds
 
 @pytest.mark.parametrize("dataset",
