@@ -95,7 +95,7 @@ def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
             later = set(order[order.index(node) + 1:])
             whole = whole and not later.intersection(node.args[0].users)
     if kind is None or not whole:
-        what = type(layer).__name__ if layer else str(node.target)
+        what = type(layer).__name__ if layer else getattr(node.target, "__name__", node.target)
         raise ValueError(f"layer {name} ({what}) has no place in an exported file: take the packed "
                          "format")
     return kind

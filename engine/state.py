@@ -57,9 +57,10 @@ class TrainingState:
         files are unchanged then.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: the weights are "
-                            "not finite: lower --lr; the last good checkpoint is kept")
+        name = first_not_finite(self.model)
+        if name:
+            raise UserError(f"epoch {self.epoch + 1}, step {self.metrics.steps}: {name} is not "
+                            "finite: lower --lr; the last good checkpoint is kept")
 
         on_gpu = self.device.type == "cuda"
         content = {
@@ -101,6 +102,14 @@ class TrainingState:
         if self.metrics.steps and saved != self.num_samples:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
+
+
+def first_not_finite(model: torch.nn.Module) -> str | None:
+    """Return the name of a parameter or buffer that is not finite; None where all are. Waits."""
+    entries = {name: tensor for name, tensor in model.state_dict().items()
+               if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in entries.values()]).tolist()
+    return next((name for name, good in zip(entries, finite) if not good), None)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -5,7 +5,10 @@ network: model, width, classes, all_conv, quantizer, bit_widths, keep; and `imag
 of the images that it was trained on: dataset, size, mean, std, class_names (or None). Older and
 published checkpoints lack both: what is missing is inferred from the shapes of their weights.
 """
+import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,6 +73,7 @@ def read_checkpoint(path: str | Path) -> dict:
             return packed.read_checkpoint(path)
         except ValueError as error:
             raise FileError(str(error)) from None
+    check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
             warnings.simplefilter("ignore")  # torch warns of unusual files, not of unsafe ones
@@ -90,6 +94,31 @@ def read_checkpoint(path: str | Path) -> dict:
                             "be damaged")
     content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return content
+
+
+def check_archive(path: str | Path) -> None:
+    """Raise FileError where an entry of a zip file, as torch writes, lacks its own CRC-32."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError,
+            struct.error, UnicodeDecodeError) as error:
+        damaged = f"its archive ({type(error).__name__})"
+    if damaged:
+        raise FileError(f"{path} is damaged: {damaged} does not have its CRC-32: copy or download "
+                        "it again")
+
+
+def check_finite(state_dict: dict[str, Tensor], path: str | Path) -> None:
+    """Raise FileError naming the first entry with values that are not finite."""
+    for key, value in state_dict.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            count = int((~value.isfinite()).sum())
+            if count:
+                raise FileError(f"{path}: {key} has {count} values that are not finite: it is "
+                                "damaged, or of a run that diverged; take an earlier checkpoint")
 
 
 def network_of(content: dict, path: str | Path,
@@ -212,4 +241,5 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
                         "--quantizer, --bit_width_list and, by its classes, --dataset")
 
+    check_finite(state_dict, path)
     model.load_state_dict(state_dict)

@@ -71,6 +71,8 @@ def apply(blocks, place):
         shutil.copy(ROOT / name, place)
     with open(place / "dataset" / "data.py", "a") as file:
         file.write(FEW)
+    with open(place / "engine" / "figures.py", "a") as file:  # pictures take a third of the time
+        file.write("\n\ndef save_figure(figure, path):\n    pass\n")
     for name, code in blocks:
         if name != SCRIPT:
             file = place / name

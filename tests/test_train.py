@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert run(tiny(tiny_cifar10, tmp_path / "good", *sgd, "--epochs", 1)) == 0
     assert run(tiny(tiny_cifar10, tmp_path / "r", *sgd, *save_every)) == 1
     if save_every:  # a diverged network is not saved, though the loss last looked at was finite
-        assert_one_line(capsys, "epoch 2, step 1: the weights are not finite", "lower --lr")
+        assert_one_line(capsys, "epoch 2, step 1: ", " is not finite", "lower --lr")
     else:
         assert_one_line(capsys, "epoch 2, training: the ", "-bit loss is not finite at step ",
                         "lower --lr")
