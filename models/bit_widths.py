@@ -67,10 +67,6 @@ class BitWidth:
         """The sort key: weight bits times activation bits, then weight bits."""
         return self.weights * self.activations, self.weights
 
-    @property
-    def is_full_precision(self) -> bool:
-        return self.weights == self.activations == FULL_PRECISION
-
     def distance(self, other: "BitWidth") -> tuple[int, tuple[int, int]]:
         """Return a sort key by which the nearest bit-width is the least, the higher of two ties."""
         other = BitWidth.of(other)
