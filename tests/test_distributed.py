@@ -230,8 +230,15 @@ def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_
 def workers(launcher):
     """Return the ids of the trainings that a launcher has started and that are alive."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return {int(child) for child in children
-            if "train.py" in Path(f"/proc/{child}/cmdline").read_text()}
+    return {int(child) for child in children if "train.py" in command_line(child)}
+
+
+def command_line(process_id):
+    """Return a process's command line, or an empty text where it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{process_id}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def until_replaced(launcher, former):
