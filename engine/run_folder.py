@@ -5,7 +5,6 @@ import json
 import logging
 import platform
 import socket
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
 from engine.state import TrainingState
 from models import BitWidth
-from utils import one_line, with_text_keys, write_json, write_text
+from utils import commit, one_line, with_text_keys, write_json, write_text
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
@@ -156,11 +155,3 @@ def read_metrics(path: Path) -> list[dict]:
                                 for width, values in record[part].items()}
             records.append(record)
     return records
-
-
-def commit() -> str | None:
-    """Return this project's commit, or None without git or outside a repository."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
-               "--abbrev=40", "--dirty= with local changes"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
