@@ -50,6 +50,7 @@ def benchmark(stem: str, exported: dict[BitWidth, Path], format: str, input: str
     there are no float weights. about: of the images. images, labels: for top-1. calibration:
     training images for the tools.
     """
+    all_threads = torch.get_num_threads()
     candidates = exported_candidates(exported, format, about, input)
     notes = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +63,13 @@ def benchmark(stem: str, exported: dict[BitWidth, Path], format: str, input: str
             candidates += more
         rows = [{"name": each.name, "bits": each.bits, "bytes": each.bytes,
                  "top1": top1(each, images, labels)} for each in candidates]
-        for threads in dict.fromkeys((1, torch.get_num_threads())):
+        for threads in dict.fromkeys((1, all_threads)):
             for size in REPEATS:
                 batch = numpy.resize(images, (size, *images.shape[1:]))
                 times = measure([each.make(threads) for each in candidates], batch, threads)
                 for row, milliseconds in zip(rows, times):
-                    row[f"{threads} threads, batch {size}"] = milliseconds
+                    row[f"{threads} thread{'s' * (threads > 1)}, batch {size}"] = milliseconds
+    torch.set_num_threads(all_threads)
     notes.insert(0, f"{describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
                  f"{torch.__version__}{versions()}; medians in turn, milliseconds a batch; one "
                  f"thread by CPU time, several by the clock; top-1 on {len(labels)} images")
@@ -116,17 +118,18 @@ def float_candidates(network: nn.Module, trained: bool, about: dict, calibration
         notes.append("the network was not trained at 32 bits: no top-1 of what is made of them")
     set_bit_width(network, FULL_PRECISION)
     size = sum(part.numel() * part.element_size() for part in network.parameters())
-    candidates = [Candidate("torch", "32", size, lambda threads: torch_call(
+    candidates = [Candidate("torch float32", "32", size, lambda threads: torch_call(
         network, BitWidth(FULL_PRECISION), threads), trained)]
     path = folder / "float.onnx"
     try:
         onnx_file.export(network, [FULL_PRECISION], path, about["size"])
     except ValueError as error:
         return candidates, [*notes, f"ONNX has no such network ({one_line(error)})"]
-    makers = {"ONNX Runtime": ("32", None, runtimes.onnxruntime_run),
-              "ONNX Runtime, quantize_static": ("int8", quantize_static, runtimes.onnxruntime_run),
-              "OpenVINO": ("32", None, runtimes.openvino_run),
-              "OpenVINO, NNCF": ("int8", quantize_by_nncf, runtimes.openvino_run)}
+    makers = {"ONNX Runtime float32": ("32", None, runtimes.onnxruntime_run),
+              "ONNX Runtime int8 by quantize_static": (
+                  "8", quantize_static, runtimes.onnxruntime_run),
+              "OpenVINO float32": ("32", None, runtimes.openvino_run),
+              "OpenVINO int8 by NNCF": ("8", quantize_by_nncf, runtimes.openvino_run)}
     for name, (bits, quantize, opener) in makers.items():
         try:
             file = quantize(path, calibration, folder) if quantize else path
@@ -257,14 +260,15 @@ def table(rows: list[dict]) -> str:
 def draw(path: str, rows: list[dict]) -> None:
     """Save a PNG of top-1 against the latency of one image on one thread, a color for each way."""
     figure, (axis,) = new_figure(1, "accuracy against latency, batch 1, one thread")
+    figure.set_size_inches(10, 5)
     column = next(name for name in rows[0] if "batch" in name)
     for name in dict.fromkeys(row["name"] for row in rows):
         points = [row for row in rows if row["name"] == name and row["top1"] is not None]
         axis.plot([row[column] for row in points], [row["top1"] for row in points], marker="o",
                   linestyle="none", label=name)
-        for row in points:
-            axis.annotate(row["bits"], (row[column], row["top1"]), textcoords="offset points",
-                          xytext=(5, 5))
-    axis.set(xlabel="milliseconds an image", ylabel="top-1 (%)", xlim=(0, None))
+        for row in points if name.startswith(("file", "packed")) else ():
+            axis.annotate(f"{row['bits']} bits", (row[column], row["top1"]),
+                          textcoords="offset points", xytext=(5, 5))
+    axis.set(xlabel="milliseconds an image", ylabel="top-1 (%)", xscale="log")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)

@@ -192,15 +192,15 @@ def test_the_benchmark_of_onnx(arguments, tmp_path, capsys, monkeypatch):
                       tmp_path / "net.onnx", "--benchmark") == 0
     content = json.loads((tmp_path / "net_onnx_benchmark.json").read_text())
     rows = {(row["name"], row["bits"]): row for row in content["rows"]}
-    expected = {("file, ONNX Runtime", "2"), ("torch", "32"), ("ONNX Runtime", "32"),
-                ("ONNX Runtime, quantize_static", "int8")}
+    expected = {("file, ONNX Runtime", "2"), ("torch float32", "32"),
+                ("ONNX Runtime float32", "32"), ("ONNX Runtime int8 by quantize_static", "8")}
     if find_spec("openvino"):
-        expected |= {("file, OpenVINO", "2"), ("OpenVINO", "32")}
+        expected |= {("file, OpenVINO", "2"), ("OpenVINO float32", "32")}
     assert expected <= set(rows)
     assert all(row["top1"] is not None and row["bytes"] > 0 for row in rows.values())
-    assert rows["ONNX Runtime", "32"]["top1"] == rows["torch", "32"]["top1"]
-    is_missing = ("OpenVINO, NNCF", "int8") not in rows
-    assert is_missing == any("without OpenVINO, NNCF" in note for note in content["measured"])
+    assert rows["ONNX Runtime float32", "32"]["top1"] == rows["torch float32", "32"]["top1"]
+    is_missing = ("OpenVINO int8 by NNCF", "8") not in rows
+    assert is_missing == any("without OpenVINO int8" in note for note in content["measured"])
 
 
 def test_several_widths_are_several_files(arguments, tmp_path):
