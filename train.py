@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.loader import Loader, count_classes
+from dataset.loader import Loader, count_classes, fingerprint
 from engine import published
 from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
 from engine.console import Console
@@ -176,7 +176,7 @@ def prepare(args: Namespace,
     bit_widths = sorted(check_bit_widths(args.bit_width_list))
     state = TrainingState(model, optimizer, bit_widths, device, vars(args),
                           train_loader.batch_sampler.num_samples,
-                          describe_images(args.dataset, train_set))
+                          describe_images(args.dataset, train_set), fingerprint(train_set))
     return state, forward_pass, train_loader, val_loader
 
 

@@ -17,12 +17,13 @@ class TrainingState:
     """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
 
     arguments: the run's, as a dict. num_samples: images of an epoch, compared on resume. images: a
-    description of the images, as checkpoints hold it.
+    description of the images, as checkpoints hold it. data: the training data's fingerprint,
+    compared on resume.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer,
                  bit_widths: list[BitWidth], device: torch.device, arguments: dict,
-                 num_samples: int, images: dict | None = None):
+                 num_samples: int, images: dict | None = None, data: dict | None = None):
         self.model = model
         self.optimizer = optimizer
         self.device = device
@@ -30,6 +31,7 @@ class TrainingState:
         self.arguments = arguments
         self.num_samples = num_samples
         self.images = images
+        self.data = data
         self.epoch = arguments["start_epoch"]  # epochs done
         self.best = (-math.inf, -math.inf)  # the largest best_key
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
@@ -66,6 +68,7 @@ class TrainingState:
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
             "best": list(self.best), "network": self.model.spec, "images": self.images,
+            "data": self.data,
             "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "arguments": self.arguments, "num_samples": self.num_samples,
             "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
@@ -79,6 +82,11 @@ class TrainingState:
 
     def restore(self, path: str | Path, content: dict) -> None:
         """Restore what read_checkpoint read from `path`; raises UserError where it does not fit."""
+        with reading(path):
+            changed = data_difference(content.get("data"), self.data)
+        if changed:
+            raise UserError(f"{path} is of a run on other data: {changed}; resume on the same "
+                            "data, or start a new run from it with --pretrain")
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)
@@ -102,6 +110,18 @@ class TrainingState:
         if self.metrics.steps and saved != self.num_samples:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
+
+
+def data_difference(saved: dict | None, own: dict | None) -> str:
+    """Return how a saved fingerprint of data differs, as a message; none where one is unknown."""
+    changes = []
+    if saved and own:
+        for name, value in own.items():
+            if name in saved and saved[name] != value:
+                digest = isinstance(value, str)
+                changes.append(f"its {name} is another" if digest else
+                               f"its {name} was {saved[name]} and is {value}")
+    return ", ".join(changes)
 
 
 def first_not_finite(model: torch.nn.Module) -> str | None:

@@ -11,7 +11,8 @@ from torchvision import datasets
 
 import tiny_data
 from dataset import data as data_room
-from dataset.data import DATASETS, DataError, data_paths, get_dataset, get_transform
+from dataset.data import DATASETS, data_paths, get_dataset, get_transform
+from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
                             flipped_crops, make_loader, read_arrays)
 from engine.arguments import merge_args, parse_flags
@@ -245,11 +246,11 @@ def test_image_folder_errors(tmp_path):
         get_dataset("imagenet", "train", data_dir=tmp_path)[0]
 
 
-@pytest.mark.parametrize("kind", data_room.IMAGE_FORMATS)
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
 def test_formats_of_images(kind, tmp_path):
     image = Image.fromarray(tiny_data.pixels(4, 5, 3))
     image.save(tmp_path / "x.jpg", kind)
-    found = data_room.load_image(tmp_path / "x.jpg")
+    found = load_image(tmp_path / "x.jpg")
     assert found.mode == "RGB" and found.size == (5, 4)
     if kind not in ("JPEG", "WEBP"):
         assert found.tobytes() == image.tobytes()
@@ -265,7 +266,7 @@ def test_an_image_of_another_format_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     with pytest.raises(DataError, match="x.jpg is not a readable image of JPEG, PNG"):
-        data_room.load_image(path)
+        load_image(path)
     assert not (tmp_path / "started").exists()
 
 

@@ -34,7 +34,7 @@ def publish(folder, name, legacy, prefix="", bits=ALL):
     legacy: in torch 1.1's serialisation.
     """
     model = reference.fill(MODELS[name.split("_")[0]](bits, num_classes=10), seed=3)
-    path = folder / published.FILES[name]
+    path = folder / published.FILES[name]["link"]
     path.parent.mkdir(parents=True)
     torch.save({
         "epoch": 200, "model": name.split("_")[0],
@@ -72,13 +72,13 @@ def test_published_checkpoint_by_name(name, prefix, bits, legacy, dropbox, tmp_p
 
 def test_published_names_are_complete():
     assert len(published.FILES) == 8 + 8 + 6
-    for name, link in published.FILES.items():
-        assert link.endswith(f"/{name}.pth.tar") and name.split("_")[0] in MODELS
+    for name, file in published.FILES.items():
+        assert file["link"].endswith(f"/{name}.pth.tar") and name.split("_")[0] in MODELS
 
 
 def test_checkpoint_by_url(dropbox, http_folder):
     path, model = publish(dropbox, "svhnq_2", legacy=True, bits=(2,))
-    url = f"{http_folder[1]}/{published.FILES['svhnq_2']}?dl=1"
+    url = f"{http_folder[1]}/{published.FILES['svhnq_2']['link']}?dl=1"
     found = published.find_checkpoint(url)
     assert_same(read_checkpoint(found)["state_dict"], dict(model.state_dict()))
     path.unlink()
