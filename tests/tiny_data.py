@@ -31,6 +31,10 @@ def md5(path):
     return hashlib.md5(Path(path).read_bytes()).hexdigest()
 
 
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def set_counts(monkeypatch, name, **counts):
     """Have a row expect these numbers of images, of its own height and width."""
     row = DATASETS[name]
