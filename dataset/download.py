@@ -91,6 +91,9 @@ def filling(folder: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         before = set(folder.rglob("*"))
+        for path in before:
+            if path.is_fifo():
+                raise FileExistsError(errno.EEXIST, f"{path} is a pipe: remove it")
         try:
             yield
         except BaseException:

@@ -160,7 +160,8 @@ def check_samples(dataset: Dataset | list, source: str, shape: tuple[int, int, i
         check_labels(labels, num_classes, file_of(dataset, LABELS, source))
 
 
-def check_labels(labels: Sequence[int], num_classes: int, source: str) -> None:
+def check_labels(labels: Sequence[int], num_classes: int, source: str,
+                 remedy: str = REMEDY) -> None:
     """Raise DataError, naming the source, where a label is not from 0 to num_classes - 1."""
     labels = numpy.asarray(labels)
     if labels.dtype.kind not in "iu":
@@ -168,7 +169,7 @@ def check_labels(labels: Sequence[int], num_classes: int, source: str) -> None:
     invalid = labels[(labels < 0) | (labels >= num_classes)]
     if len(invalid):
         raise DataError(f"{source} holds a label {invalid[0]}, not one of its {num_classes} "
-                        f"classes, 0 to {num_classes - 1}: {REMEDY}")
+                        f"classes, 0 to {num_classes - 1}: {remedy}")
 
 
 def file_of(dataset: Dataset | list, ending: str, source: str) -> str:

@@ -160,7 +160,7 @@ def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int,
             "images of one channel, or correct the row's image_size")
     images, labels = default_collate(samples)
     if num_classes:
-        check_labels(labels, num_classes, name)
+        check_labels(labels, num_classes, name, "correct the data, or the row's num_classes")
     return [images, labels]
 
 
