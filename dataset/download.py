@@ -21,7 +21,7 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 
 
 class SignalReceived(BaseException):
-    """SIGTERM or SIGHUP, which unwinds a download as KeyboardInterrupt does."""
+    """SIGTERM, SIGHUP or SIGUSR1, which unwinds a download as KeyboardInterrupt does."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -32,8 +32,8 @@ class SignalReceived(BaseException):
 def downloading() -> Iterator[None]:
     """Raise OSError in the context where a server is silent for TIMEOUT or a file exceeds LIMIT.
 
-    SIGTERM and SIGHUP unwind the context, so that what is within it can clean up, and then act as
-    they did before it.
+    SIGTERM, SIGHUP and SIGUSR1 unwind the context, so that what is within it can clean up, and then
+    act as they did before it.
     """
     timeout = socket.getdefaulttimeout()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -50,7 +50,7 @@ def downloading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwinding_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP unwind the context before they act; ignored ones stay ignored."""
+    """Have signals that end the process unwind the context first; ignored ones stay ignored."""
     handlers = {}
 
     def unwind(number: int, frame: FrameType | None) -> None:
@@ -63,7 +63,7 @@ def unwinding_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 handlers[number] = signal.getsignal(number)
         for number in handlers:

@@ -73,7 +73,7 @@ def one_at_a_time_per_machine() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = int(os.environ.get("LOCAL_RANK") or 0) == 0
     place = f"download{next(Waiting.numbers)}"
     awaited = [index for index, is_first in enumerate(gather(first)) if is_first]
     if first:

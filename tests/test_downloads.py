@@ -109,7 +109,8 @@ def test_an_endless_file_is_left_at_the_limit(fetch, server, monkeypatch):
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_leaves_nothing_of_a_download(number, fetch, server, tmp_path):
     server.answer = "stalled"
     function, folder = fetch
