@@ -12,7 +12,7 @@ import torch
 
 from engine.errors import UserError
 from models.checkpoint import FileError, find_file, read_checkpoint
-from utils import one_line
+from utils import one_line, without_secrets
 
 PREFIX = "https://www.dropbox.com/s/"
 FILES = json.loads(Path(__file__).with_suffix(".json").read_text())  # {name: its part of the URL}
@@ -38,8 +38,17 @@ def find_checkpoint(source: str | Path, *names: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads: any_precision in XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision").expanduser()
+    """Return the folder of downloads: any_precision in XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises UserError where there is neither.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision")
+    try:
+        return folder.expanduser()
+    except RuntimeError:  # no home directory
+        raise UserError("there is no home directory to keep downloads in: set XDG_CACHE_HOME to a "
+                        "folder for them, or download the file yourself and give its path"
+                        ) from None
 
 
 def download(url: str, name: str) -> Path:
@@ -47,7 +56,7 @@ def download(url: str, name: str) -> Path:
     path = cache_folder() / name
     if path.is_file():
         return path
-    print(f"downloading {url} to {path}")
+    print(f"downloading {without_secrets(url)} to {path}")
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
