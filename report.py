@@ -189,10 +189,15 @@ def save_comparison_figure(path: str, rows: list[dict]) -> None:
         for name, cells in configurations.items():
             spread = {bits: statistics.stdev(v) for bits, v in cells.items() if len(v) > 1}
             plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in cells.items()},
-                          spread, label=name)
+                          spread, label=printable(name))
         axis.set_title(title)
         axis.legend()
     save_figure(figure, path)
+
+
+def printable(text: str) -> str:
+    """Return text with what is not Unicode, as in other paths, as escape sequences."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -89,8 +89,7 @@ def run_program(main: Callable[[Namespace], object], parse: Callable[[], Namespa
         if code == 0 and output.failure and not output.remark:
             code = 1
             message = f"error: {output.message()}: give it a place that can be written"
-        # All processes have the same usage error.
-        if message and (code != UsageError.exit_code or rank() == 0):
+        if message:
             print_message(without_secrets(message))
     if code:
         sys.exit(code)
@@ -104,10 +103,11 @@ def outcome(main: Callable[[Namespace], object],
         main(parse())
     except SystemExit as ended:  # of the parser, which has printed its own message
         return ended.code or 0, None
-    except Stopped as stopped:
-        return stopped.exit_code, str(stopped)
+    except (Stopped, UsageError) as error:  # the same in all processes
+        message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
+        return error.exit_code, message if rank() == 0 else None
     except (UserError, FileError, DataError, ProcessError, WriteError) as error:
-        return getattr(error, "exit_code", 1), f"error: {one_line(error)}"
+        return 1, f"error: {one_line(error)}"
     except OSError as error:
         if error.errno in NO_SPACE:
             error = WriteError(error.filename or "a file", error)

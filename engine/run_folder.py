@@ -148,18 +148,21 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, trace):
-        try:
-            if isinstance(error, WriteError) and (self.path / "ckpt" / LATEST).exists():
-                raise UserError(f"{error}; then go on: {self.command_to_resume()}") from None
-            if isinstance(error, UserError) and self.log_file:  # the terminal may be gone
-                with contextlib.suppress(WriteError):
-                    self.log_file.handle(log.makeRecord(
-                        log.name, logging.INFO, "", 0, str(error), (), None))
-        finally:
-            for file in (*log.handlers, self.writer, self.lock):
-                if file:
-                    file.close()
-            log.handlers = []
+        message = str(error)
+        resumable = isinstance(error, WriteError) and (self.path / "ckpt" / LATEST).exists()
+        if resumable:
+            message += f"; then go on: {self.command_to_resume()}"
+        if self.log_file and isinstance(error, (UserError, WriteError)):  # a terminal may be gone
+            with contextlib.suppress(WriteError):
+                self.log_file.handle(log.makeRecord(
+                    log.name, logging.INFO, __file__, 0, message, (), None))
+
+        for file in (*log.handlers, self.writer, self.lock):
+            if file:
+                file.close()
+        log.handlers = []
+        if resumable:
+            raise UserError(message) from None
 
     def command_to_resume(self) -> str:
         """Return the command that goes on with this run, for a shell."""
