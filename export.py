@@ -31,7 +31,7 @@ from engine.resume import Checkpoint
 from models import packed, saved_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.checkpoint import BEST, network_of
-from utils import flag_text, one_line
+from utils import flag_text, one_line, printable
 from utils import writing as writing_file
 
 FORMATS = ("packed", "onnx", "openvino")
@@ -267,6 +267,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.bits == "any" and args.format == "openvino":
         parser.error("--bits any has no --format openvino: choose packed or onnx, or list "
                      "bit-widths for a file each")
+    if str(args.output) != printable(str(args.output)):
+        parser.error(f"--output {args.output} is not UTF-8, as the formats' libraries need it: "
+                     "give another name, or go into that folder first")
     if args.format == "openvino" and args.output.suffix != ".xml":
         parser.error(f"--output {args.output} must end in .xml; its weights go to .bin beside it")
     return args

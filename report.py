@@ -24,7 +24,7 @@ from engine.errors import UserError, run_program
 from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
 from engine.run_folder import read_metrics
 from models import BitWidth
-from utils import flag_text, one_line, replacing, write_text, writing
+from utils import flag_text, one_line, printable, replacing, write_text, writing
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
     "last": ("last epoch", lambda run: run.history[-1]["val"]),
@@ -193,11 +193,6 @@ def save_comparison_figure(path: str, rows: list[dict]) -> None:
         axis.set_title(title)
         axis.legend()
     save_figure(figure, path)
-
-
-def printable(text: str) -> str:
-    """Return text with what is not Unicode, as in other paths, as escape sequences."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -84,6 +84,11 @@ def without_secrets(value: object) -> object:
     return re.sub(r"""(https?://[^?#\s'"]*[?#])[^\s'"]*[^\s'",;:)]""", r"\1***", text)
 
 
+def printable(text: str) -> str:
+    """Return text with what is not Unicode, as in other paths, as escape sequences."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def one_line(error: BaseException | str) -> str:
     """Return an error's message in one line, or its type where it has none."""
     lines = (str(error).strip() or type(error).__name__).splitlines()

@@ -146,6 +146,12 @@ def test_no_source_and_no_output(arguments, capsys):
         assert_one_line(capsys, f"{flag}: '' is empty, as an unset shell variable is")
 
 
+def test_an_output_that_is_not_utf_8(arguments, tmp_path, capsys):
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    assert run_export(*arguments, "--format", "packed", "--output", output) == 2
+    assert_one_line(capsys, f"{tmp_path}/caf\\udce9 is not UTF-8", "give another name")
+
+
 def test_a_failed_export_leaves_nothing(arguments, tmp_path, capsys, monkeypatch):
     def full(*args):
         args[2].write_text("half")
