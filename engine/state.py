@@ -10,7 +10,7 @@ from engine.errors import UserError, reading
 from engine.metrics import Metrics, best_key
 from models import BitWidth
 from models.checkpoint import load_weights
-from utils import one_line, replacing
+from utils import WriteError, one_line, replacing, writing
 
 
 class TrainingState:
@@ -55,8 +55,8 @@ class TrainingState:
         """Write model_latest.pth.tar, and if `best` model_best.pth.tar, whole or not at all.
 
         All processes must call it, and return once it is written; the network is rank 0's. Raises
-        UserError where losses or weights are not finite, or the file cannot be written; previous
-        files are unchanged then.
+        UserError where losses or weights are not finite, and WriteError where the file cannot be
+        written; previous files are unchanged then.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
         name = first_not_finite(self.model)
@@ -133,14 +133,14 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all; raises UserError where the disk is full."""
-    try:
+    """Write a checkpoint whole or not at all; raises WriteError where the disk is full."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+    with replacing(path) as temporary:
+        try:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose "
-                        "another folder; what was saved before is kept") from None
+        except RuntimeError as error:
+            raise WriteError(path, f"{one_line(error)}, as on a full disk") from None
 
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.
