@@ -4,6 +4,10 @@
     python export.py results/RUN --format onnx --bits 1,4 --output net.onnx --benchmark
     python train.py --evaluate --pretrain net.safetensors             # evaluates a packed file
 """
+if __name__ == "__main__":
+    from engine.startup import prepare_process
+    prepare_process()
+
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
@@ -17,14 +21,15 @@ from dataset.data import DATASETS, Samples
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
-from engine.arguments import FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number
+from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number,
+                              path_text)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import open_data
 from models import saved_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.checkpoint import BEST, network_of
-from utils import flag_text, one_line
+from utils import WriteError, flag_text, one_line, printable
 
 IMAGES = 500  # for a benchmark's accuracy, without --check
 CALIBRATION = 300  # training images for the runtimes' own quantization
@@ -121,7 +126,9 @@ def export_errors(args: Namespace) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise UserError(f"--format {args.format} needs {error.name}, which is not installed: pip "
                         "install -r requirements-export.txt") from None
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except WriteError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
         raise UserError(f"--output {args.output} cannot be written ({error.strerror}): name a file "
                         "in a folder that exists and may be written") from None
 
@@ -185,14 +192,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a results folder, a checkpoint, a packed file, a URL, or "
-        "a published name, as --pretrain of train.py")
+    add("source", type=path_text, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
+        "file, a URL, or a published name, as --pretrain of train.py")
     add("--format", choices=files.FORMATS, required=True, help="packed: for this project, bit for "
         "bit; onnx: for ONNX Runtime, OpenVINO and others")
     add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, or any: one file "
         "that switches; default: all that the network has")
-    add("--output", type=Path, required=True, metavar="FILE", help="of several bit-widths onnx "
-        "writes a file each: net.onnx is net_4.onnx")
+    add("--output", type=path_text, required=True, metavar="FILE", help="of several bit-widths "
+        "onnx writes a file each: net.onnx is net_4.onnx")
     add("--input", choices=files.INPUTS, default="float32", help="float32: normalized images (N, "
         "3, H, W); uint8: images as they are (N, H, W, 3), which an ONNX file normalizes")
     add("--check", type=number(int, 1), metavar="N", help="compare with the network on N images of "
@@ -201,8 +208,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "runtimes' own tools make of it after training")
     add("--dataset", choices=DATASETS, metavar="NAME", help="data set to check on; "
         "default: that of the checkpoint")
-    add("--data-dir", help="folder that holds the data sets' folders; default: data")
+    add("--data-dir", type=path_text,
+        help="folder that holds the data sets' folders; default: data")
     args = parser.parse_args(argv)
+    args.output = Path(args.output)
+    if str(args.output) != printable(str(args.output)):
+        parser.error(f"--output {args.output} is not UTF-8, as the formats' libraries need it: "
+                     "give another name, or go into that folder first")
     if args.input == "uint8" and args.format == "packed":
         parser.error("--input uint8 has no --format packed: choose onnx")
     return args

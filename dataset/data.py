@@ -1,4 +1,5 @@
 """The data sets: a row each in DATASETS, and a folder each in data_paths."""
+import contextlib
 import gzip
 import os
 import random
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, transforms
 
+from dataset.download import downloading, filling, reason_of, unwinding_signals
+from dataset.files import (IMAGES, LABELS, DataError, ImageFolder, check_idx, check_samples,
+                           load_image, writing_to)
 from utils import one_line, replacing
 
 Samples = Dataset | list  # of (PIL image, label)
@@ -20,12 +24,7 @@ Samples = Dataset | list  # of (PIL image, label)
 data_paths = {name: f"data/{name}" for name in (
     "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
 HALF = (0.5,) * 3
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # PIL's names
 FASHION_MNIST_COPY = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
-
-
-class DataError(Exception):
-    """Data that is missing, damaged, or inconsistent."""
 
 
 def open_digits(root: str | Path, split: str) -> list[tuple[Image.Image, int]]:
@@ -49,51 +48,55 @@ def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
     raw = Path(root, "FashionMNIST", "raw")
     for packed in FASHION_MNIST_COPY.glob("*.gz"):
         if not (raw / packed.stem).exists():
-            raw.mkdir(parents=True, exist_ok=True)
             try:
                 content = gzip.decompress(packed.read_bytes())
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{packed} cannot be read ({one_line(error)}): install it anew, or "
                                 "remove it to download Fashion-MNIST") from None
-            with replacing(raw / packed.stem) as temporary:
-                temporary.write_bytes(content)
-    return open_downloadable(datasets.FashionMNIST, root, train=split == "train")
+            with writing_to(root):
+                raw.mkdir(parents=True, exist_ok=True)
+                with unwinding_signals(), replacing(raw / packed.stem) as temporary:
+                    temporary.write_bytes(content)
+    return open_mnist(datasets.FashionMNIST, root, split)
 
 
-def open_image_folder(root: str | Path, split: str) -> datasets.ImageFolder:
+def open_mnist(kind: type[datasets.MNIST], root: str | Path, split: str) -> Dataset:
+    """Open MNIST or a data set in its format; verify its raw files, as torchvision does not."""
+    raw = Path(root, kind.__name__, "raw")
+    prefix = "train" if split == "train" else "t10k"
+    published = dict(kind.resources)  # {name of a .gz: MD5}
+    for ending, dimensions in ((IMAGES, 3), (LABELS, 1)):
+        path = raw / f"{prefix}-{ending}"
+        if path.is_file():
+            check_idx(path, dimensions, published[f"{path.name}.gz"])
+    return open_downloadable(kind, root, train=split == "train")
+
+
+def open_image_folder(root: str | Path, split: str) -> ImageFolder:
     """Open a split of ImageNet: a folder of images per class."""
     folder = Path(root, split)
     try:
-        return datasets.ImageFolder(folder, loader=load_image)
-    except FileNotFoundError as error:
+        return ImageFolder(folder, loader=load_image)
+    except OSError as error:
         raise DataError(f"{folder} does not hold imagenet ({one_line(error)}): put one folder of "
                         f"images per class under {Path(root, 'train')} and {Path(root, 'val')}, or "
                         "name another root with --data-dir") from None
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file of any mode as RGB.
-
-    Its content, not its name, must be of IMAGE_FORMATS: PIL starts a program for some others.
-    Raises DataError naming a file that cannot be read.
-    """
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image of {', '.join(IMAGE_FORMATS)} "
-                        f"({one_line(error)}): replace or remove it") from None
-
-
 def open_downloadable(kind: type[datasets.VisionDataset], root: str | Path,
                       **split: str | bool) -> Dataset:
     """Open and verify a torchvision data set; download it where it is missing or altered."""
+    with contextlib.suppress(Exception):  # then it is missing or altered, as torchvision sees it
+        return kind(root, **split)
     try:
-        return kind(root, download=True, **split)
+        with writing_to(root), downloading(), filling(root):
+            return kind(root, download=True, **split)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{kind.__name__} is not in {root}, or altered there, and could not be "
-                        f"downloaded ({one_line(error)}): go online, copy it there, remove what is "
-                        "damaged, or name another root with --data-dir") from None
+                        f"downloaded ({reason_of(error)}): go online, copy it there, remove what "
+                        "is damaged, or name another root with --data-dir") from None
 
 
 class DataSet(NamedTuple):
@@ -108,36 +111,42 @@ class DataSet(NamedTuple):
     train: tuple[Callable, ...] = ()  # transforms of training images, on PIL images
     eval: tuple[Callable, ...] = ()  # of the others
     in_memory: bool = True  # small enough to be held as arrays
+    # Images, height and width of each part, as it is read; checked where they are given.
+    shapes: dict[str, tuple[int, int, int]] = {}
 
 
 RESIZE_40 = (transforms.Resize(40),)
 THREE_CHANNELS = (transforms.Grayscale(3),)  # the one channel, three times
 FLIP_AND_CROP = (transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4))
+MNIST_SHAPES = {"train": (60_000, 28, 28), "test": (10_000, 28, 28)}
+CIFAR_SHAPES = {"train": (50_000, 32, 32), "test": (10_000, 32, 32)}
 
 DATASETS = {
     "digits": DataSet(
-        open=open_digits, val_split={"train": "val"}, train=RESIZE_40, eval=RESIZE_40),
+        open=open_digits, val_split={"train": "val"}, train=RESIZE_40, eval=RESIZE_40,
+        shapes={"train": (1437, 8, 8), "val": (360, 8, 8)}),
     "fashion-mnist": DataSet(
         open=open_fashion_mnist, val_split={"train": "test"}, train=RESIZE_40 + THREE_CHANNELS,
-        eval=RESIZE_40 + THREE_CHANNELS),
+        eval=RESIZE_40 + THREE_CHANNELS, shapes=MNIST_SHAPES),
     "cifar10": DataSet(
         open=lambda root, split: open_downloadable(datasets.CIFAR10, root, train=split == "train"),
         val_split={"train": "test", "train_auto_quan": "val_auto_quan"}, image_size=32,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        train=FLIP_AND_CROP),
+        train=FLIP_AND_CROP, shapes=CIFAR_SHAPES),
     "cifar100": DataSet(
         open=lambda root, split: open_downloadable(datasets.CIFAR100, root, train=split == "train"),
         val_split={"train": "test"}, num_classes=100, image_size=32,
         mean=(129.3 / 255, 124.1 / 255, 112.4 / 255), std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
-        train=FLIP_AND_CROP),
+        train=FLIP_AND_CROP, shapes=CIFAR_SHAPES),
     "mnist": DataSet(
-        open=lambda root, split: open_downloadable(datasets.MNIST, root, train=split == "train"),
+        open=lambda root, split: open_mnist(datasets.MNIST, root, split),
         val_split={"train": "test"}, image_size=28, mean=(0.1307,) * 3, std=(0.3081,) * 3,
-        train=THREE_CHANNELS, eval=THREE_CHANNELS),
+        train=THREE_CHANNELS, eval=THREE_CHANNELS, shapes=MNIST_SHAPES),
     "svhn": DataSet(
         open=lambda root, split: open_downloadable(datasets.SVHN, root, split=split),
         val_split={"train_extra": "test", "train": "test", "extra": "test",
-                   "train_extra_auto_quan": "val_auto_quan"}, train=RESIZE_40, eval=RESIZE_40),
+                   "train_extra_auto_quan": "val_auto_quan"}, train=RESIZE_40, eval=RESIZE_40,
+        shapes={"train": (73_257, 32, 32), "test": (26_032, 32, 32), "extra": (531_131, 32, 32)}),
     "imagenet": DataSet(
         open=open_image_folder, val_split={"train": "val"}, num_classes=None, image_size=224,
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
@@ -187,6 +196,9 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
     held_out = split.endswith("_auto_quan")  # a part of the default split
     names = (next(iter(row.val_split)) if held_out else split).split("_")
     parts = [row.open(root, part) for part in names]  # "train_extra": train and extra, joined
+    for part, samples in zip(names, parts):
+        check_samples(samples, f"{name}'s {part} part in {root}", row.shapes.get(part),
+                      row.num_classes)
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if held_out:
         indices = list(range(len(dataset)))

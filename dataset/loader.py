@@ -3,19 +3,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
-from torchvision import transforms
+from torchvision import datasets, transforms
 
-from dataset.data import DATASETS, DataError, Samples, Transformed, get_transform
+from dataset.data import DATASETS, Samples, Transformed, get_transform
+from dataset.files import DataError, check_labels
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
 
@@ -66,7 +70,7 @@ def is_crop(transform: Callable, size: int) -> bool:
 
 def ignore_stop_signals(worker: int | None = None) -> None:
     """Ignore SIGTERM and Ctrl-C, which reach data workers too: the training process decides."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -134,13 +138,16 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
 def collate_of(name: str, train: bool) -> Callable[[list[tuple[Tensor, int]]], list[Tensor]]:
     """Return the collate_fn of a row's samples."""
     part = "train" if train else "eval"
-    return functools.partial(collate, name=name, part=part, size=DATASETS[name].image_size)
+    return functools.partial(collate, name=name, part=part, size=DATASETS[name].image_size,
+                             num_classes=DATASETS[name].num_classes)
 
 
-def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int) -> list[Tensor]:
+def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int,
+            num_classes: int | None) -> list[Tensor]:
     """Stack samples of (uint8 (3, size, size), label) into (n, 3, size, size) and (n,) int64.
 
-    Raises ImageSizeError where an image is of another shape after the row's `part` transforms.
+    Raises ImageSizeError where an image is of another shape after the row's `part` transforms, and
+    DataError where a label is not one of num_classes, if that is known.
     """
     shapes = sorted({tuple(image.shape) for image, _ in samples})
     if shapes != [(3, size, size)]:
@@ -151,7 +158,41 @@ def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int) 
             f"{more} (channels x height x width), not all as 3 x {size} x {size}: add "
             f"Resize({size}) and CenterCrop({size}) to these transforms, and Grayscale(3) for "
             "images of one channel, or correct the row's image_size")
-    return default_collate(samples)
+    images, labels = default_collate(samples)
+    if num_classes:
+        check_labels(labels, num_classes, name, "correct the data, or the row's num_classes")
+    return [images, labels]
+
+
+def fingerprint(dataset: Samples) -> dict[str, int | str]:
+    """Return what tells a data set from another: its size, its folders, and three of its samples.
+
+    Images are given by their SHA-256, before any transform; those of a folder by their files', as
+    decoders differ.
+    """
+    count = len(dataset)
+    found = {"number of images": count}
+    in_folders = isinstance(dataset, datasets.DatasetFolder)
+    if in_folders:
+        found["list of class folders"] = sha256("\n".join(dataset.classes))
+    for place, index in (("first", 0), ("middle", count // 2), ("last", count - 1)):
+        if in_folders:
+            path, label = dataset.samples[index]
+            content = Path(path).read_bytes()
+        else:
+            with seeded(0):  # for a row that draws random numbers where it opens an image
+                image, label = dataset[index]
+            pixels = numpy.asarray(image)
+            content = f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()
+        found[f"{place} image"] = sha256(content)
+        found[f"{place} label"] = int(label)
+    return found
+
+
+def sha256(content: bytes | str) -> str:
+    """Return a SHA-256 in hexadecimal digits; of names of files, too."""
+    content = os.fsencode(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def count_classes(name: str, *parts: Samples) -> int:

@@ -21,7 +21,7 @@ from engine.device import describe
 from engine.figures import new_figure, save_figure
 from models import load, set_bit_width
 from models.bit_widths import FULL_PRECISION, BitWidth
-from utils import one_line, write_json, write_text
+from utils import WriteError, one_line, write_json, write_text
 
 REPEATS = {1: 30, 8: 15, 64: 5}  # {batch size: calls of each candidate, taking turns}
 WARM_UP = 2  # calls that are not counted
@@ -177,7 +177,10 @@ def quantize_by_nncf(path: Path, calibration: numpy.ndarray, folder: Path) -> Pa
     content = nncf.quantize(runtimes.openvino_core().read_model(path), data,
                             subset_size=len(calibration))
     output = folder / "nncf.xml"
-    openvino.save_model(content, output, compress_to_fp16=False)
+    try:
+        openvino.save_model(content, output, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise WriteError(output, error) from None
     return output
 
 

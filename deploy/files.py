@@ -15,7 +15,7 @@ from deploy import check, runtimes
 from deploy.graph import Run, image_shape
 from models import packed, trained_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
-from utils import commit
+from utils import commit, writing
 
 FORMATS = ("packed", "onnx")
 INPUTS = ("float32", "uint8")
@@ -44,7 +44,7 @@ def export(model: nn.Module, path: str | Path,
     (N,) to compare on; None for random images. arguments: of the run, for a packed file.
 
     Raises ValueError where the format cannot represent the network or a file falls short of it, and
-    FileExistsError. Then nothing is left behind.
+    OSError where a file exists or cannot be written. Then nothing is left behind.
     """
     path = Path(path)
     if format not in FORMATS or input not in INPUTS:
@@ -58,10 +58,12 @@ def export(model: nn.Module, path: str | Path,
     files = file_names(path, widths, bit_widths == "any" or format == "packed")
     with temporary_folder(path) as folder:
         written = {width: folder / file.name for width, file in files.items()}
-        if format == "packed":
-            write_packed(model, widths, written[widths[0]], bit_widths == "any", about, arguments)
-        else:
-            write_onnx(model, written, bit_widths == "any", about, input)
+        with writing(path):
+            if format == "packed":
+                write_packed(model, widths, written[widths[0]], bit_widths == "any", about,
+                             arguments)
+            else:
+                write_onnx(model, written, bit_widths == "any", about, input)
 
         images, run = images_and_run(written, format, input, about, images)
         results = check.compare(model, run, images, labels, widths)
@@ -71,7 +73,8 @@ def export(model: nn.Module, path: str | Path,
                              "something that this format does not hold" +
                              ("; take the packed format" if format != "packed" else ""))
         if format == "onnx" and labels is not None:
-            add_accuracy(written, results)
+            with writing(path):
+                add_accuracy(written, results)
         publish(written, files)
     return Exported(files, results)
 

@@ -58,7 +58,7 @@ def openvino_run(path: str | Path, threads: int = 1) -> Run:
 
 
 @functools.cache
-def openvino_core():
+def openvino_core() -> "openvino.Core":  # noqa: F821  which is imported where it is needed
     """Return OpenVINO's core, one for the whole process.
 
     After the end of a core, signals would meet a stack that its CPU plugin has freed.

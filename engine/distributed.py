@@ -1,7 +1,10 @@
 """Several processes as one run, launched by torchrun; with one process these do nothing."""
 import contextlib
 import datetime
+import itertools
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -16,14 +19,26 @@ class ProcessError(Exception):
     """The processes of a run cannot connect, or have lost each other."""
 
 
+def check_launch() -> None:
+    """Raise ProcessError where the variables that torchrun sets are no numbers, or do not fit."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_MAX_RESTARTS"):
+        text = os.environ.get(name)
+        if text and not text.isdecimal():
+            raise ProcessError(f"{name} is {text!r} in the environment, and no whole number from 0 "
+                               "up: unset it, or start with torchrun, which sets it")
+    if rank() >= world_size():
+        raise ProcessError(f"RANK is {rank()} in the environment, and WORLD_SIZE only "
+                           f"{world_size()}: unset both, or start with torchrun, which sets them")
+
+
 def rank() -> int:
     """Return the index of this process, from 0; rank 0 writes files and logs."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @contextlib.contextmanager
@@ -41,16 +56,19 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
         # torchrun's store outlives a restart: a prefix separates the entries of each start.
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         prefix = f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(prefix, store)
+        Waiting.store = dist.PrefixStore("waiting", store)
+        Waiting.timeout = timeout
         on_gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=dist.PrefixStore(prefix, store), rank=rank(),
-            world_size=world_size(), timeout=limit, device_id=device if on_gpu else None)
+            "nccl" if on_gpu else "gloo", store=store, rank=rank(), world_size=world_size(),
+            timeout=limit, device_id=device if on_gpu else None)
         yield
         dist.destroy_process_group()  # not after an error, when it could wait for stuck processes
     except (ValueError, RuntimeError) as error:  # torch's own errors among them
         text = str(error).lower()
         words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "rendezvous")
-        if not any(word in text for word in words):
+        if not isinstance(error, dist.DistError) and not any(word in text for word in words):
             raise
         raise ProcessError(f"process {rank()} of {world_size()} lost the others "
                            f"({text.splitlines()[0][:200]}): see the first error above, and start "
@@ -59,13 +77,72 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_at_a_time_per_machine() -> Iterator[None]:
-    """Run the context on the first process of each machine, then on the others: for downloads."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        wait()
-    yield
+    """Run the context on the first process of each machine, then on the others: for downloads.
+
+    These wait for as long as it takes. Raises ProcessError where one of the first fails, or gives
+    no sign of life for the timeout of `processes`.
+    """
+    if world_size() == 1:
+        yield
+        return
+    first = int(os.environ.get("LOCAL_RANK") or 0) == 0
+    place = f"download{next(Waiting.numbers)}"
+    awaited = [index for index, is_first in enumerate(gather(first)) if is_first]
     if first:
-        wait()
+        with signs_of_life(f"{place}/{rank()}"):
+            yield
+    for index in awaited:
+        wait_for_end(index, f"{place}/{index}")
+    if not first:
+        yield
+
+
+class Waiting:
+    """What processes share that wait for one another without a collective, and its limit."""
+    store: dist.Store
+    timeout: float  # seconds without a sign of life
+    beat = 1.0  # seconds between two signs of life
+    numbers = itertools.count()  # of the waits, the same on all processes
+
+
+@contextlib.contextmanager
+def signs_of_life(key: str) -> Iterator[None]:
+    """Count up in the store while the context runs, and then say there how it ended."""
+    ended = threading.Event()
+    outcome = "failed"
+
+    def count() -> None:
+        with contextlib.suppress(RuntimeError):  # the store has ended before this process
+            while not ended.wait(Waiting.beat):
+                Waiting.store.add(key, 1)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+        outcome = "done"
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(RuntimeError):
+            Waiting.store.set(f"{key}/outcome", outcome)
+
+
+def wait_for_end(index: int, key: str) -> None:
+    """Wait until process `index` has ended its signs_of_life(key)."""
+    count = 0
+    heard = time.monotonic()
+    while not Waiting.store.check([f"{key}/outcome"]):
+        time.sleep(0.05)
+        now = Waiting.store.add(key, 0)
+        if now != count:
+            count = now
+            heard = time.monotonic()
+        if time.monotonic() - heard > Waiting.timeout:
+            raise ProcessError(f"process {index}, which may have had to download, gave no sign of "
+                               f"life for {Waiting.timeout:g} s: see the first error above")
+    if Waiting.store.get(f"{key}/outcome") != b"done":
+        raise ProcessError(f"process {index} failed: see its error above")
 
 
 def gather(value: T) -> list[T]:

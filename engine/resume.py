@@ -9,7 +9,7 @@ from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, check
 from engine.errors import UsageError, UserError
 from models import BitWidth, saved_bit_widths
 from models.checkpoint import BEST, LATEST, network_spec, old_spec, read_checkpoint
-from utils import flag_text
+from utils import flag_text, without_secrets
 
 
 class Checkpoint:
@@ -129,6 +129,8 @@ def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Name
 def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     """Return what would change a saved run, as a message; the arguments `free` may differ."""
     machine = names_of(MACHINE)
+    saved = without_secrets(saved)
+    ours = without_secrets(ours)
     return "; ".join(f"{flag_name(name)} is {flag_text(saved[name])}, not {flag_text(value)}"
                      for name, value in ours.items()
                      if name in saved and name not in (*machine, *free) and saved[name] != value)

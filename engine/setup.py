@@ -1,4 +1,5 @@
 """The parts of a run, made from its arguments."""
+import os
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,8 +30,10 @@ def describe_images(name: str, dataset: Samples) -> dict:
     """Return a description of a data set's images, as checkpoints hold it."""
     row = DATASETS[name]
     names = getattr(dataset, "classes", None)
+    if names:  # those of folders may be no UTF-8, which files in JSON could not hold
+        names = [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
     return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std),
-            "class_names": list(map(str, names)) if names else None}
+            "class_names": names or None}
 
 
 def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,

@@ -10,19 +10,20 @@ from engine.errors import UserError, reading
 from engine.metrics import Metrics, best_key
 from models import BitWidth
 from models.checkpoint import load_weights
-from utils import one_line, replacing
+from utils import WriteError, one_line, replacing, writing
 
 
 class TrainingState:
     """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
 
     arguments: the run's, as a dict. num_samples: images of an epoch, compared on resume. images: a
-    description of the images, as checkpoints hold it.
+    description of the images, as checkpoints hold it. data: the training data's fingerprint,
+    compared on resume.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer,
                  bit_widths: list[BitWidth], device: torch.device, arguments: dict,
-                 num_samples: int, images: dict | None = None):
+                 num_samples: int, images: dict | None = None, data: dict | None = None):
         self.model = model
         self.optimizer = optimizer
         self.device = device
@@ -30,6 +31,7 @@ class TrainingState:
         self.arguments = arguments
         self.num_samples = num_samples
         self.images = images
+        self.data = data
         self.epoch = arguments["start_epoch"]  # epochs done
         self.best = (-math.inf, -math.inf)  # the largest best_key
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
@@ -53,8 +55,8 @@ class TrainingState:
         """Write model_latest.pth.tar, and if `best` model_best.pth.tar, whole or not at all.
 
         All processes must call it, and return once it is written; the network is rank 0's. Raises
-        UserError where losses or weights are not finite, or the file cannot be written; previous
-        files are unchanged then.
+        UserError where losses or weights are not finite, and WriteError where the file cannot be
+        written; previous files are unchanged then.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
         name = first_not_finite(self.model)
@@ -66,6 +68,7 @@ class TrainingState:
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
             "best": list(self.best), "network": self.model.spec, "images": self.images,
+            "data": self.data,
             "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "arguments": self.arguments, "num_samples": self.num_samples,
             "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
@@ -79,6 +82,11 @@ class TrainingState:
 
     def restore(self, path: str | Path, content: dict) -> None:
         """Restore what read_checkpoint read from `path`; raises UserError where it does not fit."""
+        with reading(path):
+            changed = data_difference(content.get("data"), self.data)
+        if changed:
+            raise UserError(f"{path} is of a run on other data: {changed}; resume on the same "
+                            "data, or start a new run from it with --pretrain")
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)
@@ -104,6 +112,18 @@ class TrainingState:
                             f"split has {self.num_samples}: resume on the same data")
 
 
+def data_difference(saved: dict | None, own: dict | None) -> str:
+    """Return how a saved fingerprint of data differs, as a message; none where one is unknown."""
+    changes = []
+    if saved and own:
+        for name, value in own.items():
+            if name in saved and saved[name] != value:
+                digest = isinstance(value, str)
+                changes.append(f"its {name} is another" if digest else
+                               f"its {name} was {saved[name]} and is {value}")
+    return ", ".join(changes)
+
+
 def first_not_finite(model: torch.nn.Module) -> str | None:
     """Return the name of a parameter or buffer that is not finite; None where all are. Waits."""
     entries = {name: tensor for name, tensor in model.state_dict().items()
@@ -113,14 +133,14 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all; raises UserError where the disk is full."""
-    try:
+    """Write a checkpoint whole or not at all; raises WriteError where the disk is full."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+    with replacing(path) as temporary:
+        try:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose "
-                        "another folder; what was saved before is kept") from None
+        except RuntimeError as error:
+            raise WriteError(path, f"{one_line(error)}, as on a full disk") from None
 
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.

@@ -68,6 +68,8 @@ def read_checkpoint(path: str | Path) -> dict:
     Returns its dict, with DataParallel's prefix removed from the keys. Raises FileError where it
     cannot be read.
     """
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe could last for ever
+        raise FileError(f"{path} is no file but a folder, a pipe or a device: give a checkpoint")
     if packed.is_packed(path):
         try:
             return packed.read_checkpoint(path)

@@ -6,7 +6,9 @@ Writes what it found to FOLDER/found.pt, and trains FOLDER/digits and FOLDER/ima
 torch once for all of them saves most of the time.
 """
 import copy
+import json
 import os
+import signal
 import socket
 import sys
 from functools import partial
@@ -24,7 +26,7 @@ import reference  # noqa: E402
 import runs  # noqa: E402
 import tiny_data  # noqa: E402
 import train  # noqa: E402
-from dataset.data import DATASETS, get_dataset  # noqa: E402
+from dataset.data import DATASETS, DataError, get_dataset  # noqa: E402
 from engine import distributed  # noqa: E402
 from engine.arguments import merge_args, parse_flags  # noqa: E402
 from engine.errors import StopRequest  # noqa: E402
@@ -207,10 +209,32 @@ def evaluation():
             "batches": distributed.gather(len(loader))}
 
 
+def turns():
+    """Take turns, twice; return what each process saw of the other's."""
+    found = []
+    for turn in range(2):
+        with distributed.one_at_a_time_per_machine():
+            found.append(distributed.Waiting.store.add(f"turn{turn}", 1))
+    return {"turns": distributed.gather(found)}
+
+
+def first_fails(how):
+    """End the first process in its turn; return 1 there, 2 where the other ends by itself."""
+    try:
+        with distributed.processes(CPU, 120), distributed.one_at_a_time_per_machine():
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise DataError("no network")
+    except distributed.ProcessError:
+        return 2
+    except DataError:
+        return 1
+
+
 def check(folder):
     with distributed.processes(CPU, 120):
         found = {**steps(), **some_bit_widths(), **gradients(), **initial_values(folder),
-                 **evaluation()}
+                 **evaluation(), **turns()}
         if distributed.rank() == 0:
             torch.save(found, folder / "found.pt")
     return 0
@@ -239,6 +263,10 @@ def main(folder):
     tiny_data.imagenet(folder / "data", classes=("n01440764", "n01443537"), per_class=4)
     imagenet = [*IMAGENET, "--data-dir", folder / "data"]
     get_dataset("digits", "train")  # imports scikit-learn once, too
+    (folder / "ends").mkdir()  # where torch warns, too
+    ends = {how: in_two_processes(partial(first_fails, how), folder / "ends", how)
+            for how in ("fails", "killed")}
+    (folder / "ends.json").write_text(json.dumps(ends))
     codes = in_two_processes(partial(check, folder), folder, "check")
     for name, flags in (("digits", DIGITS), ("imagenet", imagenet)):
         training = partial(runs.run, [*flags, "--results-dir", folder / name])

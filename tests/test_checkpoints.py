@@ -239,7 +239,9 @@ def bad_files(trained):
 def bad_sources(trained, folder, url):
     """Return {case: (source, part of the message)}."""
     (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
     sources = {
+        "a pipe": (folder / "pipe", "is no file but a folder, a pipe or a device"),
         "no file": (folder / "none.pth.tar", "does not exist"),
         "unknown name": ("resnet20q_3", "does not exist: give a file, a results folder, a URL, or "
                                         "a published name"),

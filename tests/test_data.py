@@ -1,5 +1,11 @@
 """Every data set from small files in its real format; seeded batches, in memory or not."""
+import gzip
+import json
+import math
+import os
 import random
+import shutil
+import struct
 
 import numpy
 import pytest
@@ -11,12 +17,15 @@ from torchvision import datasets
 
 import tiny_data
 from dataset import data as data_room
-from dataset.data import DATASETS, DataError, data_paths, get_dataset, get_transform
+from dataset.data import DATASETS, data_paths, get_dataset, get_transform
+from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
-                            flipped_crops, make_loader, read_arrays)
+                            count_classes, fingerprint, flipped_crops, make_loader, read_arrays)
 from engine.arguments import merge_args, parse_flags
-from engine.setup import make_val_loader
+from engine.setup import describe_images, make_val_loader
 
+CPU = torch.device("cpu")
+PUBLISHED = {name: row.shapes for name, row in DATASETS.items()}  # before tiny_data changes them
 SIZES = {  # of the files in tiny_data, per split
     "cifar10": {"train": 20, "test": 6, "train_auto_quan": 19, "val_auto_quan": 1},
     "cifar100": {"train": 12, "test": 6},
@@ -223,11 +232,93 @@ def test_damaged_data_offline_is_one_clear_error(tmp_path, monkeypatch, damage):
     assert "\n" not in str(error.value)
 
 
-def test_truncated_mnist_is_one_clear_error(tmp_path, monkeypatch):
-    path = tiny_data.mnist(tmp_path, monkeypatch) / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="MNIST is not in .*, or altered there"):
+def idx(*shape, value=0):
+    """Return an idx file's content: images (n, height, width), or labels (n,), of one value."""
+    header = struct.pack(f">{1 + len(shape)}I", 0x800 + len(shape), *shape)
+    return header + bytes([value]) * math.prod(shape)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+@pytest.mark.parametrize("file, content, told", [
+    (IMAGES, idx(9, 28, 28), "holds 12 labels for 9 images"),
+    (IMAGES, idx(12, 14, 56), "holds 12 images of 14 x 56 pixels, not 12 of 28 x 28"),
+    (IMAGES, idx(12, 28, 28)[:-1], "has 9,423 bytes, not the 9,424 of its header"),
+    (IMAGES, idx(12), "does not begin as a file of MNIST's format with 3 dimensions"),
+    (IMAGES, b"", "does not begin as a file of MNIST's format"),
+    (LABELS, idx(13), "holds 13 labels for 12 images"),
+    (LABELS, idx(11), "holds 11 labels for 12 images"),
+    (LABELS, idx(12, value=10), "holds a label 10, not one of its 10 classes, 0 to 9"),
+    (LABELS, idx(12) + b"x", "has 21 bytes, not the 20 of its header")])
+def test_raw_files_that_are_not_what_they_say(name, file, content, told, tmp_path, monkeypatch):
+    make(name, tmp_path, monkeypatch)
+    (path,) = tmp_path.rglob(file)
+    path.write_bytes(content)
+    path.with_name(f"{file}.gz").unlink()
+    named = path if "labels for" not in told else path.with_name(LABELS)
+    with pytest.raises(DataError, match=f"{named} {told}.*: remove it to get it anew, or") as error:
+        get_dataset(name, "train", data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(get_dataset(name, "test", data_dir=tmp_path)) == 6
+
+
+def test_all_raw_files_of_another_number(tmp_path, monkeypatch):
+    """64 images with 64 labels are no Fashion-MNIST."""
+    folder = tiny_data.fashion_mnist(tmp_path, monkeypatch)
+    for file, content in ((IMAGES, idx(64, 28, 28)), (LABELS, idx(64))):
+        (folder / file).write_bytes(content)
+        (folder / f"{file}.gz").unlink()
+    told = f"{IMAGES} holds 64 images of 28 x 28 pixels, not 12 of 28 x 28"
+    with pytest.raises(DataError, match=told):
+        get_dataset("fashion-mnist", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("file", [IMAGES, LABELS])
+def test_raw_files_are_compared_with_their_packed_ones(file, tmp_path, monkeypatch):
+    path = tiny_data.mnist(tmp_path, monkeypatch) / file
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a valid pixel or label
+    with pytest.raises(DataError, match=f"{path} is not the content of {file}.gz beside it"):
         get_dataset("mnist", "train", data_dir=tmp_path)
+    path.unlink()  # as the message says
+    get_dataset("mnist", "train", data_dir=tmp_path)
+    assert path.read_bytes() == content
+
+    packed = path.with_name(f"{file}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes(), 1))  # the same content
+    told = f"{packed} does not have the published MD5 .*: remove it to go on with {file} as it is"
+    with pytest.raises(DataError, match=told):
+        get_dataset("mnist", "train", data_dir=tmp_path)
+    packed.unlink()
+    get_dataset("mnist", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "fashion-mnist"])
+def test_every_set_has_the_published_number_of_images(name, tmp_path, monkeypatch):
+    published = PUBLISHED[name]["test"]
+    assert published[0] == (26_032 if name == "svhn" else 10_000)
+    with monkeypatch.context() as making:  # torchvision's checksums alone
+        make(name, tmp_path, making)
+        making.setitem(DATASETS, name, DATASETS[name]._replace(shapes={"test": published}))
+        told = rf"holds 6 images of \d+ x \d+ pixels, not {published[0]:,}"
+        with pytest.raises(DataError, match=told):
+            get_dataset(name, "test", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_labels_of_a_row_of_ones_own(in_memory, monkeypatch):
+    samples = [(Image.new("RGB", (8, 8)), label) for label in (0, 1, 2, 3)]
+    row = DATASETS["digits"]._replace(open=lambda root, split: samples, num_classes=3, shapes={})
+    monkeypatch.setitem(DATASETS, "own", row)
+    told = "own holds a label 3, not one of its 3 classes, 0 to 2: .* or the row's num_classes"
+    with pytest.raises(DataError, match=told):
+        own = get_dataset("own", "val", data_dir="x")
+        list(make_loader(own, "own", CPU, 2, False, in_memory=in_memory))
+    samples.clear()
+    with pytest.raises(DataError, match="own's val part in x/own holds no images"):
+        get_dataset("own", "val", data_dir="x")
 
 
 def test_image_folder_errors(tmp_path):
@@ -245,11 +336,96 @@ def test_image_folder_errors(tmp_path):
         get_dataset("imagenet", "train", data_dir=tmp_path)[0]
 
 
-@pytest.mark.parametrize("kind", data_room.IMAGE_FORMATS)
+def folder_of(tmp_path):
+    """Return a class folder of images, and the function that opens them."""
+    folder = tiny_data.imagenet(tmp_path) / "train" / "n01440764"
+    return folder, lambda: get_dataset("imagenet", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("make_file", [
+    os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("none", path)],
+    ids=["pipe", "device", "link to nothing"])
+def test_what_is_no_file_is_no_image(make_file, tmp_path):
+    folder, opened = folder_of(tmp_path)
+    make_file(folder / "x.png")
+    with pytest.raises(DataError, match=f"{folder}/x.png is not a file, but a pipe, a device, or"):
+        opened()
+    with pytest.raises(DataError, match=f"{folder}/x.png is not a readable image"):
+        load_image(folder / "x.png")  # of a row of one's own
+
+
+def test_a_pipe_in_the_place_of_a_download(tmp_path, monkeypatch):
+    path = tiny_data.mnist(tmp_path, monkeypatch) / LABELS
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{path} is a pipe: remove it"):
+        get_dataset("mnist", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("link, target", [
+    ("n01440764/self", "."), ("n01440764/self", "../n01440764"), ("n01440764/all", ".."),
+    ("all", "."), ("n01440764/a/b/c", "../../..")])
+def test_links_in_a_circle(link, target, tmp_path):
+    folder, opened = folder_of(tmp_path)
+    path = folder.parent / link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+    with pytest.raises(DataError, match=f"{path} is a link to a folder that it stands in"):
+        opened()
+
+
+@pytest.mark.parametrize("link", ["train/x", "train", "../imagenet"])
+def test_links_to_themselves(link, tmp_path):
+    folder, opened = folder_of(tmp_path)
+    path = tmp_path / "imagenet" / link
+    if path.exists():
+        path.resolve().rename(tmp_path / "moved")
+        path = tmp_path / "imagenet" if ".." in link else path
+    path.symlink_to(path.name)
+    with pytest.raises(DataError, match="does not hold imagenet .*Too many levels.*put one folder"):
+        opened()
+
+
+def test_a_data_folder_that_links_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("mnist", "fashion-mnist", "cifar10", "svhn"):
+        with pytest.raises(DataError, match=f"loop/{name} cannot be written"):
+            get_dataset(name, "train", data_dir=tmp_path / "loop")
+
+
+def test_images_are_those_of_torchvision_in_its_order(tmp_path):
+    folder, opened = folder_of(tmp_path)
+    for index, inner in enumerate(("b", "a/c", "a-", "b/.hidden")):
+        (folder / inner).mkdir(parents=True)
+        shutil.copy(folder / "n01440764_0.JPEG", folder / inner / f"{9 - index}.PNG")
+    (folder / "notes.txt").write_text("")
+    (folder / "z.jpg").symlink_to("n01440764_1.JPEG")
+    (folder.parent / "link").symlink_to("n01440764/b")
+    found = opened()
+    expected = datasets.ImageFolder(folder.parent)
+    assert found.samples == expected.samples and len(found) == 6 + 4 + 1 + 2
+    assert found.classes == expected.classes and found.targets == expected.targets
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    for split in ("train", "val"):
+        folder = os.path.join(os.fsencode(tmp_path), b"\xff", b"imagenet", split.encode(), b"n\xe9")
+        os.makedirs(folder)
+        Image.new("RGB", (8, 8)).save(os.path.join(folder, b"\xfe.png"), "PNG")
+    data_dir = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xff"))
+    train, val = (get_dataset("imagenet", split, data_dir=data_dir) for split in ("train", "val"))
+    assert len(train) == 1 and train[0][0].size == (8, 8)
+    assert count_classes("imagenet", train, val) == 1
+    assert fingerprint(train) == fingerprint(val)
+    assert describe_images("imagenet", train)["class_names"] == ["n\\xe9"]
+    json.dumps(describe_images("imagenet", train)).encode()
+
+
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
 def test_formats_of_images(kind, tmp_path):
     image = Image.fromarray(tiny_data.pixels(4, 5, 3))
     image.save(tmp_path / "x.jpg", kind)
-    found = data_room.load_image(tmp_path / "x.jpg")
+    found = load_image(tmp_path / "x.jpg")
     assert found.mode == "RGB" and found.size == (5, 4)
     if kind not in ("JPEG", "WEBP"):
         assert found.tobytes() == image.tobytes()
@@ -265,7 +441,7 @@ def test_an_image_of_another_format_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     with pytest.raises(DataError, match="x.jpg is not a readable image of JPEG, PNG"):
-        data_room.load_image(path)
+        load_image(path)
     assert not (tmp_path / "started").exists()
 
 
@@ -298,8 +474,6 @@ def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
 
 
 # ---- in memory
-
-CPU = torch.device("cpu")
 
 
 def loader_of(name, data_dir, in_memory=True, train=True, batch_size=5, seed=0):

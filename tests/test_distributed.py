@@ -1,11 +1,14 @@
 """Several processes as one run, on gloo: the same maths, samples, checkpoints; a death of one."""
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ import process_checks
 import train
 from dataset.data import DataError
 from dataset.loader import InMemoryLoader, ShuffledBatches
+from engine import distributed
 from engine.errors import UserError
 from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
@@ -125,6 +129,84 @@ def test_evaluation_counts_every_image_once(found):
     for bits, values in alone.items():
         assert found["results"][bits]["top1"] == pytest.approx(values["top1"], rel=1e-12)
         assert found["results"][bits] == pytest.approx(values, rel=1e-5)
+
+
+# ---- waiting for downloads
+
+def test_one_process_of_a_machine_goes_first(found):
+    assert found["turns"] == [[1, 1], [2, 2]]
+
+
+def test_the_others_end_where_the_first_fails_or_dies(checks):
+    ends = json.loads((checks / "ends.json").read_text())
+    assert ends == {"fails": [1, 2], "killed": [-signal.SIGKILL, 2]}
+
+
+class Download:
+    """A store, and a clock that its looks move on by a second: of a download of so many seconds.
+
+    It gives a sign of life every `pause` seconds.
+    """
+
+    def __init__(self, seconds, pause, outcome=b"done"):
+        self.now = 0
+        self.seconds = seconds
+        self.pause = pause
+        self.outcome = outcome
+
+    def check(self, keys):
+        assert keys == ["x/outcome"]
+        self.now += 1
+        return self.now > self.seconds
+
+    def add(self, key, amount):
+        assert (key, amount) == ("x", 0)
+        return self.now // self.pause
+
+    def get(self, key):
+        return self.outcome
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        pass
+
+
+@pytest.mark.parametrize("download, told", [
+    (Download(10_000, pause=50), None),  # far longer than the timeout
+    (Download(10_000, pause=10**9), "process 3, .* gave no sign of life for 100 s"),
+    (Download(10, pause=1, outcome=b"failed"), "process 3 failed: see its error above")])
+def test_a_download_is_waited_for_while_there_are_signs_of_life(download, told, monkeypatch):
+    monkeypatch.setattr(distributed, "time", download)
+    monkeypatch.setattr(distributed.Waiting, "store", download, raising=False)
+    monkeypatch.setattr(distributed.Waiting, "timeout", 100, raising=False)
+    with pytest.raises(distributed.ProcessError, match=told) if told else nullcontext():
+        distributed.wait_for_end(3, "x")
+    assert download.now > (10_000 if not told else 0)
+
+
+def test_signs_of_life_are_given_until_the_end(monkeypatch):
+    seen = threading.Event()
+    store = {}
+
+    class Store:
+        def add(self, key, amount):
+            store[key] = store.get(key, 0) + amount
+            if store[key] == 3:
+                seen.set()
+
+        def set(self, key, value):
+            store[key] = value
+
+    monkeypatch.setattr(distributed.Waiting, "store", Store(), raising=False)
+    monkeypatch.setattr(distributed.Waiting, "beat", 0.001)
+    with distributed.signs_of_life("x"):
+        assert seen.wait(60)
+    assert store["x/outcome"] == "done"
+    with pytest.raises(DataError), distributed.signs_of_life("y"):
+        raise DataError("no network")
+    assert store["y/outcome"] == "failed"
 
 
 # ---- the same samples

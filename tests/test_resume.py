@@ -10,8 +10,12 @@ import sys
 import pytest
 import torch
 from runs import ROOT, assert_one_line, assert_same, load, run, snapshot, tiny
+from torchvision import transforms
 
+import tiny_data
 import train
+from dataset.data import DATASETS, Transformed, get_dataset
+from dataset.loader import fingerprint
 from engine.run_folder import read_metrics
 from models import MODELS
 
@@ -76,14 +80,15 @@ def test_resume_continues_as_if_never_stopped(optimizer, trained, tmp_path, tiny
     assert " 1/1 " in log and " 3/3 " in log  # continued, not begun anew
 
 
-def stop_after(steps, monkeypatch):
-    """Let a run get SIGTERM in that step of it, counted from 1."""
+def stop_after(steps, monkeypatch, *numbers):
+    """Let a run get SIGTERM, or these signals, in that step of it, counted from 1."""
     count, exchange_gradients = itertools.count(1), train.exchange_gradients
 
     def exchange(parameters):
         exchange_gradients(parameters)
         if next(count) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in numbers or [signal.SIGTERM]:
+                os.kill(os.getpid(), number)
 
     monkeypatch.setattr(train, "exchange_gradients", exchange)
 
@@ -98,6 +103,41 @@ def assert_resumes(argv, folder, monkeypatch):
     assert run(["--resume", folder / "parts"]) == 0
     assert_same_run(folder / "parts", folder / "whole")
     return folder / "whole"
+
+
+@pytest.mark.parametrize("numbers, launcher", [
+    ([signal.SIGHUP, signal.SIGHUP], False),  # of the shell and of the kernel
+    ([signal.SIGUSR1], False),
+    ([signal.SIGTERM, signal.SIGTERM], True)])  # torchrun passes on what was sent to all
+def test_signals_that_save_and_stop(numbers, launcher, tmp_path, tiny_cifar10, monkeypatch, capsys):
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    before = [signal.getsignal(number) for number in numbers]
+    with monkeypatch.context() as stopping:
+        stop_after(2, stopping, *numbers)
+        assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 128 + numbers[0]
+    told = f"stopped by {numbers[0].name} in epoch 1, after step 2 of 3; to go on: "
+    assert_one_line(capsys, told, f"--resume {tmp_path}/r")
+    assert told in next((tmp_path / "r").glob("log_*.txt")).read_text()
+    assert load(tmp_path / "r")["step"] == 2
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_under_nohup_ignores_sighup(tmp_path, tiny_cifar10, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop_after(2, monkeypatch, signal.SIGHUP)
+    try:
+        assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_while_data_is_read(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_data", lambda args: os.kill(os.getpid(), signal.SIGINT))
+    assert run(tiny(tiny_cifar10, tmp_path / "r")) == 130
+    assert_one_line(capsys, ": interrupted\n")
+    assert not (tmp_path / "r").exists()
 
 
 def without_decay(argv):
@@ -280,6 +320,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(begun, trained, tmp_path, caps
     arguments = {**checkpoint["arguments"], **older}
     for name in ("sync_bn", "schedule", "widths_per_step"):
         del arguments[name]
+    del checkpoint["data"]
     (group,) = checkpoint["optimizer"]["param_groups"]
     for name in ("initial_lr", "param_names"):
         del group[name]
@@ -300,6 +341,96 @@ def test_steps_of_an_epoch_are_counted(tmp_path, tiny_cifar10, monkeypatch, caps
     assert run(["--resume", tmp_path / "r"]) == 0
     done = f"resuming: 1 of 3 epochs and 2 of 3 steps done, in {tmp_path}/r\n"
     assert done in capsys.readouterr().out
+
+
+# ---- other data
+
+@pytest.fixture
+def change_data(monkeypatch):
+    """Return the function that changes cifar10's data, once they are read, until the test ends."""
+    def change(function):
+        row = DATASETS["cifar10"]
+
+        def opened(root, split):
+            dataset = row.open(root, split)
+            function(dataset)
+            return dataset
+
+        monkeypatch.setitem(DATASETS, "cifar10", row._replace(open=opened, shapes={}))
+
+    return change
+
+
+def another_pixel(index):
+    def change(dataset):
+        dataset.data[index if index < len(dataset) else 0, 3, 4, 1] ^= 1
+
+    return change
+
+
+def another_label(dataset):
+    dataset.targets[0] = 7
+
+
+def fewer(dataset):
+    dataset.data = dataset.data[:-1]
+    dataset.targets = dataset.targets[:-1]
+
+
+@pytest.fixture(scope="module")
+def midway(tmp_path_factory, tiny_cifar10):
+    """The results folder of a run that was stopped within its second epoch. No test changes it."""
+    folder = tmp_path_factory.mktemp("midway") / "r"
+    with pytest.MonkeyPatch.context() as stopping:
+        stop_after(5, stopping)
+        assert run(tiny(tiny_cifar10, folder)) == 128 + signal.SIGTERM
+    return folder
+
+
+@pytest.mark.parametrize("when", ["begun", "midway"])
+@pytest.mark.parametrize("change, told", [
+    (another_pixel(0), "its first image is another;"),
+    (another_pixel(10), "its middle image is another;"),
+    (another_pixel(19), "its last image is another;"),
+    (another_label, "its first label was 0 and is 7;"),
+    (fewer, "its number of images was 20 and is 19, ")])
+def test_other_data_are_refused(when, change, told, change_data, request, capsys):
+    folder = request.getfixturevalue(when)
+    before = snapshot(folder)
+    change_data(change)
+    capsys.readouterr()
+    assert run(["--resume", folder]) == 1
+    assert_one_line(capsys, "model_latest.pth.tar is of a run on other data: ", told,
+                    "resume on the same data, or start a new run from it with --pretrain")
+    assert snapshot(folder) == before
+
+
+def test_other_classes_are_refused(tmp_path, capsys):
+    tiny_data.imagenet(tmp_path, classes=("cat", "dog"))
+    for split in ("train", "val"):  # otherwise the same
+        shutil.copytree(tmp_path / "imagenet" / split, tmp_path / "other" / "imagenet" / split)
+        (tmp_path / "other" / "imagenet" / split / "cat").rename(
+            tmp_path / "other" / "imagenet" / split / "cow")
+    assert run(["--dataset", "imagenet", "--data-dir", tmp_path, "--model", "resnet20q", "--width",
+                1, "--bit_width_list", 2, "--epochs", 1, "--batch-size", 4, "--workers", 0,
+                "--device", "cpu", "--results-dir", tmp_path / "r"]) == 0
+    capsys.readouterr()
+    resume = ["--resume", tmp_path / "r", "--epochs", 2, "--data-dir", tmp_path / "other"]
+    assert run(resume) == 1
+    assert_one_line(capsys, "its list of class folders is another")
+
+
+def test_a_fingerprint_is_of_the_data_alone(tmp_path, tiny_cifar10):
+    dataset = get_dataset("cifar10", "train", data_dir=tiny_cifar10)
+    found = fingerprint(dataset)
+    assert found["number of images"] == 20
+    assert found["middle label"] == dataset[10][1] and found["last label"] == dataset[19][1]
+    assert len({found[f"{place} image"] for place in ("first", "middle", "last")}) == 3
+    assert fingerprint(list(dataset)) == found  # whatever holds the samples
+    flips = transforms.RandomHorizontalFlip()
+    assert len({dataset[0][0].tobytes(), *(flips(dataset[0][0]).tobytes() for _ in range(50))}) == 2
+    row_s_own = [fingerprint(Transformed(dataset, flips)) for _ in range(10)]
+    assert all(again == row_s_own[0] for again in row_s_own)
 
 
 # ---- the same command again

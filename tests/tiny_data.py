@@ -1,4 +1,7 @@
-"""Small data sets in their real on-disk formats, with torchvision's checksums set to theirs."""
+"""Small data sets in their real on-disk formats.
+
+torchvision's checksums and the rows' numbers of images are set to theirs.
+"""
 import gzip
 import hashlib
 import pickle
@@ -10,6 +13,8 @@ import numpy
 import scipy.io
 from PIL import Image
 from torchvision import datasets
+
+from dataset.data import DATASETS
 
 RANDOM = numpy.random.RandomState(0)
 
@@ -24,6 +29,17 @@ def labels(count, classes=10):
 
 def md5(path):
     return hashlib.md5(Path(path).read_bytes()).hexdigest()
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def set_counts(monkeypatch, name, **counts):
+    """Have a row expect these numbers of images, of its own height and width."""
+    row = DATASETS[name]
+    shapes = {part: (count, *row.shapes[part][1:]) for part, count in counts.items()}
+    monkeypatch.setitem(DATASETS, name, row._replace(shapes=shapes))
 
 
 def write_cifar(folder, files, label_key, classes, meta):
@@ -48,6 +64,7 @@ def cifar10(data_dir, monkeypatch, per_batch=4, test=6):
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", md5(folder / "test_batch")]])
     monkeypatch.setattr(datasets.CIFAR10, "meta", {
         "filename": "batches.meta", "key": "label_names", "md5": md5(folder / "batches.meta")})
+    set_counts(monkeypatch, "cifar10", train=5 * per_batch, test=test)
     return folder
 
 
@@ -58,6 +75,7 @@ def cifar100(data_dir, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", md5(folder / "test")]])
     monkeypatch.setattr(datasets.CIFAR100, "meta", {
         "filename": "meta", "key": "fine_label_names", "md5": md5(folder / "meta")})
+    set_counts(monkeypatch, "cifar100", train=12, test=6)
     return folder
 
 
@@ -72,6 +90,7 @@ def svhn(data_dir, monkeypatch):
         scipy.io.savemat(path, {"X": pixels(32, 32, 3, count), "y": y})
         split_list[split] = [f"http://127.0.0.1:9/{path.name}", path.name, md5(path)]
     monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
+    set_counts(monkeypatch, "svhn", train=12, extra=28, test=6)
     return folder
 
 
@@ -92,6 +111,7 @@ def mnist(data_dir, monkeypatch, kind=datasets.MNIST, name="mnist"):
             compressed.write_bytes(gzip.compress(content))
             resources.append((compressed.name, md5(compressed)))
     monkeypatch.setattr(kind, "resources", resources)
+    set_counts(monkeypatch, name, train=12, test=6)
     return folder
 
 
