@@ -92,7 +92,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
             run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
                              trained_bit_widths=plain(trained))
             write_json(run.path / "evaluation.json", results)
-            save_evaluation_figure(run.path / "accuracy.png", results, name)
+            save_evaluation_figure(run.path / "accuracy.png", results, name, trained)
             log.info("\n%s\n", evaluation_table(results, trained))
             if args.save_calibrated:
                 save_calibrated(args, checkpoint, model, added)
