@@ -59,23 +59,24 @@ class Console:
         """Show an epoch, given its record in metrics.jsonl: losses are means over bit-widths."""
         self.close()
         epoch = f"{record['epoch']}/{self.epochs}"
+        speed = record["images_per_second"]
+        taken = time.monotonic() - self.started
+        eta = duration(taken / (self.rows + 1) * (self.epochs - record["epoch"]))
         width = max(5, 2 * len(str(self.epochs)) + 1)
         start = f"{epoch:>{width}} {record['lr']:7.2g} {mean_loss(record['train']):6.3f} "
         start += f"{mean_loss(record['val']):8.3f} "
-        room = columns() - len(start) - len(" img/s    eta ")
+        end = f"{speed:6.{1 if speed < 10 else 0}f} {eta:>6}"
+        room = columns() - len(start) - len(end)
         decimals = 2 if room >= 7 * len(self.bit_widths) else 1
         size = decimals + 4  # of 100.00
         per_line = max(1, room // (size + 1))
+        cells = [f"{record['val'][bits]['top1']:{size}.{decimals}f}" for bits in self.bit_widths]
 
         if self.rows % HEADER_EVERY == 0:
             names = [f"{f'{bits}b':>{size}}" for bits in self.bit_widths]
             header = f"{'epoch':>{width}} {'lr':>7} {'loss':>6} {'val loss':>8} "
             log.info(in_lines(header, names, f"{'img/s':>6} {'eta':>6}", per_line))
         self.rows += 1
-        eta = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
-        cells = [f"{record['val'][bits]['top1']:{size}.{decimals}f}" for bits in self.bit_widths]
-        speed = record["images_per_second"]
-        end = f"{speed:6.{1 if speed < 10 else 0}f} {duration(eta):>6}"
         log.info(in_lines(start, cells, end, per_line))
 
     def close(self) -> None:
