@@ -221,9 +221,10 @@ def log_run_info(args: Namespace, device: torch.device, state: TrainingState, ru
     if args.lr_decay:
         schedule = f"/ 10 after {flag_text(args.lr_decay)}"
     log.info(fitted(
-        f"{args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size} images, "
+        f"epochs {args.epochs}, steps an epoch {steps_per_epoch}, batch size {args.batch_size}, "
         f"{args.optimizer}, lr {args.lr:g} ({schedule}), weight decay {args.weight_decay:g}, "
-        f"width {args.width}, {args.quantizer}, {args.precision}, seed {args.seed}"))
+        f"width {args.width}, quantizer {args.quantizer}, precision {args.precision}, "
+        f"seed {args.seed}"))
     if defaulted:
         defaults = [f"{flag_name(name)} {flag_text(getattr(args, name))}" for name in defaulted]
         log.info(fitted("not set, so by default: " + "  ".join(defaults)))

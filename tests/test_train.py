@@ -66,12 +66,13 @@ def test_checkpoints_and_configuration(trained):
 
 def test_console(training):
     folder, out = training
-    header, *rows = [line for line in out.splitlines() if line.startswith(("epoch  ", "  "))]
+    header, *rows = [line for line in out.splitlines()
+                     if line.startswith(("epoch  ", "  1/3", "  2/3", "  3/3"))]
     assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
     assert header.split()[-1] == "eta" and rows[-1].split()[-1] == "0s"
     assert "epoch 1/3  step 1/3  loss " in out and "epoch 1/3  step 2/3  loss " in out
-    assert ("3 epochs of 3 steps of 8 images, adam, lr 0.001 (/ 10 after 2), weight decay 0, width "
-            "1,\n    dorefa, fp32, seed 0\n") in out
+    assert ("epochs 3, steps an epoch 3, batch size 8, adam, lr 0.001 (/ 10 after 2), weight decay "
+            "0, width 1, quantizer dorefa, precision fp32, seed 0") in out.replace("\n   ", "")
     assert out.splitlines()[-1].startswith(f"in {folder}: accuracy.png, ckpt/, config.json, log_")
     assert "best checkpoint (epoch" in out and "last (epoch 3)" in out
     log = next(folder.glob("log_*.txt")).read_text()
@@ -367,7 +368,7 @@ def test_digits_recipe_on_a_terminal_shows_a_bar(tmp_path, environment):
         pass
     _, err = process.communicate()
     assert process.returncode == 0 and err == "", err
-    for part in ("epoch 1/1:", "step/s", "loss=", "val loss", "best checkpoint (epoch 1)"):
+    for part in ("epoch 1/1:", "step/s", ", loss ", "val loss", "best checkpoint (epoch 1)"):
         assert part in shown.decode()
     assert load(tmp_path / "r")["epoch"] == 1
 
