@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
 from engine.errors import UserError, run_program
-from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
+from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
 from engine.run_folder import read_metrics
 from models import BitWidth
 from utils import flag_text, one_line, printable, replacing, write_text, writing
@@ -46,7 +46,9 @@ class Run(NamedTuple):
     kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
     bit_widths: str  # those of training; "all" for dedicated networks
-    settings: dict[str, str]  # {argument: text} of what else may differ between runs
+    trained: frozenset[BitWidth]
+    settings: dict[str, str]  # {argument: words} of what else may differ between runs
+    evaluation: dict[str, str]  # likewise, of what was evaluated and how
     seed: int
     best_by: str
     history: list[dict]  # records of metrics.jsonl; one for an evaluation
@@ -58,14 +60,15 @@ def load_run(folder: str | Path) -> Run:
         config = json.loads(Path(folder, "config.json").read_text())
         arguments = {**DEFAULTS, **config["arguments"]}  # an older run lacks some
         bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
-        name = f"any, {arguments['loss']}" if len(bit_widths) > 1 else "dedicated"
+        trained = frozenset(map(BitWidth.of, bit_widths))
+        name = f"any, {arguments['loss']}" if len(trained) > 1 else "dedicated"
+        evaluation = {}
         if arguments["evaluate"]:
             results = json.loads(Path(folder, "evaluation.json").read_text())
             history = [{"val": {BitWidth.of(bits): values for bits, values in results.items()}}]
-            name += f", trained at {flag_text(bit_widths)}"
-            if arguments["calibrate"] is not None:
-                name += f", calibrate {arguments['calibrate']}"
-            name += f", {Path(config['checkpoint']).name.split('.')[0]} evaluated"
+            if len(trained) == 1 and history[0]["val"].keys() != trained:
+                name += f" {flag_text(bit_widths)}-bit"
+            evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
         else:
             history = read_metrics(Path(folder, "metrics.jsonl"))
             if history and history[-1]["epoch"] < arguments["epochs"]:
@@ -75,13 +78,34 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} is not a results folder of train.py ({one_line(error)})") from None
     if not history:
         raise NoEpoch(f"{folder} has no finished epoch yet: leave it out, or let it go on")
-    settings = {argument: flag_text(value) for argument, value in sorted(arguments.items())
+    if arguments["precision"] != DEFAULTS["precision"]:
+        name += f", {arguments['precision']}"
+    settings = {argument: setting_words(argument, value)
+                for argument, value in sorted(arguments.items())
                 if value is not None and value is not False
                 and sets_apart(argument, arguments["evaluate"])}
     kind = (arguments["dataset"], arguments["model"], arguments["evaluate"])
-    trained = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
-    return Run(str(folder), kind, name, trained, settings, arguments["seed"],
+    listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
+    return Run(str(folder), kind, name, listed, trained, settings, evaluation, arguments["seed"],
                arguments["best_by"], history)
+
+
+def setting_words(argument: str, value: object) -> str:
+    """Return an argument and its value in words: "batch size 64", "all conv", "no lr decay"."""
+    name = argument.replace("_", " ")
+    if value is True:
+        return name
+    return f"no {name}" if value == [] else f"{name} {flag_text(value)}"
+
+
+def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
+    """Return in words which checkpoint was evaluated, and how many batches calibrated it."""
+    stem = Path(checkpoint).name.split(".")[0]
+    named = {"model_best": "best checkpoint", "model_latest": "last checkpoint"}
+    words = {"checkpoint": f"{named.get(stem, stem)} evaluated"}
+    if batches is not None:
+        words["calibrate"] = f"calibrated on {batches} batches" if batches else "not calibrated"
+    return words
 
 
 def sets_apart(argument: str, evaluated: bool) -> bool:
@@ -93,19 +117,30 @@ def sets_apart(argument: str, evaluated: bool) -> bool:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """Return the runs' names, each with what distinguishes it from others of its kind."""
+    """Return the runs' names, each with what distinguishes it from most others of its kind.
+
+    What an evaluation is of also distinguishes it from trainings on the same data.
+    """
     names = []
     for run in runs:
         peers = [peer for peer in runs if peer.kind == run.kind]
-        varying = [f"{argument} {value}" for argument, value in run.settings.items()
-                   if len({peer.settings.get(argument) for peer in peers}) > 1]
+        panel = [peer for peer in runs if peer.kind[:2] == run.kind[:2]]
         alike = {peer.bit_widths for peer in peers
-                 if (peer.name, peer.settings) == (run.name, run.settings)}
-        name = ", ".join([run.name, *varying])
+                 if (peer.name, peer.settings, peer.evaluation)
+                 == (run.name, run.settings, run.evaluation)}
+        name = ", ".join([run.name,
+                          *varying(run.evaluation, [peer.evaluation for peer in panel]),
+                          *varying(run.settings, [peer.settings for peer in peers])])
         if len(alike) > 1:
             name += f" ({run.bit_widths})"
         names.append(name)
     return names
+
+
+def varying(own: dict[str, str], of_all: list[dict[str, str]]) -> list[str]:
+    """Return the words of `own` that are not those of three quarters in `of_all`, or more."""
+    return [words for key, words in own.items()
+            if sum(other.get(key) == words for other in of_all) < 0.75 * len(of_all)]
 
 
 def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
@@ -152,11 +187,16 @@ def table_rows(runs: list[Run],
             for bits, values in sorted(values_of(run).items())]
 
 
+def title_of(row: dict) -> str:
+    """Return the title of the table that a row belongs to."""
+    return f"{row['model']} on {row['dataset']}"
+
+
 def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
     """Return (title, bit-widths, {configuration: {bit-width: [top-1 per seed]}}) of each table."""
     found = {}
     for row in rows:
-        panel = found.setdefault(f"{row['model']} on {row['dataset']}", {})
+        panel = found.setdefault(title_of(row), {})
         cells = panel.setdefault(row["configuration"], defaultdict(list))
         cells[row["bits"]].append(row["top1"])
     return [(title, sorted(set().union(*panel.values())), panel) for title, panel in found.items()]
@@ -181,18 +221,23 @@ def markdown(rows: list[dict], which: str) -> str:
     return "\n".join(text)
 
 
-def save_comparison_figure(path: str, rows: list[dict]) -> None:
-    """Save a PNG with a panel per data set and model, and a line per configuration."""
-    drawn = panels(rows)
-    figure, axes = new_figure(len(drawn))
-    for axis, (title, widths, configurations) in zip(axes, drawn):
+def curves(runs: list[Run], rows: list[dict]) -> list[tuple[str, list[Curve]]]:
+    """Return (title, its Curves) for each data set and model, to be drawn."""
+    trained = {run.folder: run.trained for run in runs}
+    drawn = []
+    for title, _, configurations in panels(rows):
+        found = []
         for name, cells in configurations.items():
-            spread = {bits: statistics.stdev(v) for bits, v in cells.items() if len(v) > 1}
-            plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in cells.items()},
-                          spread, label=printable(name))
-        axis.set_title(title)
-        axis.legend()
-    save_figure(figure, path)
+            own = [row for row in rows
+                   if (title_of(row), row["configuration"]) == (title, name)]
+            folders = [row["results"] for row in own]
+            found.append(Curve(
+                printable(name), {bits: statistics.mean(top1) for bits, top1 in cells.items()},
+                {bits: statistics.stdev(top1) for bits, top1 in cells.items() if len(top1) > 1},
+                frozenset().union(*(trained[folder] for folder in folders)),
+                joined=len(set(folders)) < len(folders)))
+        drawn.append((title, found))
+    return drawn
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -227,7 +272,7 @@ def main(args: Namespace) -> None:
     with locked(folder):
         write_text(f"{args.output}.md", table)
         write_csv(f"{args.output}.csv", rows)
-        save_comparison_figure(f"{args.output}.png", rows)
+        save_comparison_figure(f"{args.output}.png", curves(runs, rows))
 
     print(table)
     for reason in left_out:

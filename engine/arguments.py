@@ -213,7 +213,7 @@ def add_training(add: Callable[..., None]) -> None:
     add("--best-by", kind=RUN, default="highest", **choice(
         ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
         "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))
-    add("--precision", kind=RUN, evaluated=True, default="fp32",
+    add("--precision", kind=RUN, evaluated=True, in_name=True, default="fp32",
         **choice(PRECISIONS, ": of the convolutions' operands"))
     add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
         help="seed of weights, data and dropout")
@@ -382,4 +382,6 @@ def run_name(args: Namespace) -> str:
         parts.append(args.quantizer)
     if args.widths_per_step:
         parts.append(f"{args.widths_per_step}perstep")
+    if args.precision != DEFAULTS["precision"]:
+        parts.append(args.precision)
     return "_".join([*parts, f"seed{args.seed}"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dataset.data import DATASETS, Samples
 from dataset.loader import Loader, count_classes
 from engine.arguments import FLAGS, run_name
+from engine.console import progress
 from engine.device import describe
 from engine.distributed import rank, world_size
 from engine.errors import Stopped, StopRequest, UsageError, UserError
@@ -37,16 +38,17 @@ def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple
     """
     model.eval()
     metrics = Metrics(bit_widths, device)
-    for images, labels in loader:
-        results = {}
-        with forward_pass.sharing(images):
-            for width in bit_widths:
-                set_bit_width(model, width)
-                with forward_pass.autocast():
-                    results[width] = forward_pass(model, images, labels)
-        metrics.add(results, labels)
-        if stop and stop.signal and world_size() == 1:
-            raise Stopped(stop.signal)
+    with progress(loader, what) as batches:
+        for images, labels in batches:
+            results = {}
+            with forward_pass.sharing(images):
+                for width in bit_widths:
+                    set_bit_width(model, width)
+                    with forward_pass.autocast():
+                        results[width] = forward_pass(model, images, labels)
+            metrics.add(results, labels)
+            if stop and stop.signal and world_size() == 1:
+                raise Stopped(stop.signal)
     metrics.check_finite(what)
     return metrics.averages()
 
@@ -75,14 +77,15 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     with RunFolder(args.results_dir, name) as run:
         split = DATASETS[args.dataset].val_split[args.train_split]
         log.info(f"evaluating {path}, {args.model} trained at {flag_text(trained)} bits, on "
-                 f"{args.dataset} ({split}) on {describe(device)}")
+                 f"{args.dataset} ({split}) on {describe(device)} in {args.precision}")
         for width, source in added.items():
             message = f"{width}-bit was not trained: using the {source}-bit BatchNorm"
             if copies_quantizers(model):
                 message += " and quantizers"
             if args.calibrate:
-                with forward_pass.autocast():
-                    calibrate(model, width, (images for images, _ in batches))
+                with (forward_pass.autocast(),
+                      progress(batches, f"calibrating {width}-bit") as shown):
+                    calibrate(model, width, (images for images, _ in shown))
                 message += f", statistics re-estimated over {args.calibrate} training batches"
             log.info(message)
 
@@ -92,11 +95,11 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
             run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
                              trained_bit_widths=plain(trained))
             write_json(run.path / "evaluation.json", results)
-            save_evaluation_figure(run.path / "accuracy.png", results, name)
+            save_evaluation_figure(run.path / "accuracy.png", results, name, trained)
             log.info("\n%s\n", evaluation_table(results, trained))
             if args.save_calibrated:
                 save_calibrated(args, checkpoint, model, added)
-            log.info("evaluation.json and accuracy.png are in %s", run.path)
+            log.info(run.contents())
     return run.path
 
 

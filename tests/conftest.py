@@ -8,6 +8,7 @@ import threading
 
 # The tests are the CPU's, also where there is a GPU; set before torch looks.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["COLUMNS"] = "100"  # whatever terminal they are started in
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

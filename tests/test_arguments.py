@@ -205,6 +205,8 @@ def test_the_imagenet_recipe_names_its_results_folder(processes, recipe_flags):
     assert results_dir() == "results/imagenet_resnet50q_any"
     assert results_dir("--bit_width_list", "2,32") == "results/imagenet_resnet50q_any"
     assert results_dir("--bit_width_list=4") == "results/imagenet_resnet50q_4"
+    assert results_dir("--precision=bf16") == "results/imagenet_resnet50q_any_bf16"
+    assert results_dir("--precision", "fp32") == "results/imagenet_resnet50q_any"
     assert results_dir("--results-dir", "mine") == "mine"
     for flags in (["--evaluate", "--pretrain", "x"], ["--resume", "x"], ["--resume=x"]):
         assert results_dir(*flags) is None

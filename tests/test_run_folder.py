@@ -22,7 +22,7 @@ def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
     with open(path, "a") as file:
         file.write('{"epoch": 4, "tra')  # killed while writing
     with RunFolder(tmp_path, "run", in_place=True) as run_folder:
-        run_folder.begin(2)
+        run_folder.begin(2, {})
         kept = run_folder.history
     assert [record["epoch"] for record in kept] == [1, 2] and kept[0]["val"] == {4: values}
     assert read_metrics(path) == kept

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tiny_data
 import torch
 from runs import ROOT, assert_one_line, assert_same, load, run, tiny
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.layout_pb2 import Layout
 
 import report
 import train
@@ -64,17 +66,21 @@ def test_checkpoints_and_configuration(trained):
 
 def test_console(training):
     folder, out = training
-    header, *rows = [line for line in out.splitlines() if " | val " in line]
+    header, *rows = [line for line in out.splitlines()
+                     if line.startswith(("epoch  ", "  1/3", "  2/3", "  3/3"))]
     assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
-    assert header.split()[-1] == "eta" and rows[-1].split()[-1] == "0:00:00"
-    assert "epoch 1/3  step 2/3" in out
+    assert header.split()[-1] == "eta" and rows[-1].split()[-1] == "0s"
+    assert "epoch 1/3  step 1/3  loss " in out and "epoch 1/3  step 2/3  loss " in out
+    assert ("epochs 3, steps an epoch 3, batch size 8, adam, lr 0.001 (/ 10 after 2), weight decay "
+            "0, width 1, quantizer dorefa, precision fp32, seed 0") in out.replace("\n   ", "")
+    assert out.splitlines()[-1].startswith(f"in {folder}: accuracy.png, ckpt/, config.json, log_")
     assert "best checkpoint (epoch" in out and "last (epoch 3)" in out
     log = next(folder.glob("log_*.txt")).read_text()
     assert all(row in log for row in rows)
 
 
 def summary_values(folder):
-    """Return {(tag, step): value} of TensorBoard's event files.
+    """Return {(tag, step): number or bytes} of TensorBoard's event files.
 
     A record is its length, a checksum of that, an Event, and a checksum of it.
     """
@@ -85,7 +91,8 @@ def summary_values(folder):
             (length,) = struct.unpack("<Q", content[:8])
             event = Event.FromString(content[12:12 + length])
             content = content[16 + length:]
-            values.update({(value.tag, event.step): value.simple_value
+            values.update({(value.tag, event.step): value.tensor.string_val[0]
+                           if value.HasField("tensor") else value.simple_value
                            for value in event.summary.value})
     return values
 
@@ -95,7 +102,18 @@ def test_tensorboard_tags_and_values(trained):
     values = summary_values(trained / "summary")
     tags = {f"{part}_{what}_{bits}" for part in ("train", "val")
             for what in ("loss", "prec_1", "prec_5") for bits in (2, 32)}
-    assert {tag for tag, _ in values} == {"lr", *tags} and {step for _, step in values} == {0, 1, 2}
+    more = {"lr", "images_per_second", "arguments/text_summary", "custom_scalars__config__"}
+    assert {tag for tag, _ in values} == {*more, *tags}
+    assert {step for _, step in values} == {0, 1, 2}
+    assert values["images_per_second", 0] > 0
+    assert b"| bit_width_list | 2,32 |" in values["arguments/text_summary", 0]
+    layout = Layout.FromString(values["custom_scalars__config__", 0])
+    charts = {(category.title, chart.title): {
+        tag for tag in tags if re.match(chart.multiline.tag[0], tag)}  # as TensorBoard does
+        for category in layout.category for chart in category.chart}
+    assert charts == {(title, part): {f"{part}_{what}_{bits}" for bits in (2, 32)}
+                      for title, what in (("top-1 (%)", "prec_1"), ("loss", "loss"))
+                      for part in ("train", "val")}
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert values["val_prec_1_2", 2] == pytest.approx(last["val"]["2"]["top1"])
     assert values["train_loss_32", 2] == pytest.approx(last["train"]["32"]["loss"])
@@ -301,8 +319,8 @@ def test_a_run_whose_steps_leave_bit_widths_out(tmp_path, tiny_cifar10, monkeypa
     assert run(tiny(tiny_cifar10, folder, "--bit_width_list", "1,2,4,32", "--widths-per-step", 3,
                     "--print-freq", 2, "--epochs", 1)) == 0
     out = capsys.readouterr().out
-    header, row = [line for line in out.splitlines() if " | val " in line]
-    assert len(header) == len(row) and row.split("train")[1].split()[1] == "-"
+    header, row = [line for line in out.splitlines() if line.startswith(("epoch  ", "  1/1"))]
+    assert len(header) == len(row)
     text = (folder / "metrics.jsonl").read_text()
     record = json.loads(text, parse_constant=pytest.fail)
     assert list(record["train"]) == ["1", "4", "32"]
@@ -350,7 +368,7 @@ def test_digits_recipe_on_a_terminal_shows_a_bar(tmp_path, environment):
         pass
     _, err = process.communicate()
     assert process.returncode == 0 and err == "", err
-    for part in ("epoch 1/1:", "step/s", " | val ", "best checkpoint (epoch 1)"):
+    for part in ("epoch 1/1:", "step/s", ", loss ", "val loss", "best checkpoint (epoch 1)"):
         assert part in shown.decode()
     assert load(tmp_path / "r")["epoch"] == 1
 
