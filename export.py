@@ -21,11 +21,11 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dataset.data import DATASETS
+from dataset.data import row_of
 from deploy.graph import NESTED, Run
 from engine import published
-from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number,
-                              path_text)
+from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dataset_name,
+                              merge_args, number, path_text)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from models import packed, saved_bit_widths
@@ -67,8 +67,8 @@ def image_metadata(args: Namespace, checkpoint: Checkpoint) -> dict:
     """Return a description of the network's images: the checkpoint's, or its data set's."""
     images = dict(checkpoint.content.get("images") or {})
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
-    row = DATASETS.get(name)
     if args.dataset or not images.get("size"):
+        row = row_of(name, images.get("size"))
         images.update(size=row.image_size, mean=list(row.mean), std=list(row.std))
     return {**images, "dataset": name}
 
@@ -184,7 +184,7 @@ def export_metadata(checkpoint: Checkpoint, model: nn.Module, images: dict) -> d
                  and name not in ("batch_size", "precision")}
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
     return {**spec, "image_size": images["size"], "mean": images["mean"], "std": images["std"],
-            "class_names": images.get("class_names"),
+            "class_names": images.get("class_names"), "calibrated": model.calibrated,
             "arguments": {**arguments, "dataset": images["dataset"]}}
 
 
@@ -213,7 +213,8 @@ def measure(args: Namespace, images: dict, checkpoint: Checkpoint, model: nn.Mod
         run = runner(args.format, files)
     settings = merge_args(Namespace(dataset=images["dataset"], evaluate=True),
                           {"train_split": checkpoint.arguments.get("train_split"),
-                           "model": model.spec["model"], "data_dir": args.data_dir})
+                           "image_size": images["size"], "model": model.spec["model"],
+                           "data_dir": args.data_dir})
     batch, labels = check.read_images(settings, args.check or IMAGES)
     results = check.compare(model, run, batch, labels, list(files))
 
@@ -258,7 +259,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "the validation split; exit code 1 where it falls short")
     add("--benchmark", action="store_true", help="measure against torch and ONNX Runtime's "
         "float32, on one thread")
-    add("--dataset", choices=DATASETS, metavar="NAME", help="data set to check on; "
+    add("--dataset", type=dataset_name, metavar="NAME", help="data set to check on; "
         "default: that of the checkpoint")
     add("--data-dir", type=path_text,
         help="folder that holds the data sets' folders; default: data")
