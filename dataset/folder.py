@@ -56,9 +56,10 @@ def open_folder(root: str | Path, split: str) -> ClassFolders:
     """
     try:
         parts = [part for part in PARTS if Path(root, part).is_dir()]
-        if parts and split not in parts:
-            raise DataError(f"{root} has {parts[0]}/ but no {split}/: add it, with a folder of "
-                            f"images per class; or if {parts[0]} is a class, rename its folder")
+        missing = [part for part in (split, "val") if part not in parts]
+        if parts and missing:
+            raise DataError(f"{root} has {parts[0]}/ but no {missing[0]}/: add it, with a folder "
+                            f"of images per class; or if {parts[0]} is a class, rename its folder")
         folder = Path(root, split) if parts else Path(root)
         dataset = ClassFolders(folder, loader=load_image)
     except OSError as error:
