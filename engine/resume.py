@@ -42,7 +42,7 @@ class Checkpoint:
         if self.has_arguments:
             later = {name: value for name, value in DEFAULTS.items() if FLAGS[name].kind != MACHINE}
             saved = check_saved(self.content["arguments"], path)
-            self.arguments = {**later, **saved}
+            self.arguments = {**later, **self.arguments, **saved}
         else:  # a published checkpoint
             self.arguments["dataset"] = published.DATASET.get(self.network["name"],
                                                               DEFAULTS["dataset"])
