@@ -6,7 +6,6 @@ import logging
 import platform
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from engine.errors import UserError
 from engine.state import TrainingState
 from models import BitWidth
 from models.checkpoint import LATEST
-from utils import (WriteError, with_text_keys, without_secrets, write_json, write_text,
+from utils import (WriteError, commit, with_text_keys, without_secrets, write_json, write_text,
                    writing)
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
@@ -235,11 +234,3 @@ def read_metrics(path: Path) -> list[dict]:
                                 for width, values in record[part].items()}
             records.append(record)
     return records
-
-
-def commit() -> str | None:
-    """Return this project's commit, or None without git or outside a repository."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
-               "--abbrev=40", "--dirty= with local changes"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

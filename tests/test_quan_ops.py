@@ -106,6 +106,31 @@ def test_convolution_quantizes_its_weight_and_not_its_bias():
         assert_close(conv(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_operands_of_tf32_are_exact(bits, monkeypatch):
+    """Whether levels over n are divided, or multiplied by 1 / n as inductor does on CUDA."""
+    monkeypatch.setattr(quan_ops, "low_precision", lambda x: True)
+    n = 2**bits - 1
+    levels = torch.arange(n + 1, dtype=torch.float32)
+    conv = Conv2dQ(1, 200, 1, bias=False)
+    torch.nn.init.normal_(conv.weight)
+    activation = ActivationQ()
+    object.__setattr__(conv, "input_quantizer", activation.quantizer)
+    for layer in (conv, activation):
+        layer.switch_bit_width(BitWidth(bits))
+    operands = []
+    for x in (levels / n, levels * torch.tensor(1 / n, dtype=torch.float32)):
+        conv.apply_quantized(x.view(-1, 1, 1, 1),
+                             lambda x, w, b: operands.append((x, w)) or x * w[:1, :1])
+    integers = conv.integer_weight()[0].detach()
+    for x, w in operands:
+        assert torch.equal(x.flatten() * 2**bits, levels)
+        assert torch.equal(w * 2**bits, integers)
+    x = (levels / n).view(-1, 1, 1, 1).requires_grad_()
+    conv.apply_quantized(x, lambda x, w, b: x).sum().backward()
+    assert (x.grad > 0).all()
+
+
 def test_activation_layer():
     for rounding in (True, False):
         layer, x = ActivationQ(rounding), torch.randn(50)
