@@ -17,12 +17,12 @@ import numpy
 import torch
 from torch.utils.data import Subset
 
-from dataset.data import DATASETS, Samples
+from dataset.data import Samples, row_of
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
-from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number,
-                              path_text)
+from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dataset_name,
+                              merge_args, number, path_text)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import open_data
@@ -41,7 +41,7 @@ def main(args: Namespace) -> None:
     bit_widths = chosen_bit_widths(args, checkpoint)
     model, _ = network_of(checkpoint.content, checkpoint.path)
     about = image_description(args, checkpoint)
-    settings = data_settings(args, checkpoint, model.spec["model"], about["dataset"])
+    settings = data_settings(args, checkpoint, model.spec["model"], about)
     images = labels = None
     if args.check or args.benchmark:
         train_set, val_set = open_data(settings)
@@ -101,8 +101,8 @@ def image_description(args: Namespace, checkpoint: Checkpoint) -> dict:
     """Return a description of the network's images: the checkpoint's, or its data set's."""
     images = dict(checkpoint.content.get("images") or {})
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
-    row = DATASETS.get(name)
     if args.dataset or not images.get("size"):
+        row = row_of(name, images.get("size"))
         images.update(size=row.image_size, mean=list(row.mean), std=list(row.std))
     return {**images, "dataset": name}
 
@@ -135,11 +135,11 @@ def export_errors(args: Namespace) -> Iterator[None]:
 
 # ---- images to compare on
 
-def data_settings(args: Namespace, checkpoint: Checkpoint, model: str, dataset: str) -> Namespace:
+def data_settings(args: Namespace, checkpoint: Checkpoint, model: str, about: dict) -> Namespace:
     """Return the settings with which train.py would open the data set."""
-    return merge_args(Namespace(dataset=dataset, evaluate=True), {
-        "train_split": checkpoint.arguments.get("train_split"), "model": model,
-        "data_dir": args.data_dir})
+    return merge_args(Namespace(dataset=about["dataset"], evaluate=True), {
+        "train_split": checkpoint.arguments.get("train_split"), "image_size": about["size"],
+        "model": model, "data_dir": args.data_dir})
 
 
 def read_images(dataset: Samples, settings: Namespace,
@@ -206,7 +206,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "the validation split, not on 16 random ones; exit code 1 where a file falls short")
     add("--benchmark", action="store_true", help="measure against float32 and the int8 that the "
         "runtimes' own tools make of it after training")
-    add("--dataset", choices=DATASETS, metavar="NAME", help="data set to check on; "
+    add("--dataset", type=dataset_name, metavar="NAME", help="data set to check on; "
         "default: that of the checkpoint")
     add("--data-dir", type=path_text,
         help="folder that holds the data sets' folders; default: data")

@@ -40,9 +40,9 @@ from engine.forward_pass import ForwardPass
 from engine.output import go_on_without_output
 from engine.resume import Checkpoint, refuse_packed, resolve
 from engine.run_folder import RunFolder, log
-from engine.setup import (describe_images, initialize_model, load_pretrained, make_forward_pass,
-                          make_model, make_optimizer, make_train_loader, make_val_loader,
-                          open_data, parameter_groups, synchronize_batch_norm)
+from engine.setup import (check_class_names, describe_images, initialize_model, load_pretrained,
+                          make_forward_pass, make_model, make_optimizer, make_train_loader,
+                          make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState
 from models import BitWidth, check_bit_widths, layer_table
 from models.checkpoint import BEST, read_checkpoint
@@ -195,6 +195,7 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
     message = None
     quantizers_are_new = not checkpoint
     if checkpoint:
+        check_class_names(checkpoint.content, checkpoint.path, state.images)
         state.restore(checkpoint.path, checkpoint.content)
     elif args.pretrain:
         with one_at_a_time_per_machine():

@@ -134,7 +134,7 @@ def write_packed(model: nn.Module, widths: list[BitWidth], path: Path, is_any: b
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
     packed.save(model, widths, path, {
         **spec, "image_size": about["size"], "mean": about.get("mean"), "std": about.get("std"),
-        "class_names": about.get("class_names"),
+        "class_names": about.get("class_names"), "calibrated": getattr(model, "calibrated", []),
         "arguments": {**(arguments or {}), "dataset": about.get("dataset")}},
         packed.ANY if is_any else widths)
 

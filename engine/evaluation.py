@@ -18,8 +18,8 @@ from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
 from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
-from engine.setup import (make_forward_pass, make_train_loader, make_val_loader,
-                          open_data)
+from engine.setup import (check_class_names, describe_images, make_forward_pass,
+                          make_train_loader, make_val_loader, open_data)
 from engine.state import save_checkpoint
 from models import BitWidth, calibrate, check_bit_widths, saved_bit_widths, set_bit_width
 from models.calibration import ENTRY
@@ -64,8 +64,9 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
 
-    train_set, val_set = open_data(args)
+    train_set, val_set = open_data(args, train=bool(args.calibrate))
     model, added = network_of(content, path, bit_widths)
+    check_class_names(content, path, describe_images(args.dataset, val_set))
     check_classes(model, count_classes(args.dataset, val_set), path, args.dataset)
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)

@@ -102,7 +102,8 @@ def test_calibrated_widths(arguments, tmp_path):
                 tmp_path / "e"]) == 0
     assert run_export(calibrated, *arguments[1:], "--format", "packed", "--bits", "2,5",
                       "--output", tmp_path / "net", "--check", 6) == 0
-    assert packed.read(tmp_path / "net")[1]["bit_widths"] == [2, 5]
+    about = packed.read(tmp_path / "net")[1]
+    assert about["bit_widths"] == [2, 5] and about["calibrated"] == [5]
 
 
 # ---- wrong input

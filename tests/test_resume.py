@@ -417,7 +417,8 @@ def test_other_classes_are_refused(tmp_path, capsys):
     capsys.readouterr()
     resume = ["--resume", tmp_path / "r", "--epochs", 2, "--data-dir", tmp_path / "other"]
     assert run(resume) == 1
-    assert_one_line(capsys, "its list of class folders is another")
+    assert_one_line(capsys, "imagenet does not have the 2 class folders that", "model_latest.pth",
+                    "it lacks cat and has besides cow")
 
 
 def test_a_fingerprint_is_of_the_data_alone(tmp_path, tiny_cifar10):
