@@ -171,7 +171,8 @@ class Writer:
         weight = self.float_weight(operation, integers // 2, 2 * gain)
         y = self.node("Conv", value.tensor, weight, self.constant(shift), **settings)
         channels = 1 if settings["group"] == 1 else len(integers)
-        ones = self.constant(numpy.ones((channels, *integers.shape[1:])))
+        ones = self.constant(numpy.ones((channels, *integers.shape[1:])), numpy.int8)
+        ones = self.scaled(ones, numpy.ones(channels))  # in integers, too
         box = self.node("Conv", value.tensor, ones, **settings)
         return Value(self.node("Add", y, self.node("Mul", box, self.constant(column(gain)))))
 
@@ -184,8 +185,11 @@ class Writer:
         This is DequantizeLinear in other words, which ONNX Runtime computes when it loads the file.
         It leaves the convolution alone, whose bias it would else round to an integer.
         """
-        tensor = self.int8_weight(operation, integers)
-        tensor = self.node("Cast", tensor, to=TensorProto.FLOAT)
+        return self.scaled(self.int8_weight(operation, integers), scale)
+
+    def scaled(self, weight: str, scale: numpy.ndarray) -> str:
+        """Write an int8 tensor times a scale per channel; return the name of the product."""
+        tensor = self.node("Cast", weight, to=TensorProto.FLOAT)
         return self.node("Mul", tensor, self.constant(scale[:, None, None, None]))
 
     def int8_weight(self, operation: Operation, integers: numpy.ndarray,
