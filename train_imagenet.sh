@@ -35,8 +35,10 @@ name=imagenet_resnet50q_$bits
 case "$precision" in bf16 | tf32) name+=_$precision ;; esac
 if [ -n "$trains" ]; then schedule+=(--results-dir "results/$name"); fi
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+workers=$(($(nproc) / processes))  # each process decodes on its share of the cores
+workers=$((workers > 1 ? workers : 1))
 flags=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
-    --batch-size 256 --workers $((processes < 8 ? 16 / processes : 2)))  # each; 16 a machine
+    --batch-size 256 --workers "$workers")
 if [ "${NNODES:-1}" -gt 1 ]; then
     launcher=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?give NODE_RANK, 0 on the first machine}"
         --master-addr "${MASTER_ADDR:?give MASTER_ADDR, the first machine}"
