@@ -1,3 +1,4 @@
+"""What the tests share. Torch is imported late: xdist's own process reads this, and needs none."""
 import contextlib
 import functools
 import http.server
@@ -6,21 +7,41 @@ import os
 import sys
 import threading
 
-# The tests are the CPU's, also where there is a GPU; set before torch looks.
+import pytest
+
+# Before torch looks: the tests are the CPU's, also where there is a GPU; and the networks are
+# tiny, so that more threads only wait for each other.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
 
-import runs  # noqa: E402
-import tiny_data  # noqa: E402
+@pytest.fixture(scope="session", autouse=True)
+def small_network():
+    """Add runs.ResNet8 to the networks, as one that is trained on CIFAR-10 by default."""
+    import models
+    import runs
+    from engine import published
 
-torch.set_num_threads(1)  # the networks are tiny: more threads only wait for each other
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(models.MODELS, "resnet8q", runs.ResNet8)
+        monkeypatch.setitem(published.DATASET, "resnet8q", "cifar10")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Draw pictures for tests marked `pictures` alone: it takes half of a tiny training's time."""
+    from matplotlib.figure import Figure
+
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.touch())
 
 
 @pytest.fixture(scope="session")
 def tiny_cifar10(tmp_path_factory):
     """A data folder with a CIFAR-10 of 20 training and 6 test images. No test changes it."""
+    import tiny_data
+
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny_data.cifar10(folder, monkeypatch)
@@ -30,7 +51,7 @@ def tiny_cifar10(tmp_path_factory):
 @pytest.fixture(scope="session")
 def environment():
     """The environment of programs that tests start."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    return {**os.environ, "PYTHON": sys.executable}
 
 
 @pytest.fixture
@@ -59,6 +80,8 @@ def training(tmp_path_factory, tiny_cifar10):
 
     No test changes the folder.
     """
+    import runs
+
     folder = tmp_path_factory.mktemp("trained") / "r"
     with contextlib.redirect_stdout(io.StringIO()) as told:
         assert runs.run(runs.tiny(tiny_cifar10, folder, "--print-freq", 2)) == 0

@@ -11,8 +11,17 @@ import torch
 import train
 from engine.arguments import parse_flags
 from engine.errors import run_program
+from models import resnet20q
 
 ROOT = Path(__file__).parent.parent
+
+
+class ResNet8(resnet20q):
+    """The first block of each of ResNet20's stages: a training in a third of the time."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layers = torch.nn.Sequential(*self.layers[::3])
 
 
 def run(argv):
@@ -53,8 +62,11 @@ def wait(process):
 
 
 def tiny(data_dir, results_dir, *more):
-    """Return arguments of a training of a second: 20 CIFAR images, 3 steps an epoch, 3 epochs."""
-    return ["--dataset", "cifar10", "--data-dir", data_dir, "--model", "resnet20q", "--width", 1,
+    """Return arguments of a training of a second: 20 CIFAR images, 3 steps an epoch, 3 epochs.
+
+    Of ResNet8, which conftest.py adds to the networks.
+    """
+    return ["--dataset", "cifar10", "--data-dir", data_dir, "--model", "resnet8q", "--width", 1,
             "--bit_width_list", "2,32", "--epochs", 3, "--lr_decay", "2", "--batch-size", 8,
             "--device", "cpu", "--results-dir", results_dir, *more]
 

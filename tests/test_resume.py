@@ -184,7 +184,7 @@ def test_other_groups_than_were_saved_are_refused(groups, told, tmp_path, tiny_c
     (["--loss", "hard"], "--loss is recursive, not hard"),
     (["--seed", "4"], "--seed is 0, not 4"),
     (["--bit_width_list", "2"], "--bit-width-list is 2,32, not 2"),
-    (["--model", "resnet50q"], "--model is resnet20q, not resnet50q"),
+    (["--model", "resnet50q"], "--model is resnet8q, not resnet50q"),
     (["--optimizer", "sgd"], "--optimizer is adam, not sgd"),
     (["--batch-size", "4"], "--batch-size is 8"),
     (["--dataset", "cifar100"], "--dataset is cifar10, not cifar100"),
@@ -240,7 +240,7 @@ def test_memory_formats_of_a_checkpoint_do_not_matter(begun, tmp_path):
 
 def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path, tiny_cifar10,
                                                                capsys):
-    parameters = MODELS["resnet20q"]([2, 32], width=1).parameters()
+    parameters = MODELS["resnet8q"]([2, 32], width=1).parameters()
     sgd = torch.optim.SGD(parameters, 0.1, momentum=0.9)
     checkpoint = {key: load(trained)[key] for key in ("epoch", "model", "state_dict", "best_prec1")}
     torch.save({**checkpoint, "optimizer": sgd.state_dict()}, tmp_path / "x.pth.tar")
@@ -423,7 +423,7 @@ def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_pa
     assert told in capsys.readouterr().out
     before, after = load(trained, "model_best")["state_dict"], load(tmp_path / "r")["state_dict"]
     assert_same(after["bn.bn_dict.4.weight"], before["bn.bn_dict.2.weight"])
-    assert_same(after["layers.3.conv0.weight"], before["layers.3.conv0.weight"])
+    assert_same(after["layers.1.conv0.weight"], before["layers.1.conv0.weight"])
 
     assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0  # which remembers it
     config = json.loads((tmp_path / "r" / "config.json").read_text())

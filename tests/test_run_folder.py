@@ -60,5 +60,5 @@ def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
     argv = tiny(tiny_cifar10, "", "--epochs", 1)
     for _ in range(2):
         assert run(argv) == 0
-    name = "cifar10_resnet20q_2-32_recursive_seed0"
+    name = "cifar10_resnet8q_2-32_recursive_seed0"
     assert {path.name for path in Path("results").iterdir()} == {name, f"{name}_2"}

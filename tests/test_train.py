@@ -21,7 +21,7 @@ import train
 from dataset.data import DATASETS, get_dataset, get_transform
 from engine.errors import UserError
 from engine.metrics import Metrics
-from models import resnet20q, set_bit_width
+from models import MODELS, set_bit_width
 
 # ---- what a run leaves behind
 
@@ -53,7 +53,7 @@ def test_checkpoints_and_configuration(trained):
     for name in ("model_latest", "model_best"):
         checkpoint = load(trained, name)
         assert {"epoch", "model", "state_dict", "best_prec1", "optimizer"} <= set(checkpoint)
-        assert checkpoint["model"] == "resnet20q"
+        assert checkpoint["model"] == "resnet8q"
     config = json.loads((trained / "config.json").read_text())
     assert config["arguments"]["lr"] == 0.001 and config["seed"] == 0
     assert config["device"].startswith("cpu")
@@ -104,7 +104,7 @@ def test_tensorboard_tags_and_values(trained):
 def test_metrics_are_those_of_the_saved_network(trained, tiny_cifar10):
     """Recomputes val loss and top-k from the checkpoint, one image at a time."""
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    model = resnet20q([2, 32], width=1)
+    model = MODELS["resnet8q"]([2, 32], width=1)
     model.load_state_dict(load(trained)["state_dict"])
     model.eval()
     images = get_dataset("cifar10", "test", get_transform("cifar10", False), tiny_cifar10)
