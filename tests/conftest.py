@@ -16,14 +16,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_network():
-    """Add runs.ResNet8 to the networks, as one that is trained on CIFAR-10 by default."""
+def resnet8q():
+    """Add ResNet8 to the networks, as one that is trained on CIFAR-10 by default."""
     import models
-    import runs
     from engine import published
+    from small_networks import ResNet8
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(models.MODELS, "resnet8q", runs.ResNet8)
+        monkeypatch.setitem(models.MODELS, "resnet8q", ResNet8)
         monkeypatch.setitem(published.DATASET, "resnet8q", "cifar10")
         yield
 

@@ -11,17 +11,8 @@ import torch
 import train
 from engine.arguments import parse_flags
 from engine.errors import run_program
-from models import resnet20q
 
 ROOT = Path(__file__).parent.parent
-
-
-class ResNet8(resnet20q):
-    """The first block of each of ResNet20's stages: a training in a third of the time."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.layers = torch.nn.Sequential(*self.layers[::3])
 
 
 def run(argv):
