@@ -16,15 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def resnet8q():
-    """Add ResNet8 to the networks, as one that is trained on CIFAR-10 by default."""
-    import models
-    from engine import published
-    from small_networks import ResNet8
+def small_models():
+    """Add networks to those that train.py knows."""
+    import small_networks
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(models.MODELS, "resnet8q", ResNet8)
-        monkeypatch.setitem(published.DATASET, "resnet8q", "cifar10")
+        small_networks.register(monkeypatch)
         yield
 
 

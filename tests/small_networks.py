@@ -1,10 +1,19 @@
 """The project's networks with fewer layers, where a test needs each kind of layer but not twice."""
 from torch import nn
 
-from models import check_bit_widths, resnet20q, resnet50q, set_bit_width, svhnq
+from engine import published
+from models import MODELS, check_bit_widths, resnet20q, resnet50q, set_bit_width, svhnq
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 from models.resnet_quan import Bottleneck
+
+
+def register(monkeypatch):
+    """Add two of these to the networks that train.py knows, as those of a data set by default."""
+    for name, kind, dataset in (("resnet8q", ResNet8, "cifar10"),
+                                ("bottlenecks", Bottlenecks, "imagenet")):
+        monkeypatch.setitem(MODELS, name, kind)
+        monkeypatch.setitem(published.DATASET, name, dataset)
 
 
 class ResNet8(resnet20q):
@@ -13,6 +22,17 @@ class ResNet8(resnet20q):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layers = nn.Sequential(*self.layers[::3])
+
+
+class OneBlock(resnet20q):
+    """ResNet20's first block with a stride, which has all that its others have, by itself."""
+
+    def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
+        super().__init__(bit_widths, num_classes, width, all_conv)
+        self.layers = self.layers[3:4]
+        self.bn = SwitchableBatchNorm2d(32 * width, check_bit_widths(bit_widths))
+        self.fc = Classifier(32 * width, num_classes)
+        set_bit_width(self, check_bit_widths(bit_widths)[0])
 
 
 class Bottlenecks(resnet50q):

@@ -18,12 +18,14 @@ from models.float_layers import BatchNorm2d
 from models.losses import NEXT_TARGET, any_precision_backward
 from models.quan_ops import Clamp, Conv2dQ, DoReFaWeight, round_ste
 from models.resnet_quan import BasicBlock, Bottleneck
-from small_networks import Bottlenecks, ResNet8, ShortSVHN
+from small_networks import Bottlenecks, OneBlock, ResNet8, ShortSVHN
 
 CPU = torch.device("cpu")
 WIDTHS = [1, 2, 4, 8, 32]
-NETWORKS = {**MODELS, "resnet8q": ResNet8, "bottlenecks": Bottlenecks, "short_svhn": ShortSVHN}
-SIZES = {"resnet20q": 16, "svhnq": 40, "resnet8q": 16, "bottlenecks": 16, "short_svhn": 40}
+NETWORKS = {**MODELS, "resnet8q": ResNet8, "one_block": OneBlock, "bottlenecks": Bottlenecks,
+            "short_svhn": ShortSVHN}
+SIZES = {"resnet20q": 16, "svhnq": 40, "resnet8q": 16, "one_block": 16, "bottlenecks": 16,
+         "short_svhn": 40}
 
 
 def network(name, all_conv=False, width=1, widths=WIDTHS, num_classes=5):
@@ -345,7 +347,7 @@ def test_compiled_quantizers_have_their_gradients(function):
     assert expected.any()
 
 
-@pytest.mark.parametrize("name, precision", [("short_svhn", "fp32"), ("resnet8q", "bf16")])
+@pytest.mark.parametrize("name, precision", [("short_svhn", "fp32"), ("one_block", "bf16")])
 def test_compiled_equals_eager(name, precision):
     """Logits and each parameter's gradient, at 8 bits, so that 2 bits would not pass for them."""
     if not compiler_works():
