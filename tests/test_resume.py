@@ -16,19 +16,6 @@ from engine.run_folder import read_metrics
 from models import MODELS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def killing(environment, tmp_path_factory):
-    """The program that kills runs; it needs one core, and starts first to run beside the tests."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "kill_runs.py", "--signal", "KILL", "TERM", "INT",
-         "--kills", "9"],
-        env={**environment, "TMPDIR": str(tmp_path_factory.mktemp("kills"))},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    yield process
-    process.kill()
-    process.communicate()
-
-
 @pytest.fixture
 def copied(trained, tmp_path):
     """A finished run that a test may change."""
@@ -432,8 +419,11 @@ def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_pa
 
 # ---- stopped and killed runs
 
-def test_runs_that_are_killed_go_on_to_the_same_end(killing):
+def test_runs_that_are_killed_go_on_to_the_same_end(environment, tmp_path):
     """python tests/kill_runs.py --kills 20 --signal KILL (or TERM, INT) is the longer trial."""
-    out, err = killing.communicate(timeout=300)
-    assert killing.returncode == 0, out + err
-    assert "9 of 9 identical" in out
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kill_runs.py", "--signal", "KILL", "TERM", "INT",
+         "--kills", "9"],
+        env={**environment, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "9 of 9 identical" in done.stdout
