@@ -1,11 +1,13 @@
 """The project's networks with fewer layers, where a test needs each kind of layer but not twice."""
+from functools import partial
+
 from torch import nn
 
 from engine import published
 from models import MODELS, check_bit_widths, resnet20q, resnet50q, set_bit_width, svhnq
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
-from models.resnet_quan import Bottleneck
+from models.resnet_quan import BasicBlock, Bottleneck
 
 
 def register(monkeypatch):
@@ -17,11 +19,23 @@ def register(monkeypatch):
 
 
 class ResNet8(resnet20q):
-    """The first block of each of ResNet20's three stages."""
+    """ResNet20 with one block a stage, and a quarter of its channels."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.layers = nn.Sequential(*self.layers[::3])
+    def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
+        nn.Module.__init__(self)
+        bit_widths = check_bit_widths(bit_widths)
+        conv = Conv2dQ if all_conv else nn.Conv2d
+        bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
+        in_channels = 4 * width
+        self.conv0 = conv(3, in_channels, 3, padding=1, bias=False)
+        self.layers = nn.Sequential()
+        for channels, stride in ((4 * width, 1), (8 * width, 2), (16 * width, 2)):
+            self.layers.append(BasicBlock(in_channels, channels, stride, bn, conv))
+            in_channels = channels
+        self.bn = bn(in_channels)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = Classifier(in_channels, num_classes)
+        set_bit_width(self, bit_widths[0])
 
 
 class OneBlock(resnet20q):
@@ -42,10 +56,7 @@ class Bottlenecks(resnet50q):
         nn.Module.__init__(self)
         bit_widths = check_bit_widths(bit_widths)
         conv = Conv2dQ if all_conv else nn.Conv2d
-
-        def bn(channels):
-            return SwitchableBatchNorm2d(channels, bit_widths)
-
+        bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
         self.conv1 = conv(3, 8 * width, 7, 2, padding=3, bias=False)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         in_channels = 8 * width
