@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import os
+import subprocess
 import sys
 import threading
 
@@ -49,6 +50,30 @@ def tiny_cifar10(tmp_path_factory):
 def environment():
     """The environment of programs that tests start."""
     return {**os.environ, "PYTHON": sys.executable}
+
+
+@pytest.fixture(scope="session")
+def recipe_argv(tmp_path_factory):
+    """A function that runs a recipe by bash, and returns the words that train.py gets of it."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("recipes")
+    python = folder / "python"  # prints what comes after train.py; all else succeeds
+    python.write_text("""#!/bin/bash
+while [ $# -gt 0 ]; do
+    word=$1
+    shift
+    case "$word" in */train.py) printf '%s\\n' "$@" ;; esac
+done
+""")
+    python.chmod(0o755)
+
+    def argv(script, *more, processes="1"):
+        done = subprocess.run(
+            ["bash", runs.ROOT / script, *more], cwd=folder, capture_output=True, text=True,
+            check=True, env={**os.environ, "PYTHON": str(python), "PROCESSES": processes})
+        return done.stdout.split("\n")[:-1]
+    return argv
 
 
 @pytest.fixture

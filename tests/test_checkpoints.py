@@ -2,11 +2,10 @@
 import json
 import os
 import pickle
-import subprocess
 
 import pytest
 import torch
-from runs import ROOT, assert_one_line, assert_same, evaluation, load, run, snapshot, tiny
+from runs import assert_one_line, assert_same, evaluation, load, run, snapshot, tiny
 
 import reference
 import report
@@ -99,16 +98,13 @@ def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tmp_path,
     assert "any, recursive, trained at 2,32, calibrate 1, model_best" in capsys.readouterr().out
 
 
-def test_evaluation_through_the_recipe(tmp_path, environment):
-    """A network at its initial weights, through train_digits.sh, as a user would."""
+def test_evaluation_through_the_recipe(tmp_path, recipe_argv):
+    """A network at its initial weights, by the arguments that train_digits.sh makes of a user's."""
     model = MODELS["svhnq"]([2, 32], width=1)
     torch.save({"epoch": 0, "model": "svhnq", "state_dict": model.state_dict(), "best_prec1": 0.0,
                 "optimizer": {}}, tmp_path / "x.pth.tar")
-    done = subprocess.run(
-        [ROOT / "train_digits.sh", "--evaluate", "--pretrain", tmp_path / "x.pth.tar",
-         "--width", "1", "--results-dir", tmp_path / "e"],
-        env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert run(recipe_argv("train_digits.sh", "--evaluate", "--pretrain", tmp_path / "x.pth.tar",
+                           "--width", "1", "--results-dir", tmp_path / "e")) == 0
     assert set(evaluation(tmp_path / "e")) == {"2", "32"}
 
 
