@@ -37,6 +37,7 @@ def arguments(trained, tiny_cifar10):
     return [trained, "--data-dir", tiny_cifar10]
 
 
+@pytest.mark.pictures
 def test_packed_with_check_and_benchmark(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "REPEATS", {1: 1, 3: 1})
     monkeypatch.setattr(benchmark, "float_candidates", lambda *_: ([], ["none"]))  # of ONNX below

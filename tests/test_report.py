@@ -64,6 +64,7 @@ def runs(tmp_path):
         write_run(tmp_path / "d32", {32: [95.0, 96.0]}, "--loss", "hard")]
 
 
+@pytest.mark.pictures
 def test_table_in_the_published_form(runs, tmp_path, capsys):
     assert run([*runs, "--output", str(tmp_path / "out" / "table")]) == 0
     out = capsys.readouterr().out

@@ -8,7 +8,6 @@ import random
 import re
 import struct
 import subprocess
-import sys
 import termios
 
 import pytest
@@ -17,13 +16,14 @@ import torch
 from runs import ROOT, assert_one_line, assert_same, load, run, tiny
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.layout_pb2 import Layout
+from torch._inductor import config as inductor
 
 import report
 import train
 from dataset.data import DATASETS, get_dataset, get_transform
 from engine.errors import UserError
 from engine.metrics import Metrics
-from models import resnet20q, set_bit_width
+from models import MODELS, set_bit_width
 
 # ---- what a run leaves behind
 
@@ -55,7 +55,7 @@ def test_checkpoints_and_configuration(trained):
     for name in ("model_latest", "model_best"):
         checkpoint = load(trained, name)
         assert {"epoch", "model", "state_dict", "best_prec1", "optimizer"} <= set(checkpoint)
-        assert checkpoint["model"] == "resnet20q"
+        assert checkpoint["model"] == "resnet8q"
     config = json.loads((trained / "config.json").read_text())
     assert config["arguments"]["lr"] == 0.001 and config["seed"] == 0
     assert config["device"].startswith("cpu")
@@ -122,7 +122,7 @@ def test_tensorboard_tags_and_values(trained):
 def test_metrics_are_those_of_the_saved_network(trained, tiny_cifar10):
     """Recomputes val loss and top-k from the checkpoint, one image at a time."""
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    model = resnet20q([2, 32], width=1)
+    model = MODELS["resnet8q"]([2, 32], width=1)
     model.load_state_dict(load(trained)["state_dict"])
     model.eval()
     images = get_dataset("cifar10", "test", get_transform("cifar10", False), tiny_cifar10)
@@ -193,12 +193,10 @@ def test_training_on_every_data_set(dataset, tmp_path, monkeypatch):
     getattr(tiny_data, dataset.replace("-", "_"))(tmp_path / "data", monkeypatch)
     model = "svhnq" if DATASETS[dataset].image_size == 40 else "resnet20q"
     if dataset == "imagenet":
-        model = "resnet50q"
+        model = "bottlenecks"
     argv = ["--dataset", dataset, "--model", model, "--width", 1, "--data-dir", tmp_path / "data",
             "--epochs", 1, "--bit_width_list", "1,32", "--batch-size", 4, "--device", "cpu",
             "--results-dir", tmp_path / "r"]
-    if model == "resnet50q":
-        argv += ["--train-fraction", 0.5, "--optimizer", "sgd"]  # steps and saves take seconds
     assert run(argv) == 0
     assert load(tmp_path / "r")["epoch"] == 1
 
@@ -344,43 +342,42 @@ DIGITS = ["--width", "1", "--bit_width_list", "2,32", "--epochs", "1", "--device
           "--train-fraction", "0.2"]
 
 
-def test_digits_recipe_with_data_workers(tmp_path, environment):
-    done = subprocess.run(
-        [ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r", "--workers", "2"],
-        env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "best checkpoint (epoch 1)" in done.stdout
-    assert load(tmp_path / "r")["epoch"] == 1
-
-
-def test_digits_recipe_on_a_terminal_shows_a_bar(tmp_path, environment):
+def test_digits_recipe_with_data_workers_on_a_terminal_shows_a_bar(tmp_path, environment):
     outer, inner = pty.openpty()
     size = struct.pack("HHHH", 40, 140, 0, 0)  # rows, columns
     fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
-    process = subprocess.Popen([ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r"],
-                               env=environment, stdout=inner, stderr=subprocess.PIPE, text=True)
-    os.close(inner)
-    shown = b""
-    try:
-        while part := os.read(outer, 4096):
-            shown += part
-    except OSError:  # the other end is closed
-        pass
-    _, err = process.communicate()
-    assert process.returncode == 0 and err == "", err
+    with open(tmp_path / "errors", "w+") as errors:
+        process = subprocess.Popen(
+            [ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r", "--workers", "2"],
+            env=environment, stdout=inner, stderr=errors)
+        os.close(inner)
+        shown = b""
+        try:
+            while part := os.read(outer, 4096):
+                shown += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(outer)
+        code = process.wait()
+        errors.seek(0)
+        err = errors.read()
+    assert code == 0 and err == "", err
     for part in ("epoch 1/1:", "step/s", ", loss ", "val loss", "best checkpoint (epoch 1)"):
         assert part in shown.decode()
     assert load(tmp_path / "r")["epoch"] == 1
 
 
-def test_compile_without_a_compiler_is_one_line_and_the_run_goes_on_without(tmp_path, environment):
-    command = [sys.executable, ROOT / "train.py", *DIGITS, "--results-dir", tmp_path / "r"]
-    done = subprocess.run(
-        [*command, "--compile"], capture_output=True, text=True,
-        env={**environment, "PATH": str(tmp_path), "CC": "cc", "CXX": str(tmp_path / "none"),
-             "XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("train.py: error: --compile needs a compiler that works here (")
-    assert "leave it out, or where a run goes on, pass --no-compile" in done.stderr
-    assert run([*command[2:], "--no-compile"]) == 0
+def test_compile_without_a_compiler_is_one_line_and_the_run_goes_on_without(
+        tmp_path, tiny_cifar10, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "none"))}):
+        assert run([*argv, "--compile"]) == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1, err
+    assert ": error: --compile needs a compiler that works here (" in err
+    assert "leave it out, or where a run goes on, pass --no-compile" in err
+    assert run([*argv, "--no-compile"]) == 0
     assert load(tmp_path / "r")["arguments"]["compile"] is False
