@@ -74,12 +74,11 @@ class Bottlenecks(resnet50q):
 
 
 class ShortSVHN(svhnq):
-    """The SVHN network with three convolutions instead of eight; its dropout is layers[7]."""
+    """The SVHN network with one quantized convolution; its dropout is layers[6]."""
 
     def __init__(self, bit_widths, num_classes=10, width=2, all_conv=False):
         super().__init__(bit_widths, num_classes, width, all_conv)
-        self.layers = nn.Sequential(
-            *self.layers[:5], nn.MaxPool2d(2), ActivationQ(),  # (N, 8 width, 9, 9)
-            nn.Dropout(0.5), Conv2dQ(8 * width, 64 * width, 9, bias=False),
-            ActivationQ(rounding=False))
+        self.layers = nn.Sequential(*self.layers[:5], nn.MaxPool2d(3), nn.Dropout(0.5),
+                                    ActivationQ(rounding=False))  # (N, 8 width, 6, 6)
+        self.fc = Classifier(8 * width * 6 * 6, num_classes)
         set_bit_width(self, check_bit_widths(bit_widths)[0])

@@ -14,6 +14,7 @@ from engine import published
 from engine.run_folder import read_metrics
 from models import MODELS, add_missing_bit_widths, calibrate, set_bit_width
 from models.quan_ops import SwitchableBatchNorm2d
+from small_networks import Bottlenecks, ResNet8
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,9 @@ def test_a_missing_bit_width_starts_as_the_nearest():
         "bn.bn_dict.3.weight": 4, "bn.bn_dict.8.weight": 4, "bn.bn_dict.32.weight": 32}
 
 
-@pytest.mark.parametrize("name, size", [("resnet20q", 32), ("resnet50q", 64), ("svhnq", 40)])
-def test_calibration_averages_over_the_batches_and_touches_nothing_else(name, size):
-    model = reference.fill(MODELS[name]([2, 3, 32], width=1).double(), seed=0)
+@pytest.mark.parametrize("kind, size", [(ResNet8, 32), (Bottlenecks, 64), (MODELS["svhnq"], 40)])
+def test_calibration_averages_over_the_batches_and_touches_nothing_else(kind, size):
+    model = reference.fill(kind([2, 3, 32], width=1).double(), seed=0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = [reference.values(f"batch{index}", (2, 3, size, size), 0) for index in range(3)]
 

@@ -225,7 +225,7 @@ def assert_every_loss_changes(path, change, also=()):
     for edit in (lambda: None, change):
         edit()
         model = reference.fill(ShortSVHN(WIDTHS, width=1).double(), seed=0).float()
-        model.layers[7].p = 0  # no dropout
+        model.layers[6].p = 0  # no dropout
         losses.append(PATHS[path](model, images, labels))
     before, after = losses
     assert (before[32] != after[32]) == (32 in also)
