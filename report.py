@@ -104,7 +104,8 @@ def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
     named = {"model_best": "best checkpoint", "model_latest": "last checkpoint"}
     words = {"checkpoint": f"{named.get(stem, stem)} evaluated"}
     if batches is not None:
-        words["calibrate"] = f"calibrated on {batches} batches" if batches else "not calibrated"
+        count = "1 batch" if batches == 1 else f"{batches} batches"
+        words["calibrate"] = f"calibrated on {count}" if batches else "not calibrated"
     return words
 
 

@@ -95,8 +95,10 @@ def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tmp_path,
         [1, 3, 32], 1, True, str(trained), "resnet8q", 8]
     assert config["trained_bit_widths"] == [2, 32]
     assert config["epoch"] == load(trained, "model_best")["epoch"]
-    report.main(report.parse_args([str(folder), "--output", str(tmp_path / "table")]))
-    assert "any, recursive, trained at 2,32, calibrate 1, model_best" in capsys.readouterr().out
+    found = report.load_run(folder)
+    assert (found.name, found.bit_widths) == ("any, recursive", "2,32")
+    assert found.evaluation == {"checkpoint": "best checkpoint evaluated",
+                                "calibrate": "calibrated on 1 batch"}
 
 
 def test_evaluation_through_the_recipe(tmp_path, recipe_argv):

@@ -271,7 +271,7 @@ def own_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(MODELS, "own", OwnNetwork)
         monkeypatch.setitem(DATASETS, "digits",
-                            row._replace(open=lambda root, split: images[split]))
+                            row._replace(open=lambda root, split: images[split], shapes={}))
         assert run(["--model", "own", "--dataset", "digits", "--width", 1, "--bit_width_list",
                     "2,32", "--epochs", 1, "--device", "cpu", "--results-dir", folder]) == 0
         yield folder
