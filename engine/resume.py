@@ -7,9 +7,11 @@ from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, check_saved,
                               flag_name, merge_args, names_of)
 from engine.errors import UsageError, UserError
-from models import BitWidth, saved_bit_widths
-from models.checkpoint import BEST, LATEST, network_spec, old_spec, read_checkpoint
-from utils import flag_text
+from engine.state import is_epoch
+from models import BitWidth, check_bit_widths, saved_bit_widths
+from models.checkpoint import (BEST, LATEST, FileError, check_field, network_spec, old_spec,
+                               read_checkpoint)
+from utils import brief, flag_text, printable
 
 
 class Checkpoint:
@@ -24,10 +26,10 @@ class Checkpoint:
         self.path = path
         self.in_place = in_place
         self.content = read_checkpoint(path)
-        epoch = self.content.get("epoch")
-        if epoch is not None and (type(epoch) is not int or epoch < 0):
-            raise UserError(f"{path}: its epoch is {epoch!r}, which is no number of epochs done: "
-                            "the file may be damaged")
+        check_field(path, "epoch", self.content.get("epoch"), is_epoch,
+                    "a number of epochs done")
+        check_field(path, "list of calibrated bit-widths", self.content.get("calibrated"),
+                    are_bit_widths, "a list of bit-widths")
         if not self.content.get("network"):
             given = {name: getattr(flags, name) for name in names_of(NETWORK)
                      if name != "width" and flags and name in flags}
@@ -41,10 +43,28 @@ class Checkpoint:
         if self.has_arguments:
             later = {name: value for name, value in DEFAULTS.items() if FLAGS[name].kind != MACHINE}
             saved = check_saved(self.content["arguments"], path)
+            self.check_network(saved)
             self.arguments = {**later, **saved}
         else:  # a published checkpoint
             self.arguments["dataset"] = published.DATASET.get(self.network["name"],
                                                               DEFAULTS["dataset"])
+
+
+    def check_network(self, saved: dict) -> None:
+        """Raise FileError where the arguments are of another network than the one it holds."""
+        for name in names_of(NETWORK):
+            own = self.arguments[name]
+            value = saved.get(name)
+            if value is not None and value != own:
+                raise FileError(f"{self.path}: its argument {name} is {brief(value)}, and its "
+                                f"network's is {brief(own)}: the file may be damaged")
+
+
+def are_bit_widths(value: object) -> bool:
+    try:
+        return isinstance(value, (list, tuple)) and (not value or bool(check_bit_widths(value)))
+    except ValueError:
+        return False
 
 
 def plain(bit_widths: Iterable[BitWidth]) -> list[int | str]:
@@ -102,8 +122,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if changed:
         raise UsageError(f"--resume {source}: cannot change on resume: {changed}: leave that out, "
                          "or start a new run from it with --pretrain")
+    not_taken_over = ("results_dir", "device", "evaluate", "calibrate", "save_calibrated")
     saved = {name: value for name, value in saved.items()
-             if name in DEFAULTS and name not in ("results_dir", "device")}
+             if name in DEFAULTS and name not in not_taken_over}
     if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
         given.pop("resume", None)
         given["results_dir"] = str(checkpoint.path.parent.parent)
@@ -129,9 +150,10 @@ def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Name
 def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     """Return what would change a saved run, as a message; the arguments `free` may differ."""
     machine = names_of(MACHINE)
-    return "; ".join(f"{flag_name(name)} is {flag_text(saved[name])}, not {flag_text(value)}"
-                     for name, value in ours.items()
-                     if name in saved and name not in (*machine, *free) and saved[name] != value)
+    return "; ".join(
+        f"{flag_name(name)} is {printable(flag_text(saved[name]))}, not {flag_text(value)}"
+        for name, value in ours.items()
+        if name in saved and name not in (*machine, *free) and saved[name] != value)
 
 
 def refuse_packed(content: dict, path: str | Path, purpose: str) -> None:
