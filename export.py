@@ -5,6 +5,10 @@
     python export.py results/RUN --format openvino --bits 1,4 --output net.xml --benchmark
     python train.py --evaluate --pretrain net.safetensors             # evaluates a packed file
 """
+if __name__ == "__main__":
+    from engine.startup import prepare_process
+    prepare_process()
+
 import contextlib
 import os
 import tempfile
@@ -20,13 +24,15 @@ from torch import nn
 from dataset.data import DATASETS
 from deploy.graph import NESTED, Run
 from engine import published
-from engine.arguments import FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number
+from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, merge_args, number,
+                              path_text)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from models import packed, saved_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.checkpoint import BEST, network_of
-from utils import flag_text, one_line
+from utils import flag_text, one_line, printable
+from utils import writing as writing_file
 
 FORMATS = ("packed", "onnx", "openvino")
 LAYER_IMAGES = 8  # from which --check computes the inputs of single layers
@@ -42,7 +48,8 @@ def main(args: Namespace) -> None:
         model, _ = network_of(checkpoint.content, checkpoint.path)
         images = image_metadata(args, checkpoint)
         with format_errors(args.format):
-            files = write(args, checkpoint, model, images, bit_widths, place)
+            with writing_file(args.output):
+                files = write(args, checkpoint, model, images, bit_widths, place)
             from deploy import check
 
             run = runner(args.format, {bits: place / name for bits, name in files.items()})
@@ -239,25 +246,30 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a results folder, a checkpoint, a packed file, a URL, or "
-        "a published name, as --pretrain of train.py")
+    add("source", type=path_text, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
+        "file, a URL, or a published name, as --pretrain of train.py")
     add("--format", choices=FORMATS, required=True, help="packed: for this project, bit for bit; "
         "onnx: for ONNX Runtime; openvino: for x86 CPUs")
     add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, or any: one file "
         "that switches; default: all that the network has")
-    add("--output", type=Path, required=True, metavar="FILE", help="with several bit-widths, onnx "
-        "and openvino write a file each: net.onnx is net_4.onnx")
+    add("--output", type=path_text, required=True, metavar="FILE", help="with several bit-widths, "
+        "onnx and openvino write a file each: net.onnx is net_4.onnx")
     add("--check", type=number(int, 1), metavar="N", help="compare with the network on N images of "
         "the validation split; exit code 1 where it falls short")
     add("--benchmark", action="store_true", help="measure against torch and ONNX Runtime's "
         "float32, on one thread")
     add("--dataset", choices=DATASETS, metavar="NAME", help="data set to check on; "
         "default: that of the checkpoint")
-    add("--data-dir", help="folder that holds the data sets' folders; default: data")
+    add("--data-dir", type=path_text,
+        help="folder that holds the data sets' folders; default: data")
     args = parser.parse_args(argv)
+    args.output = Path(args.output)
     if args.bits == "any" and args.format == "openvino":
         parser.error("--bits any has no --format openvino: choose packed or onnx, or list "
                      "bit-widths for a file each")
+    if str(args.output) != printable(str(args.output)):
+        parser.error(f"--output {args.output} is not UTF-8, as the formats' libraries need it: "
+                     "give another name, or go into that folder first")
     if args.format == "openvino" and args.output.suffix != ".xml":
         parser.error(f"--output {args.output} must end in .xml; its weights go to .bin beside it")
     return args

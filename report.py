@@ -3,28 +3,41 @@
     python report.py results/*                # prints the table, writes results/report.{md,png,csv}
     python report.py results/* --epoch best --output comparison
 """
+if __name__ == "__main__":
+    from engine.startup import prepare_process
+    prepare_process()
+
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import statistics
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser
+from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
 from engine.errors import UserError, run_program
 from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
 from engine.run_folder import read_metrics
 from models import BitWidth
-from utils import flag_text, one_line, replacing, write_text
+from utils import flag_text, one_line, printable, replacing, write_text, writing
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
     "last": ("last epoch", lambda run: run.history[-1]["val"]),
     "checkpoint": ("best checkpoint", lambda run: best_record(run.history, run.best_by)["val"]),
     "best": ("best epoch of each bit-width", lambda run: best_of_each(run.history)),
 }
+
+
+SUFFIXES = (".md", ".png", ".csv")  # of what a report writes
+
+
+class NoEpoch(UserError):
+    """A run without a finished epoch."""
 
 
 class Run(NamedTuple):
@@ -40,7 +53,7 @@ class Run(NamedTuple):
 
 
 def load_run(folder: str | Path) -> Run:
-    """Load the Run of a folder; raises UserError where it is no run, or has no finished epoch."""
+    """Load the Run of a folder; raises UserError where it is none, NoEpoch where it has none."""
     try:
         config = json.loads(Path(folder, "config.json").read_text())
         arguments = {**DEFAULTS, **config["arguments"]}  # an older run lacks some
@@ -61,7 +74,7 @@ def load_run(folder: str | Path) -> Run:
         raise UserError(
             f"{folder} is not a results folder of train.py ({one_line(error)})") from None
     if not history:
-        raise UserError(f"{folder} has no finished epoch yet: leave it out, or let it go on")
+        raise NoEpoch(f"{folder} has no finished epoch yet: leave it out, or let it go on")
     settings = {argument: flag_text(value) for argument, value in sorted(arguments.items())
                 if value is not None and value is not False
                 and sets_apart(argument, arguments["evaluate"])}
@@ -95,15 +108,27 @@ def names_of(runs: list[Run]) -> list[str]:
     return names
 
 
-def read_runs(folders: list[str]) -> tuple[list[Run], list[str]]:
-    """Load the runs of folders; return them, and the reason for each folder that is left out."""
+def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
+    """Load the runs of folders.
+
+    Returns them, the reasons for runs that are left out, and those for what holds no run.
+    """
     runs = []
     left_out = []
-    for folder in filter(os.path.isdir, folders):  # results/* of a shell includes our own files
+    no_runs = []
+    for folder in folders:
+        if os.path.isfile(folder) and folder.endswith(SUFFIXES):
+            continue  # results/* of a shell includes our own files
+        if not os.path.exists(folder):
+            no_runs.append(f"{folder} does not exist")
+            continue
         try:
             run = load_run(folder)
-        except UserError as error:
+        except NoEpoch as error:
             left_out.append(str(error))
+            continue
+        except UserError as error:
+            no_runs.append(str(error))
             continue
         same = [other.folder for other in runs if other[1:-1] == run[1:-1]
                 and other.history[-1]["val"].keys() == run.history[-1]["val"].keys()]
@@ -112,8 +137,9 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str]]:
         else:
             runs.append(run)
     if not runs:
-        raise UserError([*left_out, f"{folders[0]} is not a results folder of train.py"][0])
-    return runs, left_out
+        nothing = f"{folders[0]} is not a results folder of train.py"
+        raise UserError("; ".join([*no_runs, *left_out]) or nothing)
+    return runs, left_out, no_runs
 
 
 def table_rows(runs: list[Run],
@@ -163,7 +189,7 @@ def save_comparison_figure(path: str, rows: list[dict]) -> None:
         for name, cells in configurations.items():
             spread = {bits: statistics.stdev(v) for bits, v in cells.items() if len(v) > 1}
             plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in cells.items()},
-                          spread, label=name)
+                          spread, label=printable(name))
         axis.set_title(title)
         axis.legend()
     save_figure(figure, path)
@@ -172,18 +198,19 @@ def save_comparison_figure(path: str, rows: list[dict]) -> None:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="results folders of train.py")
+    parser.add_argument("results", nargs="+", type=path_text, metavar="RESULTS",
+                        help="results folders of train.py")
     parser.add_argument("--epoch", choices=EPOCHS, default="last",
                         help="report the last epoch, that of model_best (by the run's own "
                              "--best-by), or the best epoch of each bit-width by itself")
-    parser.add_argument("--output", default="results/report", metavar="PATH",
+    parser.add_argument("--output", type=path_text, default="results/report", metavar="PATH",
                         help="write PATH.md, PATH.png, PATH.csv")
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
-    """Print the table; write it, the figure and the CSV."""
-    runs, left_out = read_runs(args.results)
+    """Print the table; write it, the figure and the CSV; raise UserError for what holds no run."""
+    runs, left_out, no_runs = read_runs(args.results)
     which, values_of = EPOCHS[args.epoch]
     rows = table_rows(runs, values_of)
 
@@ -194,18 +221,41 @@ def main(args: Namespace) -> None:
         which += ", or the checkpoint that was evaluated"
 
     table = markdown(rows, which)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    write_text(f"{args.output}.md", table)
-    with replacing(f"{args.output}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    save_comparison_figure(f"{args.output}.png", rows)
+    folder = Path(args.output).parent
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        write_text(f"{args.output}.md", table)
+        write_csv(f"{args.output}.csv", rows)
+        save_comparison_figure(f"{args.output}.png", rows)
 
     print(table)
     for reason in left_out:
         print(f"left out: {reason}")
     print(f"written to {args.output}.md, {args.output}.png and {args.output}.csv")
+    if no_runs:
+        raise UserError(f"the report lacks {'; '.join(no_runs)}: name folders of runs alone")
+
+
+def write_csv(path: str, rows: list[dict]) -> None:
+    """Write the rows, whole or not at all; paths that are not UTF-8 keep their bytes."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                            errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, so that of two reports with one --output the second replaces all."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

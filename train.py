@@ -9,10 +9,13 @@ Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
     python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20
 """
+if __name__ == "__main__":
+    from engine.startup import prepare_process
+    prepare_process()
+
 import bisect
 import math
 import random
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -34,6 +37,7 @@ from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
 from engine.forward_pass import ForwardPass
+from engine.output import go_on_without_output
 from engine.resume import Checkpoint, refuse_packed, resolve
 from engine.run_folder import RunFolder, log
 from engine.setup import (describe_images, initialize_model, load_pretrained, make_forward_pass,
@@ -43,7 +47,7 @@ from engine.state import TrainingState
 from models import BitWidth, check_bit_widths, layer_table
 from models.checkpoint import BEST, read_checkpoint
 from models.converted import AnyPrecisionNetwork
-from utils import flag_text, write_text
+from utils import flag_text, without_secrets, write_text
 
 
 def main(flags: Namespace) -> Path:
@@ -75,6 +79,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     in_place = checkpoint is not None and checkpoint.in_place
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
+        go_on_without_output(f"training goes on; its log is in {run.path}")
         run.write_config(vars(args), device)
         run.begin(state.epoch)
         log_run_info(args, device, state, run, message, defaulted, len(train_loader))
@@ -82,8 +87,8 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
             run.save(state)  # fails now, not after an hour, where it cannot be saved
         console = Console(state.bit_widths, args.epochs, len(train_loader), args.print_freq,
                           rank() == 0 and sys.stdout.isatty())
-        try:
-            with StopRequest() as stop:
+        with StopRequest() as stop:
+            try:
                 for epoch in range(state.epoch, args.epochs):
                     factor = learning_rate_factor(args, epoch)
                     for group in state.optimizer.param_groups:
@@ -102,12 +107,12 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
                     run.log_epoch(record)
                     console.row(record)
                     run.save(state, best=improved)
-        except Stopped as stopped:
-            broadcast_buffers(state.model)
-            run.save(state)
-            command = shlex.join([sys.executable, sys.argv[0], "--resume", str(run.path.resolve())])
-            where = f"after step {state.metrics.steps} of {len(train_loader)}; to go on: {command}"
-            raise Stopped(stopped.number, f"in epoch {state.epoch + 1}, {where}") from None
+            except Stopped as stopped:
+                broadcast_buffers(state.model)
+                run.save(state)
+                where = f"in epoch {state.epoch + 1}, after step {state.metrics.steps} of "
+                where += f"{len(train_loader)}; to go on: {run.command_to_resume()}"
+                raise Stopped(stopped.number, where) from None
 
         finish(run, run_name(args), args.best_by)
     return run.path
@@ -174,7 +179,7 @@ def prepare(args: Namespace,
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
     optimizer = make_optimizer(args, parameter_groups(model, args))
     bit_widths = sorted(check_bit_widths(args.bit_width_list))
-    state = TrainingState(model, optimizer, bit_widths, device, vars(args),
+    state = TrainingState(model, optimizer, bit_widths, device, without_secrets(vars(args)),
                           train_loader.batch_sampler.num_samples,
                           describe_images(args.dataset, train_set), fingerprint(train_set))
     return state, forward_pass, train_loader, val_loader

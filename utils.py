@@ -1,29 +1,60 @@
 """File and text helpers."""
 import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a full disk
+
+
+class WriteError(OSError):
+    """A file that cannot be written; one line, with a remedy."""
+
+    def __init__(self, path: str | Path, error: BaseException | str):
+        reason = getattr(error, "strerror", None) or one_line(error)
+        super().__init__(f"{path} cannot be written ({reason}): free space there, or choose "
+                         "another folder; what was saved before is kept")
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raise WriteError naming `path` where the context, which writes it, raises OSError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(path, error) from None
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` once it is written, so never by a part of it."""
+    """Yield a temporary path that replaces `path` once it is written, so never by a part of it.
+
+    Raises WriteError where it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # the next save overwrites that of a killed one
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text to a file, whole or not at all."""
+    """Write text to a file, whole or not at all; raises WriteError.
+
+    Paths in it that are not UTF-8 keep their bytes.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -38,7 +69,27 @@ def with_text_keys(value: object) -> object:
     return value
 
 
+def without_secrets(value: object) -> object:
+    """Return a text, or the texts in lists and dicts, without what may be a token in their URLs.
+
+    The user's name and password, and the query, become `***`.
+    """
+    if isinstance(value, dict):
+        return {key: without_secrets(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"(https?://)[^/?#@\s]*@", r"\1***@", value)
+    return re.sub(r"""(https?://[^?#\s'"]*[?#])[^\s'"]*[^\s'",;:)]""", r"\1***", text)
+
+
 def printable(text: str) -> str:
+    """Return text with what is not Unicode, as in other paths, as escape sequences."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def escaped(text: str) -> str:
     """Return text with control characters, and what is not Unicode, as escape sequences.
 
     For names in files, which could move a terminal's cursor or change its colours.
@@ -49,18 +100,18 @@ def printable(text: str) -> str:
 def brief(value: object, most: int = 80) -> str:
     """Return a value of a file for a message: its repr in one line, of `most` characters."""
     try:
-        text = printable(" ".join(repr(value).split()))
+        text = escaped(" ".join(repr(value).split()))
     except (ValueError, RuntimeError):  # an integer of thousands of digits, a broken tensor
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return an error's message in one printable line, or its type where it has none."""
+    """Return an error's message in one line, escaped, or its type where it has none."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     if "in DataLoader worker process" in lines[0]:  # with the worker's traceback
-        return printable(lines[-1].split(": ", 1)[-1])
-    return printable(" ".join(lines) if lines[0].endswith(":") else lines[0])
+        return escaped(lines[-1].split(": ", 1)[-1])
+    return escaped(" ".join(lines) if lines[0].endswith(":") else lines[0])
 
 
 def flag_text(value: object) -> str:

@@ -70,7 +70,7 @@ def is_crop(transform: Callable, size: int) -> bool:
 
 def ignore_stop_signals(worker: int | None = None) -> None:
     """Ignore SIGTERM and Ctrl-C, which reach data workers too: the training process decides."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

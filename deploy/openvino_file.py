@@ -22,6 +22,7 @@ from deploy.graph import (ImageSize, Operation, Run, affine_of, float_weight, im
                           integer_weight, is_rounding, pool_settings, step_of, takes_levels,
                           trace)
 from models.bit_widths import FULL_PRECISION, BitWidth
+from utils import one_line
 
 CHANNELS = 8  # a BinaryConvolution needs a multiple of this many input channels
 LARGE = numpy.finfo(numpy.float32).max
@@ -211,12 +212,15 @@ def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: s
 
     Its weights go to the .bin file beside it. The input `images` is (N, 3, H, W) float32,
     normalized; the output `logits` is (N, classes). Raises ValueError naming a layer that the
-    format cannot represent.
+    format cannot represent, and OSError where it cannot be written.
     """
     bits, = bit_widths
     content = Writer(image_size).write(trace(model, bits))
     content.set_rt_info(str(bits), "bits")
-    openvino.save_model(content, path, compress_to_fp16=False)
+    try:
+        openvino.save_model(content, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise OSError(f"{one_line(error)}, as on a full disk") from None
 
 
 def load(path: str | Path, threads: int = 1) -> Run:

@@ -1,5 +1,6 @@
 """The command line of train.py."""
 import argparse
+import errno
 import math
 import os
 from argparse import ArgumentTypeError, Namespace
@@ -13,7 +14,7 @@ from engine.errors import UsageError, UserError
 from engine.forward_pass import PRECISIONS
 from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
 from models.losses import NEXT_TARGET
-from utils import brief, flag_text, one_line
+from utils import brief, flag_text, one_line, without_secrets
 
 # Kinds of flags.
 NETWORK = "network"  # builds the network: an evaluation's is its checkpoint's
@@ -93,9 +94,28 @@ def epoch_list(text: str) -> list[int]:
     return epochs
 
 
+def nonempty(text: str) -> str:
+    """Parse a name, which is not empty."""
+    if not text.strip():
+        raise ArgumentTypeError(f"{text!r} is empty, as an unset shell variable is: give a name, "
+                                "or leave it out")
+    return text
+
+
+def path_text(text: str) -> str:
+    """Parse a path: not empty, and no symbolic link to itself."""
+    try:
+        os.stat(nonempty(text))
+    except OSError as error:  # it may be made later
+        if error.errno == errno.ELOOP:
+            raise ArgumentTypeError(f"{text!r} leads by symbolic links to itself: give another "
+                                    "path") from None
+    return text
+
+
 def source(text: str) -> str | None:
     """Parse the source of a checkpoint; published scripts write none as None."""
-    return None if text in ("", "None") else text
+    return None if text == "None" else path_text(text)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -112,9 +132,15 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter,
                          **kwargs)
 
+    def _get_values(self, action, arg_strings):
+        if action.option_strings and arg_strings == ["--"]:  # argparse would drop it, and stumble
+            raise argparse.ArgumentError(action, "'--' is no value: give another")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Exit with the message, which rank 0 prints in one line."""
-        text = f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n"
+        message = without_secrets(one_line(message))
+        text = f"{self.prog}: error: {message} (--help lists the arguments)\n"
         self.exit(UsageError.exit_code, text if rank() == 0 else None)
 
 
@@ -154,7 +180,7 @@ def add_network(add: Callable[..., None]) -> None:
 def add_training(add: Callable[..., None]) -> None:
     """Declare the flags of data, loss and optimization."""
     add("--dataset", kind=RUN, evaluated=True, in_name=True, default="digits", **choice(DATASETS))
-    add("--train_split", "--train-split", kind=RUN, evaluated=True,
+    add("--train_split", "--train-split", kind=RUN, evaluated=True, type=nonempty,
         help="split to train on; default: train, for svhn train_extra")
     add("--train-fraction", kind=RUN, type=number(float, 0, 1, above=True), default=1.0,
         help="fraction of the training split to train on, drawn by the seed; for short trials")
@@ -206,11 +232,12 @@ def add_running(add: Callable[..., None]) -> None:
     add("--calibrate", kind=TASK, type=number(int, 0), help="with --evaluate: a bit-width that was "
         "not trained copies the nearest one that was, and re-estimates BatchNorm's statistics over "
         "this many training batches (0: none)")
-    add("--save-calibrated", kind=TASK, metavar="FILE",
+    add("--save-calibrated", kind=TASK, type=path_text, metavar="FILE",
         help="with --calibrate: save the result as a checkpoint")
-    add("--results-dir", kind=MACHINE, help="folder of the run; the same command resumes what is "
-        "there; default: a new folder under results/, named after the run")
-    add("--data-dir", kind=MACHINE,
+    add("--results-dir", kind=MACHINE, type=path_text,
+        help="folder of the run; the same command resumes what is there; default: a new folder "
+        "under results/, named after the run")
+    add("--data-dir", kind=MACHINE, type=path_text,
         help="folder that holds the data sets' folders; default: data")
     add("--device", kind=MACHINE, default="auto",
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
@@ -330,7 +357,7 @@ def check_settings(args: Namespace) -> None:
     if count > 1 and args.device.startswith("cuda:"):
         raise UsageError(f"--device {args.device} is one GPU for {count} processes: give cuda, "
                          "each takes its own")
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if restarts and not args.results_dir and not args.resume:
         raise UsageError(f"--max-restarts {restarts} goes on from the results folder after a "
                          "process died: name it with --results-dir")

@@ -19,14 +19,26 @@ class ProcessError(Exception):
     """The processes of a run cannot connect, or have lost each other."""
 
 
+def check_launch() -> None:
+    """Raise ProcessError where the variables that torchrun sets are no numbers, or do not fit."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_MAX_RESTARTS"):
+        text = os.environ.get(name)
+        if text and not text.isdecimal():
+            raise ProcessError(f"{name} is {text!r} in the environment, and no whole number from 0 "
+                               "up: unset it, or start with torchrun, which sets it")
+    if rank() >= world_size():
+        raise ProcessError(f"RANK is {rank()} in the environment, and WORLD_SIZE only "
+                           f"{world_size()}: unset both, or start with torchrun, which sets them")
+
+
 def rank() -> int:
     """Return the index of this process, from 0; rank 0 writes files and logs."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,20 @@
 """Errors that the user can fix, and how programs print them: in one line."""
+import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
 
 from dataset.data import DataError
-from engine.distributed import ProcessError, rank
+from engine.distributed import ProcessError, check_launch, rank
+from engine.output import lasting_streams, print_message
 from models.checkpoint import FileError
-from utils import one_line
+from utils import NO_SPACE, WriteError, one_line, without_secrets
 
 
 class UserError(Exception):
@@ -26,18 +28,25 @@ class UsageError(UserError):
 
 
 class StopRequest:
-    """A context that records SIGTERM or Ctrl-C in `signal`; a second one acts at once."""
+    """A context that records the first SIGTERM, Ctrl-C, SIGHUP or SIGUSR1 in `signal`.
+
+    A second SIGTERM or Ctrl-C acts at once, but not in a process of torchrun, which passes on
+    signals that may have reached the process already. SIGHUP stays ignored where it was, by nohup.
+    """
     signal = None
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.remember)
-                         for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.handlers = {number: signal.signal(number, self.remember) for number in numbers}
         return self
 
     def remember(self, number: int, frame: FrameType | None) -> None:
-        """Record a signal, and restore its previous handler."""
-        self.signal = number
-        signal.signal(number, self.handlers[number])
+        """Record a signal; let another one like it act, where people send them."""
+        self.signal = self.signal or number
+        if number in (signal.SIGTERM, signal.SIGINT) and "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, self.handlers[number])
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
@@ -55,28 +64,62 @@ class Stopped(UserError):
 
 
 def run_program(main: Callable[[Namespace], object], parse: Callable[[], Namespace]) -> None:
-    """Run main(parse()); errors that the user can fix end it with one line and an exit code."""
+    """Run main(parse()); errors that the user can fix end it with one line and an exit code.
+
+    So does a standard output that cannot be written, unless main goes on without it.
+    """
+    with lasting_streams() as output, raising_interrupts():
+        code, message = outcome(main, parse)
+        output.flush()
+        if code == 0 and output.failure and not output.remark:
+            code = 1
+            message = f"error: {output.message()}: give it a place that can be written"
+        if message:
+            print_message(without_secrets(message))
+    if code:
+        sys.exit(code)
+
+
+def outcome(main: Callable[[Namespace], object],
+            parse: Callable[[], Namespace]) -> tuple[int, str | None]:
+    """Run main(parse()); return the exit code, and a message where the user can do something."""
     try:
+        check_launch()
         main(parse())
-        return
-    except (UserError, FileError, DataError, ProcessError, OSError) as error:  # such as a full disk
-        code = getattr(error, "exit_code", 1)
+    except SystemExit as ended:  # of the parser, which has printed its own message
+        return ended.code or 0, None
+    except (Stopped, UsageError) as error:  # the same in all processes
         message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
+        return error.exit_code, message if rank() == 0 else None
+    except (UserError, FileError, DataError, ProcessError, WriteError) as error:
+        return 1, f"error: {one_line(error)}"
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            error = WriteError(error.filename or "a file", error)
+        return 1, f"error: {one_line(error)}"
     except (RuntimeError, ValueError) as error:
-        message = f"error: {explain(error)}"
-        code = 1
+        return 1, f"error: {explain(error)}"
     except KeyboardInterrupt:
-        message = "interrupted"
-        code = 128 + signal.SIGINT
+        return 128 + signal.SIGINT, "interrupted"
     finally:
         workers = multiprocessing.active_children()
         if workers:  # data workers, which ignore the SIGTERM of Python's exit
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report a kill
         for worker in workers:
             worker.kill()
-    if code != UsageError.exit_code or rank() == 0:  # all processes have the same usage error
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(code)
+    return 0, None
+
+
+@contextlib.contextmanager
+def raising_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt within the context, where it is not ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def explain(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from dataset.download import cannot_write, downloading, reason_of
 from engine.errors import UserError
 from models.checkpoint import FileError, find_file, read_checkpoint
-from utils import one_line
+from utils import one_line, without_secrets
 
 PREFIX = "https://www.dropbox.com/s/"
 # {name: "link", its part of the URL, and "sha256", of the file; null: not known}
@@ -40,8 +40,17 @@ def find_checkpoint(source: str | Path, *names: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads: any_precision in XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision").expanduser()
+    """Return the folder of downloads: any_precision in XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises UserError where there is neither.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "any_precision")
+    try:
+        return folder.expanduser()
+    except RuntimeError:  # no home directory
+        raise UserError("there is no home directory to keep downloads in: set XDG_CACHE_HOME to a "
+                        "folder for them, or download the file yourself and give its path"
+                        ) from None
 
 
 def download(url: str, name: str, sha256: str | None = None) -> Path:
@@ -51,14 +60,14 @@ def download(url: str, name: str, sha256: str | None = None) -> Path:
     readable checkpoint, and leaves nothing of it.
     """
     path = cache_folder() / name
-    error_begins = url
+    error_begins = without_secrets(url)
     if path.is_file():
         damage = find_damage(path, sha256)
         if not damage:
             return path
         print(f"{path} is damaged ({damage}): downloading it anew")
-        error_begins = f"{path} is damaged, and {url}"
-    print(f"downloading {url} to {path}", flush=True)
+        error_begins = f"{path} is damaged, and {without_secrets(url)}"
+    print(f"downloading {without_secrets(url)} to {path}", flush=True)
     try:
         with downloading():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from engine.state import is_epoch
 from models import BitWidth, check_bit_widths, saved_bit_widths
 from models.checkpoint import (BEST, LATEST, FileError, check_field, network_spec, old_spec,
                                read_checkpoint)
-from utils import brief, flag_text, printable
+from utils import brief, flag_text, escaped, without_secrets
 
 
 class Checkpoint:
@@ -150,8 +150,10 @@ def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Name
 def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     """Return what would change a saved run, as a message; the arguments `free` may differ."""
     machine = names_of(MACHINE)
+    saved = without_secrets(saved)
+    ours = without_secrets(ours)
     return "; ".join(
-        f"{flag_name(name)} is {printable(flag_text(saved[name]))}, not {flag_text(value)}"
+        f"{flag_name(name)} is {escaped(flag_text(saved[name]))}, not {flag_text(value)}"
         for name, value in ours.items()
         if name in saved and name not in (*machine, *free) and saved[name] != value)
 

@@ -4,27 +4,94 @@ import fcntl
 import json
 import logging
 import platform
+import shlex
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
 from engine.state import TrainingState
 from models import BitWidth
-from utils import one_line, with_text_keys, write_json, write_text
+from models.checkpoint import LATEST
+from utils import (WriteError, with_text_keys, without_secrets, write_json, write_text,
+                   writing)
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
 log.propagate = False
 ANOTHER = "choose another folder with --results-dir"
+
+
+class LogFile(logging.FileHandler):
+    """A log file that the run cannot do without: raises WriteError where it cannot be written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # appends
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise the error of writing a record, once the file is closed."""
+        error = sys.exc_info()[1]
+        with contextlib.suppress(OSError):  # what is still buffered cannot be written either
+            self.stream.close()
+        self.stream = None
+        if not isinstance(error, OSError):
+            raise error
+        raise WriteError(self.baseFilename, error) from None
+
+
+class EventFile:
+    """A TensorBoard event file, which is written at once.
+
+    tensorboardX's SummaryWriter writes in a thread, and waits for it for ever once a full disk has
+    ended it. purge_step: TensorBoard drops what earlier files hold from that step on.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        self.folder = folder
+        with self.writing():
+            folder.mkdir(exist_ok=True)
+            self.events = EventsWriter(str(folder / "events"))
+            self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self.events.flush()
+
+    def add(self, event: Event) -> None:
+        """Add an event, at the present time."""
+        event.wall_time = time.time()
+        self.events.write_event(event)
+
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """Write a point of each curve, {tag: value}; raises WriteError where they cannot be."""
+        with self.writing():
+            for tag, value in values.items():
+                self.add(Event(step=step, summary=scalar(tag, value)))
+            self.events.flush()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn an error of writing into WriteError, and close the file then."""
+        try:
+            with writing(self.folder):
+                yield
+        except WriteError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file, of which all is written."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.events.close()
 
 
 class RunFolder:
@@ -42,6 +109,7 @@ class RunFolder:
         self.history = []  # records of metrics.jsonl
         self.writer = None
         self.lock = None
+        self.log_file = None
         self.path = Path(gather(self.open(folder, name, in_place) if rank() == 0 else None)[0])
         self.metrics_file = self.path / "metrics.jsonl"
 
@@ -69,22 +137,36 @@ class RunFolder:
                                 f"or {ANOTHER}") from None
             except OSError:
                 pass  # a file system without locks
-            file = logging.FileHandler(folder / f"log_{socket.gethostname()}.txt")  # appends
+            self.log_file = LogFile(folder / f"log_{socket.gethostname()}.txt")
         except OSError as error:
             raise UserError(f"results folder {folder} cannot be written ({error.strerror}): "
                             f"{ANOTHER}") from None
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.handlers = [logging.StreamHandler(sys.stdout), file]
+        log.handlers = [logging.StreamHandler(sys.stdout), self.log_file]
         return folder
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        message = str(error)
+        resumable = isinstance(error, WriteError) and (self.path / "ckpt" / LATEST).exists()
+        if resumable:
+            message += f"; then go on: {self.command_to_resume()}"
+        if self.log_file and isinstance(error, (UserError, WriteError)):  # a terminal may be gone
+            with contextlib.suppress(WriteError):
+                self.log_file.handle(log.makeRecord(
+                    log.name, logging.INFO, __file__, 0, message, (), None))
+
         for file in (*log.handlers, self.writer, self.lock):
             if file:
                 file.close()
         log.handlers = []
+        if resumable:
+            raise UserError(message) from None
+
+    def command_to_resume(self) -> str:
+        """Return the command that goes on with this run, for a shell."""
+        return shlex.join([sys.executable, sys.argv[0], "--resume", str(self.path.resolve())])
 
     def write_config(self, arguments: dict, device: torch.device, **more: object) -> None:
         """Write config.json: arguments, seed, command, versions, commit and device."""
@@ -100,7 +182,8 @@ class RunFolder:
             before = json.loads(path.read_text())
             first["first_command"] = before.get("first_command") or before["command"]
         write_json(path, {
-            "arguments": arguments, "seed": arguments["seed"], "command": sys.argv, **first,
+            "arguments": without_secrets(arguments), "seed": arguments["seed"],
+            "command": without_secrets(sys.argv), **without_secrets(first),
             "processes": world_size(), **more, "versions": versions, "commit": commit(),
             "device": describe(device)})
 
@@ -110,7 +193,7 @@ class RunFolder:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
             self.history = [record for record in records if record["epoch"] <= epoch]
             write_metrics(self.metrics_file, self.history)
-            self.writer = SummaryWriter(str(self.path / "summary"), purge_step=epoch)
+            self.writer = EventFile(self.path / "summary", epoch)
 
     def log_epoch(self, record: dict) -> None:
         """Append an epoch's record to metrics.jsonl and TensorBoard, with the published tags."""
@@ -118,13 +201,12 @@ class RunFolder:
             return
         self.history.append(record)
         write_metrics(self.metrics_file, self.history)
-        epoch = record["epoch"] - 1  # counted from 0 in TensorBoard, as published
-        self.writer.add_scalar("lr", record["lr"], epoch)
+        scalars = {"lr": record["lr"]}
         for part in ("train", "val"):
             for bits, values in record[part].items():
                 for tag, name in (("loss", "loss"), ("prec_1", "top1"), ("prec_5", "top5")):
-                    self.writer.add_scalar(f"{part}_{tag}_{bits}", values[name], epoch)
-        self.writer.flush()
+                    scalars[f"{part}_{tag}_{bits}"] = values[name]
+        self.writer.add_scalars(scalars, record["epoch"] - 1)  # from 0 there, as published
 
     def save(self, state: TrainingState, best: bool = False) -> None:
         """Save a TrainingState to this folder; all processes must call it."""
@@ -138,11 +220,8 @@ class RunFolder:
 
 
 def write_metrics(path: Path, records: list[dict]) -> None:
-    """Write a metrics.jsonl, one line per record; raises UserError where the disk is full."""
-    try:
-        write_text(path, "".join(json.dumps(with_text_keys(record)) + "\n" for record in records))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there") from None
+    """Write a metrics.jsonl, one line per record; raises WriteError where the disk is full."""
+    write_text(path, "".join(json.dumps(with_text_keys(record)) + "\n" for record in records))
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from engine.metrics import Metrics, best_key
 from models import BitWidth
 from models.checkpoint import (FileError, check_field, is_count, is_dense, is_finite_number,
                                is_named_values, is_whole, load_weights, take)
-from utils import brief, one_line, printable, replacing
+from utils import WriteError, brief, one_line, escaped, replacing, writing
 
 OPTIMIZER = "optimizer's "  # before a field's name
 
@@ -60,8 +60,8 @@ class TrainingState:
         """Write model_latest.pth.tar, and if `best` model_best.pth.tar, whole or not at all.
 
         All processes must call it, and return once it is written; the network is rank 0's. Raises
-        UserError where losses or weights are not finite, or the file cannot be written; previous
-        files are unchanged then.
+        UserError where losses or weights are not finite, and WriteError where the file cannot be
+        written; previous files are unchanged then.
         """
         self.metrics.check_finite(f"epoch {self.epoch + 1}, training")
         name = first_not_finite(self.model)
@@ -186,14 +186,14 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all; raises UserError where the disk is full."""
-    try:
+    """Write a checkpoint whole or not at all; raises WriteError where the disk is full."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+    with replacing(path) as temporary:
+        try:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there, or choose "
-                        "another folder; what was saved before is kept") from None
+        except RuntimeError as error:
+            raise WriteError(path, f"{one_line(error)}, as on a full disk") from None
 
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.
@@ -306,7 +306,7 @@ def group_difference(saved: list[dict], own: list[dict], published: bool = False
         names = before.get("param_names", own_names)  # older versions saved none
         for number, (was, name) in enumerate(zip(names, own_names)):
             if was != name:
-                return (f"group {index}: parameter {number} was {printable(str(was))} and is now "
+                return (f"group {index}: parameter {number} was {escaped(str(was))} and is now "
                         f"{name}")
         compared = before.keys() & now.keys() - {"params", *OF_THIS_RUN}
         if not published:

@@ -22,7 +22,7 @@ from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, BitWidth, add_missing_bit
 from models.bit_widths import FULL_PRECISION
 from models.calibration import ENTRY
 from models.converted import CLASSIFIER
-from utils import brief, one_line, printable
+from utils import brief, one_line, escaped
 
 # NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
 SCALAR = numpy.float64(0).__reduce__()[0]
@@ -72,6 +72,8 @@ def read_checkpoint(path: str | Path) -> dict:
     Returns its dict, with DataParallel's prefix removed from the keys. Raises FileError where it
     cannot be read, or its weights or what describes network and images are of another type.
     """
+    if Path(path).exists() and not Path(path).is_file():  # reading a pipe could last for ever
+        raise FileError(f"{path} is no file but a folder, a pipe or a device: give a checkpoint")
     if packed.is_packed(path):
         try:
             content = packed.read_checkpoint(path)
@@ -159,7 +161,7 @@ def without_prefix(weights: dict[str, object], path: str | Path) -> dict[str, Te
                         "file may be damaged")
     for key, value in state_dict.items():
         if not is_dense(value) or value.is_floating_point() and value.dtype not in FLOATS:
-            raise FileError(f"{path}: {printable(key)} of its state_dict is {kind_of(value)}, not "
+            raise FileError(f"{path}: {escaped(key)} of its state_dict is {kind_of(value)}, not "
                             "a dense tensor of numbers: the file may be damaged")
     return state_dict
 
@@ -215,7 +217,7 @@ def check_finite(state_dict: dict[str, Tensor], path: str | Path) -> None:
     """Raise FileError naming the first entry with values that are not finite."""
     for key, value in state_dict.items():
         if torch.is_tensor(value) and value.is_floating_point():
-            name = f"{path}: {printable(key)}"
+            name = f"{path}: {escaped(key)}"
             count = int((~value.isfinite()).sum())
             if count:
                 raise FileError(f"{name} has {count} values that are not finite: it is damaged, or "
@@ -357,7 +359,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
                             != kind_of_numbers(state_dict[key])]}
     if any(problems.values()):
         found = "; ".join(
-            f"{len(keys)} {what} ({', '.join([*map(printable, keys[:3]), '...'][:len(keys)])})"
+            f"{len(keys)} {what} ({', '.join([*map(escaped, keys[:3]), '...'][:len(keys)])})"
             for what, keys in problems.items() if keys)
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
                         "--quantizer, --bit_width_list and, by its classes, --dataset")

@@ -1,6 +1,6 @@
 """Kill short trainings at random moments, go on with each, and compare its end with the whole run.
 
-    python tests/kill_runs.py --kills 20 --signal KILL          # or TERM, INT, or several in turn
+    python tests/kill_runs.py --kills 20 --signal KILL     # or TERM, INT, HUP, USR1, or several
 
 Trainings are forked from a process that has run no backward pass, so none imports torch anew.
 """
@@ -127,7 +127,8 @@ class Trials:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--signal", nargs="+", choices=("KILL", "TERM", "INT"), default=["KILL"])
+    parser.add_argument("--signal", nargs="+", default=["KILL"],
+                        choices=("KILL", "TERM", "INT", "HUP", "USR1"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -37,7 +37,7 @@ def test_flags_existing_users_know():
         "--results-dir", "r", "--dataset", "svhn", "--train_split", "train", "--model", "svhnq",
         "--workers", "3", "--epochs", "9", "--start-epoch", "2", "--batch-size", "16",
         "--optimizer", "sgd", "--lr", "0.1", "--lr_decay", "3,6", "--weight-decay", "1e-4",
-        "--print-freq", "7", "--pretrain", "p", "--resume", "", "--bit_width_list", "4,1,32"])
+        "--print-freq", "7", "--pretrain", "p", "--resume", "None", "--bit_width_list", "4,1,32"])
     assert settings(args) == ("svhn", "train", "svhnq", "sgd", 0.1, [3, 6], 9, 16, 1e-4)
     assert (args.results_dir, args.workers, args.start_epoch, args.print_freq, args.pretrain) == (
         "r", 3, 2, 7, "p")
@@ -56,9 +56,8 @@ def test_flags_hold_what_is_given_and_nothing_else():
     assert flags == {"lr": 0.5, "all_conv": True}
 
 
-@pytest.mark.parametrize("nothing", ["", "None"])
-def test_no_source_as_published_scripts_write_it(nothing):
-    args = arguments(["--pretrain", nothing, "--resume", nothing])
+def test_no_source_as_published_scripts_write_it():
+    args = arguments(["--pretrain", "None", "--resume", "None"])
     assert args.pretrain is None and args.resume is None
 
 
@@ -257,6 +256,19 @@ BAD_ARGUMENTS = [
     (["--sync-bn", "--compile"], "--sync-bn", "give one of them"),
     (["--lrr", "1"], "--lrr", "--help"),
     (["--bit_width"], "--bit_width", "--help"),
+    # an unset shell variable
+    (["--resume", ""], "--resume: '' is empty", "an unset shell variable"),
+    (["--resume="], "--resume: '' is empty", "an unset shell variable"),
+    (["--pretrain", ""], "--pretrain: '' is empty", "an unset shell variable"),
+    (["--results-dir", " "], "--results-dir: ' ' is empty", "an unset shell variable"),
+    (["--data-dir", ""], "--data-dir: '' is empty", "an unset shell variable"),
+    (["--train_split", ""], "'' is empty", "an unset shell variable"),
+    (["--evaluate", "--pretrain", "x", "--calibrate", "1", "--save-calibrated", ""],
+     "--save-calibrated: '' is empty", "an unset shell variable"),
+    # what argparse stumbles over
+    (["--lr=--"], "--lr: '--' is no value", "give another"),
+    (["--results-dir=--"], "--results-dir: '--' is no value", "give another"),
+    (["-p--"], "'--' is no value", "give another"),
     # what goes with --evaluate
     (["--evaluate"], "--evaluate", "give --pretrain"),
     (["--evaluate", "--pretrain", "x", "--resume", "y"], "--pretrain x", "give one of them"),
@@ -285,6 +297,33 @@ def test_wrong_argument_as_a_program(environment):
     assert done.stderr == (
         "train.py: error: argument --lr: 'fast' is not allowed: give a number above 0, at most "
         "1e+30 (--help lists the arguments)\n")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--pretrain", "--results-dir", "--data-dir"])
+def test_a_symbolic_link_to_itself(flag, capsys, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run([flag, tmp_path / "loop" / "r"]) == 2
+    assert_one_line(capsys, f"{flag}: '{tmp_path}/loop/r' leads by symbolic links to itself")
+
+
+@pytest.mark.parametrize("variables, told", [
+    ({"RANK": "1"}, "RANK is 1 in the environment, and WORLD_SIZE only 1: unset both"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 in the environment, and WORLD_SIZE only 2"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, and no whole number"),
+    ({"RANK": "-1"}, "RANK is '-1' in the environment"),
+    ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' in the environment")])
+def test_an_environment_that_torchrun_does_not_make(variables, told, monkeypatch, capsys, tmp_path):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(["--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, told, "torchrun")
+    assert not (tmp_path / "r").exists()
+
+
+def test_variables_of_torchrun_that_are_empty_are_as_unset(monkeypatch, trained):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.setenv(name, "")
+    assert run(["--resume", trained, "--lr", "0.5"]) == 2  # and so it has read the checkpoint
 
 
 def test_batch_size_must_divide(monkeypatch, capsys, tmp_path):

@@ -213,7 +213,7 @@ def bad_files(trained):
         "a list": (pickle.dumps([1, 2], protocol=2), "is not a checkpoint"),
         "no weights": ({**good, "state_dict": None}, no_dict),
         "weights that are numbers": ({**good, "state_dict": dict.fromkeys(weights, 1.0)},
-                                     "of another shape"),
+                                     "is 1.0, not a dense tensor of numbers"),
         "no weights in it": ({**good, "state_dict": {}}, not_fit),
         "unknown model": ({**good, "network": {**good["network"], "model": "resnet18"}},
                           "is of model 'resnet18': choose a checkpoint of resnet20q"),
@@ -239,7 +239,9 @@ def bad_files(trained):
 def bad_sources(trained, folder, url):
     """Return {case: (source, part of the message)}."""
     (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
     sources = {
+        "a pipe": (folder / "pipe", "is no file but a folder, a pipe or a device"),
         "no file": (folder / "none.pth.tar", "does not exist"),
         "unknown name": ("resnet20q_3", "does not exist: give a file, a results folder, a URL, or "
                                         "a published name"),
@@ -271,7 +273,7 @@ def bad_arguments(trained, folder):
     saved = good["arguments"]
     sources = {}
     for case, arguments, code, told in (
-            ("arguments that are a list", [1], 1, "its arguments are [1]"),
+            ("arguments that are a list", [1], 1, "its arguments is [1]"),
             ("arguments of nothing", {"x": 1}, 2, "does not say how it was trained: give --train"),
             ("a width that is text", {**saved, "width": "x"}, 1, "its argument width is 'x'"),
             ("a wrong bit-width", {**saved, "bit_width_list": [16]}, 1,

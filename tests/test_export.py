@@ -138,6 +138,20 @@ def test_outputs_that_are_refused(arguments, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["net"] and output.read_text() == "mine"
 
 
+def test_no_source_and_no_output(arguments, capsys):
+    """As of unset shell variables."""
+    for argv, flag in ((["", "--output", "x"], "SOURCE"), ([arguments[0], "--output", ""],
+                                                           "--output")):
+        assert run_export(*argv, "--format", "packed") == 2
+        assert_one_line(capsys, f"{flag}: '' is empty, as an unset shell variable is")
+
+
+def test_an_output_that_is_not_utf_8(arguments, tmp_path, capsys):
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    assert run_export(*arguments, "--format", "packed", "--output", output) == 2
+    assert_one_line(capsys, f"{tmp_path}/caf\\udce9 is not UTF-8", "give another name")
+
+
 def test_a_failed_export_leaves_nothing(arguments, tmp_path, capsys, monkeypatch):
     def full(*args):
         args[2].write_text("half")
@@ -145,7 +159,7 @@ def test_a_failed_export_leaves_nothing(arguments, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(packed, "save", full)
     assert run_export(*arguments, "--format", "packed", "--output", tmp_path / "net") == 1
-    assert_one_line(capsys, "No space left")
+    assert_one_line(capsys, f"{tmp_path}/net cannot be written (No space left", "free space there")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,5 @@
 """OpenVINO files: int8 and single-bit convolutions with the numbers of the network."""
+import resource
 from functools import partial
 
 import pytest
@@ -153,3 +154,15 @@ def test_convolutions_are_integer(tmp_path):
                 for layer in layers if layer.get_input_size()]
         integer = [one for one in told if "Convolution" in one[0] and one[1] == kind]
         assert len(integer) == 18, told
+
+
+def test_a_full_disk(tmp_path):
+    """OpenVINO's own error is a RuntimeError that names no file and no reason."""
+    model, _ = network("svhnq", (2,), False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # bytes
+    try:
+        with pytest.raises(OSError, match="as on a full disk"):
+            openvino_file.export(model, [2], tmp_path / "x.xml", SIZES["svhnq"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,6 +1,10 @@
 """report.py on results folders with known numbers."""
 import csv
+import fcntl
+import io
 import json
+import os
+import sys
 from functools import partial
 
 import pytest
@@ -116,18 +120,66 @@ def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsy
     assert "| any, recursive (1,2,32) | 50.00 | 55.00 | 60.00 |" in out
 
 
-def test_what_is_no_run_is_left_out_of_those_that_are(runs, tmp_path, capsys):
+def test_a_report_s_own_files_are_no_runs(runs, tmp_path, capsys):
     """As a shell's results/* has it, the second time."""
-    (tmp_path / "report.csv").write_text("")
+    for _ in range(2):
+        argv = [*map(str, sorted(tmp_path.iterdir())), "--output", str(tmp_path / "report")]
+        assert run(argv) == 0
+    assert "| any, recursive | 92.00" in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_named_beside_the_report_of_those_that_are(runs, tmp_path, capsys):
     (tmp_path / "container").mkdir()
-    assert run([*map(str, sorted(tmp_path.iterdir())), "--output", str(tmp_path / "report")]) == 0
-    out = capsys.readouterr().out
-    assert "| any, recursive | 92.00" in out
-    assert f"left out: {tmp_path}/container is not a results folder" in out
+    (tmp_path / "notes.txt").write_text("mine")
+    wrong = [str(tmp_path / name) for name in ("typo", "container", "notes.txt")]
+    assert run([*runs, *wrong, "--output", str(tmp_path / "t")]) == 1
+    out, err = capsys.readouterr()
+    assert "| any, recursive | 92.00" in out and (tmp_path / "t.md").read_text() in out
+    assert "error: the report lacks " in err
+    assert err.count("\n") == 1 and f"{wrong[0]} does not exist" in err
+    for path in wrong[1:]:
+        assert f"{path} is not a results folder" in err
+
+
+@pytest.mark.parametrize("argv, flag", [([""], "RESULTS"), (["x", "--output", ""], "--output")])
+def test_empty_arguments(argv, flag, capsys):
+    assert run(argv) == 2
+    err = capsys.readouterr().err
+    assert f"{flag}: '' is empty" in err and err.count("\n") == 1
+
+
+def test_of_two_reports_with_one_output_the_second_waits(runs, tmp_path, monkeypatch):
+    """So that the three files are of one of them."""
+    write = report.write_csv
+
+    def while_writing(*args):
+        write(*args)
+        other = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+
+    monkeypatch.setattr(report, "write_csv", while_writing)
+    assert run([*runs, "--output", str(tmp_path / "t")]) == 0
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it has let go
+    os.close(other)
+
+
+def test_a_path_that_is_not_utf_8(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    run_folder = write_run(folder, {1: [90.0]})
+    other = write_run(tmp_path / "b", {1: [90.0]}, "--pretrain", str(folder / "x"))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert run([run_folder, other, "--output", str(folder / "t")]) == 0
+    assert b"caf\\udce9" in shown.getvalue() and b"mean \\xb1 standard" in shown.getvalue()
+    assert b"caf\xe9" in (folder / "t.csv").read_bytes()
+    assert (folder / "t.png").exists()
 
 
 @pytest.mark.parametrize("make, told", [
-    (lambda folder: None, "is not a results folder of train.py"),
+    (lambda folder: None, "does not exist"),
     (lambda folder: folder.mkdir(), "is not a results folder of train.py"),
     (lambda folder: write_run(folder, {1: []}) and (folder / "metrics.jsonl").write_text(""),
      "no finished epoch")])

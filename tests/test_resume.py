@@ -80,14 +80,15 @@ def test_resume_continues_as_if_never_stopped(optimizer, trained, tmp_path, tiny
     assert " 1/1 " in log and " 3/3 " in log  # continued, not begun anew
 
 
-def stop_after(steps, monkeypatch):
-    """Let a run get SIGTERM in that step of it, counted from 1."""
+def stop_after(steps, monkeypatch, *numbers):
+    """Let a run get SIGTERM, or these signals, in that step of it, counted from 1."""
     count, exchange_gradients = itertools.count(1), train.exchange_gradients
 
     def exchange(parameters):
         exchange_gradients(parameters)
         if next(count) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in numbers or [signal.SIGTERM]:
+                os.kill(os.getpid(), number)
 
     monkeypatch.setattr(train, "exchange_gradients", exchange)
 
@@ -102,6 +103,41 @@ def assert_resumes(argv, folder, monkeypatch):
     assert run(["--resume", folder / "parts"]) == 0
     assert_same_run(folder / "parts", folder / "whole")
     return folder / "whole"
+
+
+@pytest.mark.parametrize("numbers, launcher", [
+    ([signal.SIGHUP, signal.SIGHUP], False),  # of the shell and of the kernel
+    ([signal.SIGUSR1], False),
+    ([signal.SIGTERM, signal.SIGTERM], True)])  # torchrun passes on what was sent to all
+def test_signals_that_save_and_stop(numbers, launcher, tmp_path, tiny_cifar10, monkeypatch, capsys):
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    before = [signal.getsignal(number) for number in numbers]
+    with monkeypatch.context() as stopping:
+        stop_after(2, stopping, *numbers)
+        assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 128 + numbers[0]
+    told = f"stopped by {numbers[0].name} in epoch 1, after step 2 of 3; to go on: "
+    assert_one_line(capsys, told, f"--resume {tmp_path}/r")
+    assert told in next((tmp_path / "r").glob("log_*.txt")).read_text()
+    assert load(tmp_path / "r")["step"] == 2
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_under_nohup_ignores_sighup(tmp_path, tiny_cifar10, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop_after(2, monkeypatch, signal.SIGHUP)
+    try:
+        assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_while_data_is_read(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_data", lambda args: os.kill(os.getpid(), signal.SIGINT))
+    assert run(tiny(tiny_cifar10, tmp_path / "r")) == 130
+    assert_one_line(capsys, ": interrupted\n")
+    assert not (tmp_path / "r").exists()
 
 
 def without_decay(argv):

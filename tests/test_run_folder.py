@@ -1,10 +1,16 @@
 """The results folder: its metrics file, and which folders are refused."""
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from runs import assert_one_line, assert_same, load, run, tiny
 
+from tensorboardX.event_file_writer import EventsWriter
+
+from engine import run_folder
 from engine.run_folder import RunFolder, read_metrics, write_metrics
 
 
@@ -57,8 +63,48 @@ def test_a_folder_that_a_run_is_writing_is_refused(tmp_path, tiny_cifar10, capsy
 
 def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = tiny(tiny_cifar10, "", "--epochs", 1)
+    named = tiny(tiny_cifar10, "r", "--epochs", 1)
+    argv = [word for flag, word in zip([None, *named], named)
+            if "--results-dir" not in (flag, word)]
     for _ in range(2):
         assert run(argv) == 0
     name = "cifar10_resnet20q_2-32_recursive_seed0"
     assert {path.name for path in Path("results").iterdir()} == {name, f"{name}_2"}
+
+
+FULL = Path("/dev/full")  # a device on which there is no space
+
+
+def full_events(prefix):
+    """Return tensorboardX's writer of events to a full disk, but for its first ones."""
+    events = EventsWriter(prefix)
+    events.flush()
+    events._py_recordio_writer._writer = open(FULL, "wb")
+    return events
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "metrics.jsonl", "accuracy.png", "ckpt/model_latest.pth.tar", "log", "summary"])
+def test_a_full_disk_names_the_file_and_the_way_on_and_loses_nothing(
+        name, trained, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained, tmp_path / "r")
+    path = folder / name
+    if name == "log":
+        path = folder / f"log_{socket.gethostname()}.txt"
+        path.unlink()
+        path.symlink_to(FULL)
+    elif name == "summary":
+        monkeypatch.setattr(run_folder, "EventsWriter", full_events)
+    else:
+        path.with_name(f".{path.name}.tmp").symlink_to(FULL)
+
+    before = load(folder)
+    assert run(["--resume", folder, "--epochs", 4]) == 1
+    assert_one_line(capsys, f"error: {path} cannot be written (", "free space there",
+                    "; then go on:", f"--resume {folder}")
+    assert load(folder)["epoch"] == (4 if name == "accuracy.png" else 3)
+    if name != "accuracy.png":
+        assert_same(load(folder), before)
+    if name != "log":
+        assert "cannot be written" in next(folder.glob("log_*.txt")).read_text()
+    assert not list(folder.rglob(".*.tmp"))

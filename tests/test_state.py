@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from engine.errors import UserError
 from engine.state import save_checkpoint
 from models.checkpoint import FileError, read_checkpoint
+from utils import WriteError
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch):
@@ -21,7 +21,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "save", full)
     told = "cannot be written .*No space left.* what was saved before is kept"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(WriteError, match=told):
         save_checkpoint(path, {"epoch": 2})
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert os.listdir(tmp_path) == [path.name]
