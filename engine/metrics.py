@@ -119,9 +119,9 @@ class Metrics:
 
 
 def are_sums(value: object, widths: int) -> bool:
-    """Return whether a value is a tensor (widths, 3) of finite sums from 0 up."""
+    """Return whether a value is a tensor (widths, 3) of finite sums, of hits from 0 up."""
     return (is_dense(value) and value.is_floating_point() and value.shape == (widths, 3)
-            and bool((value.isfinite() & (value >= 0)).all()))
+            and bool(value.isfinite().all() and (value[:, 1:] >= 0).all()))
 
 
 def are_counts(value: object, widths: int, most: int) -> bool:

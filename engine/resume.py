@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine import published
-from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, check_saved,
-                              flag_name, merge_args, names_of)
+from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
+                              check_saved, flag_name, merge_args, names_of)
 from engine.errors import UsageError, UserError
 from engine.state import is_epoch
 from models import BitWidth, check_bit_widths, saved_bit_widths
@@ -113,6 +113,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if missing:
         raise UsageError(f"--resume {source} does not say how it was trained: give "
                          f"{', '.join(missing)}, or start a new run from it with --pretrain")
+    for name, flag in FLAGS.items():
+        if said and flag.in_name and name not in said:
+            raise FileError(f"{checkpoint.path} lacks its argument {name}: the file may be damaged")
     free = ["resume", "start_epoch"]
     # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.
     free.append("lr_decay" if saved.get("schedule") == "cosine" else "epochs")
@@ -122,9 +125,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if changed:
         raise UsageError(f"--resume {source}: cannot change on resume: {changed}: leave that out, "
                          "or start a new run from it with --pretrain")
-    not_taken_over = ("results_dir", "device", "evaluate", "calibrate", "save_calibrated")
+    of_a_command = {"results_dir", "device", *names_of(TASK)} - {"resume", "start_epoch"}
     saved = {name: value for name, value in saved.items()
-             if name in DEFAULTS and name not in not_taken_over}
+             if name in DEFAULTS and name not in of_a_command}
     if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
         given.pop("resume", None)
         given["results_dir"] = str(checkpoint.path.parent.parent)

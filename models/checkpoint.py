@@ -275,6 +275,16 @@ def network_spec(content: dict, path: str | Path) -> dict:
     spec = {"name": check_model(saved.get("model"), path), "num_classes": saved.get("classes"),
             "width": saved.get("width"), "all_conv": saved.get("all_conv", False),
             "quantizer": saved.get("quantizer", "dorefa"), "keep": saved.get("keep", [])}
+    try:
+        for key in state_dict:
+            entry = ENTRY.fullmatch(key)
+            if entry:
+                BitWidth.of(entry["width"])
+        spec["bit_widths"] = saved_bit_widths(state_dict)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+    if not spec["bit_widths"]:
+        raise FileError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     # No network has more classes, or a larger width, than its largest layer has channels.
     largest = max((size for value in state_dict.values() for size in value.shape), default=1)
     fits = {"num_classes": lambda value: is_count(value) and value <= largest,
@@ -287,16 +297,6 @@ def network_spec(content: dict, path: str | Path) -> dict:
         if not is_right(spec[field]):
             raise FileError(f"{path}: its network's {field} is {brief(spec[field])}, which does "
                             "not fit its weights: it may be damaged")
-    try:
-        for key in state_dict:
-            entry = ENTRY.fullmatch(key)
-            if entry:
-                BitWidth.of(entry["width"])
-        spec["bit_widths"] = saved_bit_widths(state_dict)
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from None
-    if not spec["bit_widths"]:
-        raise FileError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     return spec
 
 

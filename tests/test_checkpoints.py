@@ -63,8 +63,9 @@ def test_calibration_averages_over_the_batches_and_touches_nothing_else(name, si
 
 # ---- --evaluate
 
-def test_evaluation_gives_the_training_s_own_numbers(trained, tmp_path, capsys):
-    assert run(["--evaluate", "--pretrain", trained, "--results-dir", tmp_path / "e"]) == 0
+def test_evaluation_gives_the_training_s_own_numbers(trained, tiny_cifar10, tmp_path, capsys):
+    assert run(["--evaluate", "--pretrain", trained, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "e"]) == 0
     out = capsys.readouterr().out
     record = read_metrics(trained / "metrics.jsonl")[load(trained, "model_best")["epoch"] - 1]
     results = evaluation(tmp_path / "e")
@@ -77,16 +78,17 @@ def test_evaluation_gives_the_training_s_own_numbers(trained, tmp_path, capsys):
     assert not (tmp_path / "e" / "metrics.jsonl").exists()
 
 
-def test_evaluation_of_some_bit_widths(trained, tmp_path):
-    assert run(["--evaluate", "--resume", trained, "--bit_width_list", "2",
-                "--results-dir", tmp_path / "e"]) == 0
+def test_evaluation_of_some_bit_widths(trained, tiny_cifar10, tmp_path):
+    assert run(["--evaluate", "--resume", trained, "--bit_width_list", "2", "--data-dir",
+                tiny_cifar10, "--results-dir", tmp_path / "e"]) == 0
     assert list(evaluation(tmp_path / "e")) == ["2"]
 
 
-def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tmp_path, capsys):
+def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tiny_cifar10, tmp_path,
+                                                               capsys):
     folder = tmp_path / "e"
     assert run(["--evaluate", "--pretrain", trained, "--bit_width_list", "1,3,32", "--calibrate",
-                1, "--results-dir", folder]) == 0
+                1, "--data-dir", tiny_cifar10, "--results-dir", folder]) == 0
     config = json.loads((folder / "config.json").read_text())
     arguments = config["arguments"]
     names = ("bit_width_list", "calibrate", "evaluate", "pretrain", "model", "batch_size")
@@ -111,11 +113,11 @@ def test_evaluation_through_the_recipe(tmp_path, environment):
     assert set(evaluation(tmp_path / "e")) == {"2", "32"}
 
 
-def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(trained, tmp_path,
-                                                                               capsys):
+def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
+        trained, tiny_cifar10, tmp_path, capsys):
     saved = tmp_path / "calibrated.pth.tar"
     argv = ["--evaluate", "--pretrain", trained, "--bit_width_list", "1,2,3,4,5,6,7,8,32",
-            "--calibrate", 2, "--save-calibrated", saved]
+            "--data-dir", tiny_cifar10, "--calibrate", 2, "--save-calibrated", saved]
     assert run([*argv, "--results-dir", tmp_path / "e"]) == 0
     told = "3-bit was not trained: using the 2-bit BatchNorm, statistics re-estimated over 2"
     assert told in capsys.readouterr().out
@@ -136,7 +138,8 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(t
     assert_same(logits[:2], logits[2:])
 
     capsys.readouterr()  # an ordinary checkpoint: it evaluates without --calibrate
-    assert run(["--evaluate", "--pretrain", saved, "--results-dir", tmp_path / "e2"]) == 0
+    assert run(["--evaluate", "--pretrain", saved, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "e2"]) == 0
     assert evaluation(tmp_path / "e") == evaluation(tmp_path / "e2")
     assert capsys.readouterr().out.count("not trained") == 7  # it knows which were calibrated
     assert run([*argv, "--results-dir", tmp_path / "e3"]) == 1
@@ -148,7 +151,8 @@ def test_post_training_quantization_of_a_32_bit_network(tmp_path, tiny_cifar10):
     assert run(argv) == 0
     for count in (0, 2):
         assert run(["--evaluate", "--pretrain", tmp_path / "r", "--bit_width_list", "1,4,32",
-                    "--calibrate", count, "--results-dir", tmp_path / f"e{count}"]) == 0
+                    "--calibrate", count, "--data-dir", tiny_cifar10, "--results-dir",
+                    tmp_path / f"e{count}"]) == 0
     as_it_is, calibrated = evaluation(tmp_path / "e0"), evaluation(tmp_path / "e2")
     assert as_it_is["32"] == calibrated["32"] and as_it_is["4"] != calibrated["4"]
 
@@ -163,7 +167,8 @@ def test_a_calibrated_checkpoint_keeps_what_the_flags_said(tmp_path, tiny_cifar1
                 "--calibrate", 2, "--bit_width_list", "2,3,32", "--data-dir", tiny_cifar10,
                 "--batch-size", 8, "--save-calibrated", saved,
                 "--results-dir", tmp_path / "e1"]) == 0
-    assert run(["--evaluate", "--pretrain", saved, "--results-dir", tmp_path / "e2"]) == 0
+    assert run(["--evaluate", "--pretrain", saved, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "e2"]) == 0
     assert evaluation(tmp_path / "e1") == evaluation(tmp_path / "e2")
 
 
