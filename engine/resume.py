@@ -11,7 +11,7 @@ from engine.state import is_epoch
 from models import BitWidth, check_bit_widths, saved_bit_widths
 from models.checkpoint import (BEST, LATEST, FileError, check_field, network_spec, old_spec,
                                read_checkpoint)
-from utils import brief, flag_text, escaped, without_secrets
+from utils import brief, escaped, flag_text, without_secrets
 
 
 class Checkpoint:

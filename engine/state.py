@@ -109,7 +109,7 @@ class TrainingState:
         check_field(path, "best", best, are_two_accuracies, "a list of two accuracies in percent")
         older = (self.best_prec1 if by_highest else unknown, unknown)
         self.best = tuple(map(float, older if best is None else best))
-        if "metrics" in content:  # which a published checkpoint lacks
+        if "arguments" in content:  # which a published checkpoint lacks
             self.restore_epoch(path, content)
 
     def restore_epoch(self, path: str | Path, content: dict) -> None:
@@ -155,7 +155,7 @@ def are_two_accuracies(value: object) -> bool:
 
 def are_random_states(value: object) -> bool:
     """Return whether a value is a list of {"torch": bytes, "cuda": bytes or None}."""
-    return isinstance(value, list) and all(
+    return isinstance(value, list) and len(value) > 0 and all(
         isinstance(state, dict) and state.keys() >= {"torch", "cuda"}
         and is_dense(state["torch"]) and (state["cuda"] is None or is_dense(state["cuda"]))
         for state in value)

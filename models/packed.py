@@ -460,7 +460,9 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             layer.quantizer = quantizer
             for width in bit_widths:
                 layer.switch_bit_width(width)
-                quantizer.column()
+                stored = bits[quantizer.column()]
+                if stored != layer.bits:
+                    raise ValueError(f"its {width}-bit weights of {name} have {stored} bits")
             layer.switch_bit_width(BitWidth(FULL_PRECISION))
     if layers:
         raise ValueError(f"it lacks the weights of {next(iter(layers))}")
