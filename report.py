@@ -57,14 +57,18 @@ def load_run(folder: str | Path) -> Run:
     """Load the Run of a folder; raises UserError where it is none, NoEpoch where it has none."""
     config_file = Path(folder, "config.json")
     results_file = Path(folder, "evaluation.json")
+    metrics_file = Path(folder, "metrics.jsonl")
     try:
         config = parse_json(read_text(config_file), config_file)
         arguments = arguments_of(config, config_file)
         if arguments["evaluate"]:
             results = parse_json(read_text(results_file), results_file)
             history = [{"val": metrics_of(results, results_file, "results")}]
+            if "trained_bit_widths" in config:  # else the arguments are of older versions
+                check_widths(history, arguments, results_file)
         else:
-            history = read_metrics(Path(folder, "metrics.jsonl"))
+            history = read_metrics(metrics_file)
+            check_widths(history, arguments, metrics_file)
     except OSError as error:
         raise UserError(
             f"{folder} is not a results folder of train.py ({one_line(error)})") from None
@@ -115,6 +119,16 @@ def arguments_of(config: object, where: Path) -> dict:
     if arguments["evaluate"] and not isinstance(config.get("checkpoint"), str):
         raise damaged(where, "checkpoint", config.get("checkpoint"), "a path")
     return arguments
+
+
+def check_widths(history: list[dict], arguments: dict, where: Path) -> None:
+    """Raise UserError where a file's results are not of the bit-widths of the arguments."""
+    widths = flag_text(arguments["bit_width_list"])
+    for record in history[:1]:
+        found = flag_text(sorted(record["val"]))
+        if found != flag_text(sorted(map(BitWidth.of, arguments["bit_width_list"]))):
+            raise UserError(f"{where} is of {found} bits, and the run's config.json of {widths}: "
+                            "one of them is damaged; correct it, or leave the folder out")
 
 
 def is_like(value: object, default: object) -> bool:

@@ -60,7 +60,7 @@ def find_file(path: str | Path, *names: str) -> Path:
             if candidate.is_file():
                 return candidate
         raise FileError(f"{path} holds no checkpoint: looked there and in its ckpt/ for "
-                        f"{', '.join(names)}")
+                        f"{', '.join(names)}; give a results folder of train.py, or a file")
     if not path.exists():
         raise FileError(f"checkpoint {path} does not exist: give a file or a results folder")
     return path

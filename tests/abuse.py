@@ -66,7 +66,7 @@ PATTERN = (  # the kinds of 20 cases in turn
 # A message says what to do by one of these, or that a file is damaged.
 REMEDY = re.compile(r"\b(give|choose|check|remove|copy|export|leave|correct|move|replace|lower|"
                     r"pass|name|put|list|set|take|add|start|go|let|install|download|resume|update|"
-                    r"free|calibrate|damaged|cut short|holds code|goes with|--help)\b")
+                    r"free|calibrate|damaged|cut short|holds code|goes with|must)\b|--help")
 
 
 class Outcome(NamedTuple):
@@ -450,11 +450,7 @@ def packed_files(rng, base, place):
         where, old, new = mutate(rng, about, lambda rng, old: odd_values(rng))
     else:
         where, old, new = mutate(rng, tensors, odd_tensors)
-        if torch.is_tensor(new) and (new.layout != torch.strided or new.is_quantized
-                                     or new.device.type == "meta" or new.is_complex()):
-            new = tensors[where[0]] = torch.zeros(2)  # the format holds none of these
-        tensors = {str(name): value.contiguous().clone() for name, value in tensors.items()
-                   if torch.is_tensor(value)}
+        tensors = {str(name): storable(value) for name, value in tensors.items()}
     what = describe(where, new)
     about = json.loads(json.dumps(about))
     if rng.random() < 0.9:
@@ -462,6 +458,14 @@ def packed_files(rng, base, place):
     safetensors.torch.save_file(tensors, path, {packed.KEY: json.dumps(about)})
     return case_of_file(base, place, path, action, base.packed, what,
                         may_be_meant(where, old, new))
+
+
+def storable(value):
+    """Return a tensor as safetensors files hold it; another one for those that they do not."""
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    if not dense or value.is_quantized or value.is_complex():
+        return torch.zeros(2)
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def results(rng, base, place):
@@ -856,7 +860,8 @@ def main():
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(KINDS), help=f"of {','.join(KINDS)}")
-    parser.add_argument("--case", metavar="KIND:NUMBER", help="run one case, and show its output")
+    parser.add_argument("--case", metavar="KIND:NUMBER", nargs="+",
+                        help="run these alone, and show what they printed")
     parser.add_argument("--list", action="store_true", help="list all cases")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -865,8 +870,8 @@ def main():
     with tempfile.TemporaryDirectory() as place, prepared(Path(place), make_forked) as base:
         cases = choose(args.cases, args.only.split(","))
         if args.case:
-            kind, _, number = args.case.partition(":")
-            cases = [(kind, int(number))]
+            cases = [(kind, int(number)) for kind, number in (
+                case.split(":") for case in args.case)]
         workers = [Worker(base, args.seed, cases[index::args.processes], Path(place, f"{index}"))
                    for index in range(min(args.processes, len(cases)))]
         waiting = list(workers)
@@ -874,8 +879,8 @@ def main():
             time.sleep(0.2)
             waiting = [worker for worker in waiting if not worker.poll()]
         rows = [row for worker in workers for row in worker.done]
-    if args.case:
-        print(rows[0][5])
+    for row in rows if args.case else ():
+        print(f"---- {row[0]}:{row[1]} {row[2]}\n{row[5]}")
     if args.list:
         for kind, number, what, code, *_ in rows:
             print(f"{kind}:{number} exit {code} {what}")
