@@ -196,7 +196,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
             runs.append(run)
     if not runs:
         nothing = f"{folders[0]} is not a results folder of train.py"
-        raise UserError("; ".join([*no_runs, *left_out]) or nothing)
+        reasons = "; ".join([*no_runs, *left_out]) or nothing
+        raise UserError(f"{reasons}: name results folders of train.py")
     return runs, left_out, no_runs
 
 

@@ -265,12 +265,11 @@ def state_difference(optimizer: torch.optim.Optimizer, saved: list[dict], state:
     unknown = [number for number in state if number not in numbers]
     if unknown:
         return f"its state is of a parameter {brief(unknown[0])}, which no group has"
-    kept = KEPT.get(type(optimizer), set())
+    kept = KEPT.get(type(optimizer))
     for number, name, parameter in zip(numbers, names, parameters):
         values = state.get(number)
-        lacking = kept - values.keys() if values else None
-        if lacking:
-            return f"its state of {name} lacks {min(lacking)}"
+        if kept and values and values.keys() != kept:
+            return f"its state of {name} has {', '.join(map(escaped, sorted(values)))}"
         for key in values or ():
             shape = tuple(parameter.shape)
             what = "a number from 0 up" if key == "step" else f"finite numbers of shape {shape}"

@@ -339,3 +339,37 @@ def test_bad_input_is_one_line_and_loses_nothing(trained, tmp_path, tiny_cifar10
     assert not (tmp_path / "harm").exists()
     cache = published.cache_folder()
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_a_checkpoint_does_not_say_where_this_machine_looks_for_data(trained, tmp_path,
+                                                                     tiny_cifar10, monkeypatch):
+    content = load(trained)
+    content["arguments"]["data_dir"] = str(tmp_path / "theirs")
+    torch.save(content, tmp_path / "x.pth.tar")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(tiny_cifar10)  # the default
+    for flags in ([], ["--data-dir", tiny_cifar10]):
+        folder = tmp_path / f"e{len(flags)}"
+        assert run(["--evaluate", "--pretrain", "x.pth.tar", *flags, "--results-dir", folder]) == 0
+        config = json.loads((folder / "config.json").read_text())
+        assert config["arguments"]["data_dir"] == (str(tiny_cifar10) if flags else None)
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--pretrain", "x.pth.tar", "--epochs", 1)) == 0
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_flags_of_a_command_are_not_taken_from_a_checkpoint(trained, tmp_path, capsys):
+    """One that says that it is an evaluation is resumed all the same, and writes no other file."""
+    content = load(trained)
+    content["arguments"].update(evaluate=True, calibrate=0, save_calibrated=str(tmp_path / "y"))
+    torch.save(content, tmp_path / "x.pth.tar")
+    assert run(["--resume", tmp_path / "x.pth.tar", "--results-dir", tmp_path / "r"]) == 0
+    assert "resuming: 3 of 3 epochs done" in capsys.readouterr().out
+    assert not (tmp_path / "r" / "evaluation.json").exists() and not (tmp_path / "y").exists()
+
+
+def test_a_checkpoint_without_its_seed_is_not_resumed(trained, tmp_path, capsys):
+    content = load(trained)
+    del content["arguments"]["seed"]
+    torch.save(content, tmp_path / "x.pth.tar")
+    assert run(["--resume", tmp_path / "x.pth.tar", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "x.pth.tar lacks its argument seed")

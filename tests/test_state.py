@@ -151,7 +151,8 @@ FIELDS = {
     "conv0.weight, exp_avg_sq is tensor([[[[-1": lambda c: kept(c)["exp_avg_sq"].fill_(-1),
     "conv0.weight, step is 'x'": lambda c: kept(c).update(step="x"),
     "conv0.weight, step is -1": lambda c: kept(c).update(step=-1),
-    "its state of conv0.weight lacks exp_avg)": lambda c: kept(c).pop("exp_avg"),
+    "its state of conv0.weight has exp_avg_sq, step)": lambda c: kept(c).pop("exp_avg"),
+    r"its state of conv0.weight has \x1b[31m, exp_avg": lambda c: kept(c).update({ESCAPE: 1.5}),
     "which no group has": lambda c: c["optimizer"]["state"].update({"x": {}}),
     "betas was tensor([0.9000, 0.9990]) and is now": lambda c: group(c).update(
         betas=torch.tensor([0.9, 0.999])),
