@@ -215,8 +215,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
     values = take(path, state, "state", is_state, "a dict of dicts", OPTIMIZER)
     difference = group_difference(saved, optimizer.param_groups, published)
     if difference is None:
-        groups = [{**before, **{name: own[name] for name in own if name != "params" and (
-                      name in OF_THIS_RUN or name in before)}}
+        groups = [{**{name: value for name, value in own.items()  # equal, or of this run
+                      if name in before or name in OF_THIS_RUN}, "params": before["params"]}
                   for before, own in zip(saved, optimizer.param_groups)]
         difference = state_difference(optimizer, saved, values, path)
     if difference is None:

@@ -10,10 +10,10 @@ def base(tmp_path_factory):
 
 
 def test_a_sample_of_hostile_cases(base):
-    found = [(kind, number, *abuse.run_case(base, 0, kind, number))
-             for kind, number in abuse.choose(60, abuse.KINDS)]
+    found = [(kind, number, *abuse.run_case(base, 3, kind, number))
+             for kind, number in abuse.choose(40, abuse.KINDS)]
     mishandled = [row for row in found if row[4]]
-    assert not mishandled, abuse.summary(mishandled, 0)
+    assert not mishandled, abuse.summary(mishandled, 3)
     codes = {row[3] for row in found}
     assert codes >= {0, 1, 2}
 
