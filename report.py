@@ -10,7 +10,6 @@ if __name__ == "__main__":
 import contextlib
 import csv
 import fcntl
-import json
 import os
 import statistics
 from argparse import Namespace
@@ -22,9 +21,11 @@ from typing import NamedTuple
 from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
 from engine.errors import UserError, run_program
 from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
-from engine.run_folder import read_metrics
-from models import BitWidth
-from utils import flag_text, one_line, printable, replacing, write_text, writing
+from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
+from models import BitWidth, check_bit_widths
+from models.bit_widths import FULL_PRECISION
+from models.checkpoint import is_finite_number
+from utils import escaped, flag_text, one_line, printable, replacing, write_text, writing
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
     "last": ("last epoch", lambda run: run.history[-1]["val"]),
@@ -56,38 +57,95 @@ class Run(NamedTuple):
 
 def load_run(folder: str | Path) -> Run:
     """Load the Run of a folder; raises UserError where it is none, NoEpoch where it has none."""
+    config_file = Path(folder, "config.json")
+    results_file = Path(folder, "evaluation.json")
+    metrics_file = Path(folder, "metrics.jsonl")
     try:
-        config = json.loads(Path(folder, "config.json").read_text())
-        arguments = {**DEFAULTS, **config["arguments"]}  # an older run lacks some
-        bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
-        trained = frozenset(map(BitWidth.of, bit_widths))
-        name = f"any, {arguments['loss']}" if len(trained) > 1 else "dedicated"
-        evaluation = {}
+        config = parse_json(read_text(config_file), config_file)
+        arguments = arguments_of(config, config_file)
         if arguments["evaluate"]:
-            results = json.loads(Path(folder, "evaluation.json").read_text())
-            history = [{"val": {BitWidth.of(bits): values for bits, values in results.items()}}]
-            if len(trained) == 1 and history[0]["val"].keys() != trained:
-                name += f" {flag_text(bit_widths)}-bit"
-            evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
+            results = parse_json(read_text(results_file), results_file)
+            history = [{"val": metrics_of(results, results_file, "results")}]
+            if "trained_bit_widths" in config:  # else the arguments are of older versions
+                check_widths(history, arguments, results_file)
         else:
-            history = read_metrics(Path(folder, "metrics.jsonl"))
-            if history and history[-1]["epoch"] < arguments["epochs"]:
-                name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            history = read_metrics(metrics_file)
+            check_widths(history, arguments, metrics_file)
+    except OSError as error:
         raise UserError(
             f"{folder} is not a results folder of train.py ({one_line(error)})") from None
     if not history:
         raise NoEpoch(f"{folder} has no finished epoch yet: leave it out, or let it go on")
+
+    bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
+    trained = frozenset(map(BitWidth.of, bit_widths))
+    name = f"any, {arguments['loss']}" if len(trained) > 1 else "dedicated"
+    evaluation = {}
+    if arguments["evaluate"]:
+        if len(trained) == 1 and history[0]["val"].keys() != trained:
+            name += f" {flag_text(bit_widths)}-bit"
+        evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
+    elif history[-1]["epoch"] < arguments["epochs"]:
+        name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
     if arguments["precision"] != DEFAULTS["precision"]:
         name += f", {arguments['precision']}"
-    settings = {argument: setting_words(argument, value)
+    settings = {argument: escaped(setting_words(argument, value))
                 for argument, value in sorted(arguments.items())
                 if value is not None and value is not False
                 and sets_apart(argument, arguments["evaluate"])}
-    kind = (arguments["dataset"], arguments["model"], arguments["evaluate"])
+    kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
     listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
-    return Run(str(folder), kind, name, listed, trained, settings, evaluation, arguments["seed"],
-               arguments["best_by"], history)
+    return Run(str(folder), kind, escaped(name), listed, trained, settings, evaluation,
+               arguments["seed"], arguments["best_by"], history)
+
+
+def arguments_of(config: object, where: Path) -> dict:
+    """Return the arguments of a config.json, with defaults for those that an older run lacks.
+
+    where: the file. Raises UserError naming a field that is missing or of another type.
+    """
+    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+        raise UserError(f"{where} does not hold the arguments of a run: leave its folder out")
+    arguments = {**DEFAULTS, **config["arguments"]}
+    for name, flag in FLAGS.items():
+        if flag.in_name and name not in config["arguments"]:
+            raise damaged(where, f"argument {name}", None, "that of a run")
+        if not is_like(arguments[name], DEFAULTS[name]):
+            raise damaged(where, f"argument {name}", arguments[name],
+                          f"of the type of {flag_text(DEFAULTS[name])}")
+    if arguments["best_by"] not in ("highest", "mean"):
+        raise damaged(where, "argument best_by", arguments["best_by"], "highest or mean")
+    trained = config.get("trained_bit_widths")
+    for name, widths in (("argument bit_width_list", arguments["bit_width_list"]),
+                         ("trained_bit_widths", trained or [FULL_PRECISION])):
+        try:
+            check_bit_widths(widths)
+        except (TypeError, ValueError):
+            raise damaged(where, name, widths, "a list of bit-widths") from None
+    if arguments["evaluate"] and not isinstance(config.get("checkpoint"), str):
+        raise damaged(where, "checkpoint", config.get("checkpoint"), "a path")
+    return arguments
+
+
+def check_widths(history: list[dict], arguments: dict, where: Path) -> None:
+    """Raise UserError where a file's results are not of the bit-widths of the arguments."""
+    widths = flag_text(arguments["bit_width_list"])
+    for record in history[:1]:
+        found = flag_text(sorted(record["val"]))
+        if found != flag_text(sorted(map(BitWidth.of, arguments["bit_width_list"]))):
+            raise UserError(f"{where} is of {found} bits, and the run's config.json of {widths}: "
+                            "one of them is damaged; correct it, or leave the folder out")
+
+
+def is_like(value: object, default: object) -> bool:
+    """Return whether a value from a JSON file may be that of an argument with this default."""
+    if default is None:
+        return value is None or isinstance(value, (str, int, float))
+    if isinstance(default, list):
+        return isinstance(value, list) and all(isinstance(part, (str, int)) for part in value)
+    if type(default) is float:
+        return is_finite_number(value)
+    return type(value) is type(default)
 
 
 def setting_words(argument: str, value: object) -> str:
@@ -174,7 +232,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
             runs.append(run)
     if not runs:
         nothing = f"{folders[0]} is not a results folder of train.py"
-        raise UserError("; ".join([*no_runs, *left_out]) or nothing)
+        reasons = "; ".join([*no_runs, *left_out]) or nothing
+        raise UserError(f"{reasons}: name results folders of train.py")
     return runs, left_out, no_runs
 
 

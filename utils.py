@@ -90,12 +90,29 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def escaped(text: str) -> str:
+    """Return text with control characters, and what is not Unicode, as escape sequences.
+
+    For names in files, which could move a terminal's cursor or change its colours.
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def brief(value: object, most: int = 80) -> str:
+    """Return a value of a file for a message: its repr in one line, of `most` characters."""
+    try:
+        text = escaped(" ".join(repr(value).split()))
+    except (ValueError, RuntimeError):  # an integer of thousands of digits, a broken tensor
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def one_line(error: BaseException | str) -> str:
-    """Return an error's message in one line, or its type where it has none."""
+    """Return an error's message in one line, escaped, or its type where it has none."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     if "in DataLoader worker process" in lines[0]:  # with the worker's traceback
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(lines) if lines[0].endswith(":") else lines[0]
+        return escaped(lines[-1].split(": ", 1)[-1])
+    return escaped(" ".join(lines) if lines[0].endswith(":") else lines[0])
 
 
 def flag_text(value: object) -> str:

@@ -15,7 +15,7 @@ from engine.errors import UsageError, UserError
 from engine.forward_pass import PRECISIONS
 from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
 from models.losses import NEXT_TARGET
-from utils import flag_text, one_line, without_secrets
+from utils import brief, flag_text, one_line, without_secrets
 
 # Kinds of flags.
 NETWORK = "network"  # builds the network: an evaluation's is its checkpoint's
@@ -262,7 +262,7 @@ def add_running(add: Callable[..., None]) -> None:
     add("--results-dir", kind=MACHINE, type=path_text,
         help="folder of the run; the same command resumes what is there; default: a new folder "
         "under results/, named after the run")
-    add("--data-dir", kind=MACHINE, evaluated=True, type=path_text,
+    add("--data-dir", kind=MACHINE, type=path_text,
         help="folder that holds the data sets' folders; default: data")
     add("--device", kind=MACHINE, default="auto",
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
@@ -307,22 +307,22 @@ def check_saved(arguments: dict, path: str | Path) -> dict:
     actions = {action.dest: action for action in parser._actions}
     for name, value in arguments.items():
         action = actions.get(name)
-        if action is None or value is None:
+        if action is None or value is None and action.default is None:
             continue
         try:
             if isinstance(action.default, bool):
                 right = isinstance(value, bool)
             else:
                 right = action.type is None or action.type(flag_text(value)) == value
-        except (ArgumentTypeError, AttributeError):
+        except (ArgumentTypeError, AttributeError, ValueError):  # digits by the thousand, too
             right = False
         if action.type is None and not isinstance(action.default, bool):
             right = isinstance(value, str)
             if action.choices and name != "precision":
                 right = right and value in action.choices
         if not right:
-            raise UserError(f"{path}: its argument {name} is {value!r}, which {flag_name(name)} "
-                            "does not take: the file may be damaged")
+            raise UserError(f"{path}: its argument {name} is {brief(value)}, which "
+                            f"{flag_name(name)} does not take: the file may be damaged")
     return arguments
 
 

@@ -6,7 +6,6 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -62,20 +61,6 @@ class Stopped(UserError):
         super().__init__(f"stopped by {signal.Signals(number).name} {where}")
         self.number = number
         self.exit_code = 128 + number
-
-
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Raise UserError naming `path` where one of its fields is missing or of another type.
-
-    For reading fields alone: errors of a network's own code must keep their traceback.
-    """
-    try:
-        yield
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} holds something unexpected ({type(error).__name__}: "
-                        f"{one_line(error)}): it may be damaged, or not a checkpoint of this "
-                        "project") from None
 
 
 def run_program(main: Callable[[Namespace], object], parse: Callable[[], Namespace]) -> None:

@@ -1,5 +1,6 @@
 """Loss and accuracy per bit-width."""
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -7,7 +8,9 @@ from torch import Tensor
 from engine.distributed import rank, sum_over_processes
 from engine.errors import UserError
 from models import BitWidth
+from models.checkpoint import is_dense, is_finite_number, is_whole, take
 
+METRICS = "metrics' "  # before a field's name
 
 class Metrics:
     """Sums of loss and of top-1 and top-5 hits per bit-width, which stay on the device until read.
@@ -83,6 +86,26 @@ class Metrics:
         return {"sums": sums.view_as(self.sums), "counts": list(map(int, counts.tolist())),
                 "count": int(count), "steps": self.steps, "seconds": self.seconds}
 
+    def check_state(self, state: dict, path: str | Path, batch_size: int, num_samples: int) -> None:
+        """Raise FileError naming a field that load_state_dict would not take.
+
+        state: of the file `path`, within an epoch of num_samples images.
+        """
+        widths = len(self.bit_widths)
+        most = -(-num_samples // batch_size)
+        steps = take(path, state, "steps", lambda value: is_whole(value, most),
+                     f"a number of steps up to the {most} of an epoch", METRICS)
+        images = min(steps * batch_size, num_samples)
+        take(path, state, "count", lambda value: value == images and is_whole(value),
+             f"the {images} images of {steps} steps", METRICS)
+        take(path, state, "seconds", lambda value: is_finite_number(value) and value >= 0,
+             "a number of seconds", METRICS)
+        take(path, state, "sums", lambda value: are_sums(value, widths),
+             f"a tensor of {widths} x 3 sums", METRICS)
+        if "counts" in state:
+            take(path, state, "counts", lambda value: are_counts(value, widths, images),
+                 f"a list of {widths} numbers of images up to {images}", METRICS)
+
     def load_state_dict(self, state: dict[str, Tensor | list[int] | int | float]) -> None:
         """Restore saved sums on rank 0; those of the other processes start at zero."""
         self.steps = state["steps"]
@@ -93,6 +116,18 @@ class Metrics:
             # Older versions saved none: every step had all bit-widths.
             counts = state.get("counts", [self.count] * len(self.bit_widths))
             self.counts = dict(zip(self.bit_widths, counts, strict=True))
+
+
+def are_sums(value: object, widths: int) -> bool:
+    """Return whether a value is a tensor (widths, 3) of finite sums, of hits from 0 up."""
+    return (is_dense(value) and value.is_floating_point() and value.shape == (widths, 3)
+            and bool(value.isfinite().all() and (value[:, 1:] >= 0).all()))
+
+
+def are_counts(value: object, widths: int, most: int) -> bool:
+    """Return whether a value is a list of whole numbers from 0 to `most`, one per bit-width."""
+    return (isinstance(value, list) and len(value) == widths
+            and all(is_whole(count, most) for count in value))
 
 
 def best_key(averages: dict[BitWidth, dict[str, float]], best_by: str) -> tuple[float, float]:

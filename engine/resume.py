@@ -5,12 +5,14 @@ from pathlib import Path
 
 from dataset.folder import is_folder
 from engine import published
-from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, check_saved,
-                              flag_name, merge_args, names_of)
+from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
+                              check_saved, flag_name, merge_args, names_of)
 from engine.errors import UsageError, UserError
-from models import BitWidth, saved_bit_widths
-from models.checkpoint import BEST, LATEST, is_count, network_spec, old_spec, read_checkpoint
-from utils import flag_text, without_secrets
+from engine.state import is_epoch
+from models import BitWidth, check_bit_widths, saved_bit_widths
+from models.checkpoint import (BEST, LATEST, FileError, check_field, is_count, network_spec,
+                               old_spec, read_checkpoint)
+from utils import brief, escaped, flag_text, without_secrets
 
 
 class Checkpoint:
@@ -25,10 +27,10 @@ class Checkpoint:
         self.path = path
         self.in_place = in_place
         self.content = read_checkpoint(path)
-        epoch = self.content.get("epoch")
-        if epoch is not None and (type(epoch) is not int or epoch < 0):
-            raise UserError(f"{path}: its epoch is {epoch!r}, which is no number of epochs done: "
-                            "the file may be damaged")
+        check_field(path, "epoch", self.content.get("epoch"), is_epoch,
+                    "a number of epochs done")
+        check_field(path, "list of calibrated bit-widths", self.content.get("calibrated"),
+                    are_bit_widths, "a list of bit-widths")
         if not self.content.get("network"):
             given = {name: getattr(flags, name) for name in names_of(NETWORK)
                      if name != "width" and flags and name in flags}
@@ -42,10 +44,28 @@ class Checkpoint:
         if self.has_arguments:
             later = {name: value for name, value in DEFAULTS.items() if FLAGS[name].kind != MACHINE}
             saved = check_saved(self.content["arguments"], path)
+            self.check_network(saved)
             self.arguments = {**later, **self.arguments, **saved}
         else:  # a published checkpoint
             self.arguments["dataset"] = published.DATASET.get(self.network["name"],
                                                               DEFAULTS["dataset"])
+
+
+    def check_network(self, saved: dict) -> None:
+        """Raise FileError where the arguments are of another network than the one it holds."""
+        for name in names_of(NETWORK):
+            own = self.arguments[name]
+            value = saved.get(name)
+            if value is not None and value != own:
+                raise FileError(f"{self.path}: its argument {name} is {brief(value)}, and its "
+                                f"network's is {brief(own)}: the file may be damaged")
+
+
+def are_bit_widths(value: object) -> bool:
+    try:
+        return isinstance(value, (list, tuple)) and (not value or bool(check_bit_widths(value)))
+    except ValueError:
+        return False
 
 
 def plain(bit_widths: Iterable[BitWidth]) -> list[int | str]:
@@ -94,6 +114,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if missing:
         raise UsageError(f"--resume {source} does not say how it was trained: give "
                          f"{', '.join(missing)}, or start a new run from it with --pretrain")
+    for name, flag in FLAGS.items():
+        if said and flag.in_name and name not in said:
+            raise FileError(f"{checkpoint.path} lacks its argument {name}: the file may be damaged")
     free = ["resume", "start_epoch"]
     # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.
     free.append("lr_decay" if saved.get("schedule") == "cosine" else "epochs")
@@ -104,8 +127,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if changed:
         raise UsageError(f"--resume {source}: cannot change on resume: {changed}: leave that out, "
                          "or start a new run from it with --pretrain")
+    of_a_command = {"results_dir", "device", *names_of(TASK)} - {"resume", "start_epoch"}
     saved = {name: value for name, value in saved.items()
-             if name in DEFAULTS and name not in ("results_dir", "device")}
+             if name in DEFAULTS and name not in of_a_command}
     if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
         given.pop("resume", None)
         given["results_dir"] = str(checkpoint.path.parent.parent)
@@ -136,9 +160,10 @@ def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     machine = names_of(MACHINE)
     saved = without_secrets(saved)
     ours = without_secrets(ours)
-    return "; ".join(f"{flag_name(name)} is {flag_text(saved[name])}, not {flag_text(value)}"
-                     for name, value in ours.items()
-                     if name in saved and name not in (*machine, *free) and saved[name] != value)
+    return "; ".join(
+        f"{flag_name(name)} is {escaped(flag_text(saved[name]))}, not {flag_text(value)}"
+        for name, value in ours.items()
+        if name in saved and name not in (*machine, *free) and saved[name] != value)
 
 
 def refuse_packed(content: dict, path: str | Path, purpose: str) -> None:

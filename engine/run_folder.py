@@ -22,9 +22,9 @@ from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
 from engine.state import TrainingState
 from models import BitWidth
-from models.checkpoint import LATEST
-from utils import (WriteError, commit, flag_text, printable, with_text_keys, without_secrets,
-                   write_json, write_text, writing)
+from models.checkpoint import LATEST, is_finite_number, is_whole
+from utils import (WriteError, brief, commit, flag_text, one_line, printable, with_text_keys,
+                   without_secrets, write_json, write_text, writing)
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
@@ -190,7 +190,8 @@ class RunFolder:
 
         path = self.path / "config.json"
         first = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a resumed run's
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError,
+                                 RecursionError):  # a resumed run's
             before = json.loads(path.read_text())
             first["first_command"] = before.get("first_command") or before["command"]
         write_json(path, {
@@ -244,13 +245,89 @@ def write_metrics(path: Path, records: list[dict]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the records of a metrics.jsonl; skips a line that a kill cut short."""
+    """Return the records of a metrics.jsonl; skips a last line that a kill cut short.
+
+    Raises UserError naming the line and the field that is missing or of another type.
+    """
     records = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            for part in ("train", "val"):
-                record[part] = {BitWidth.of(width): values
-                                for width, values in record[part].items()}
-            records.append(record)
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = parse_json(line, where)
+        except UserError:
+            if number == len(lines):
+                continue
+            raise
+        check_record(record, where, records)
+        records.append(record)
     return records
+
+
+def check_record(record: object, where: str, before: list[dict]) -> None:
+    """Check an epoch's record, and give its metrics bit-widths as keys.
+
+    where: file and line, for the error. before: the records before it. Raises UserError.
+    """
+    if not isinstance(record, dict):
+        raise damaged(where, "record", record, "a dict")
+    last = before[-1]["epoch"] if before else 0
+    epoch = record.get("epoch")
+    if not is_whole(epoch) or epoch <= last:
+        raise damaged(where, "epoch", epoch, f"a whole number above {last}")
+    for part in ("train", "val"):
+        record[part] = metrics_of(record.get(part), where, part)
+    if before and record["val"].keys() != before[0]["val"].keys():
+        raise damaged(where, "val", list(map(str, record["val"])), "of the bit-widths of the lines "
+                      "before")
+
+
+def metrics_of(value: object, where: str, name: str) -> dict[BitWidth, dict[str, float]]:
+    """Return a file's {bit-width: {"loss", "top1", "top5"}}; UserError where it is something else.
+
+    where: the file, for the error. name: of the field.
+    """
+    if not isinstance(value, dict) or not value:
+        raise damaged(where, name, value, "a dict by bit-widths")
+    metrics = {}
+    for key, values in value.items():
+        try:
+            width = BitWidth.of(key)
+        except ValueError as error:
+            raise damaged(where, name, key, f"a key ({error})") from None
+        if not isinstance(values, dict):
+            raise damaged(where, f"{name} at {width} bits", values, "a dict of metrics")
+        for metric in ("loss", "top1", "top5"):
+            number = values.get(metric)
+            allowed = "a number" if metric == "loss" else "a number from 0 to 100"
+            is_right = is_finite_number(number) and (metric == "loss" or 0 <= number <= 100)
+            if not is_right:
+                raise damaged(where, f"{metric} of {name} at {width} bits", number, allowed)
+        metrics[width] = values
+    return metrics
+
+
+def damaged(where: str | Path, name: str, value: object, what: str) -> UserError:
+    """Return the error for a field of a results folder's file that is not `what` it must be."""
+    return UserError(f"{where}: its {name} is {brief(value)}, not {what}: correct it, or move the "
+                     "file away")
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; raises UserError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): correct it, or move it "
+                        "away") from None
+
+
+def parse_json(text: str, where: str | Path) -> object:
+    """Return what a text in JSON holds; raises UserError naming `where` it stands."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({one_line(error)}): correct it, or move the file "
+                        "away") from None

@@ -1,16 +1,21 @@
 """The state of a run, as checkpoints hold it: saved and restored as a whole."""
 import math
+from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from engine.distributed import gather, rank, wait
-from engine.errors import UserError, reading
+from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth
-from models.checkpoint import load_weights
-from utils import WriteError, one_line, replacing, writing
+from models.checkpoint import (FileError, check_field, is_count, is_dense, is_finite_number,
+                               is_named_values, is_whole, load_weights, take)
+from utils import WriteError, brief, one_line, escaped, replacing, writing
+
+OPTIMIZER = "optimizer's "  # before a field's name
 
 
 class TrainingState:
@@ -81,35 +86,83 @@ class TrainingState:
         wait()
 
     def restore(self, path: str | Path, content: dict) -> None:
-        """Restore what read_checkpoint read from `path`; raises UserError where it does not fit."""
-        with reading(path):
-            changed = data_difference(content.get("data"), self.data)
+        """Restore what read_checkpoint read from `path`.
+
+        Raises UserError where it is of other data, weights or an optimizer, and FileError for a
+        field that is missing or of another type.
+        """
+        check_field(path, "data", content.get("data"), is_fingerprint, "a fingerprint of data")
+        changed = data_difference(content.get("data"), self.data)
         if changed:
             raise UserError(f"{path} is of a run on other data: {changed}; resume on the same "
                             "data, or start a new run from it with --pretrain")
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)
-        with reading(path):
-            self.epoch = content["epoch"]
-            self.best_prec1 = float(content["best_prec1"])
-            # Older checkpoints lack the mean, so a best epoch by the mean is unknown.
-            unknown = -math.inf
-            by_highest = self.arguments["best_by"] == "highest"
-            older = (self.best_prec1 if by_highest else unknown, unknown)
-            self.best = tuple(map(float, content.get("best", older)))
-            if "metrics" not in content:  # a published checkpoint
-                return
-            self.metrics.load_state_dict(content["metrics"])
-            states = content["random_states"]
-            if rank() < len(states):  # an additional process keeps its own
-                torch.set_rng_state(states[rank()]["torch"])
-                if self.device.type == "cuda" and states[rank()]["cuda"] is not None:
-                    torch.cuda.set_rng_state(states[rank()]["cuda"], self.device)
-            saved = content["num_samples"]
-        if self.metrics.steps and saved != self.num_samples:
+        self.epoch = take(path, content, "epoch", is_epoch, "a number of epochs done")
+        self.best_prec1 = float(
+            take(path, content, "best_prec1", is_accuracy, "an accuracy in percent"))
+        # Older checkpoints lack the mean, so a best epoch by the mean is unknown.
+        unknown = -math.inf
+        by_highest = self.arguments["best_by"] == "highest"
+        best = content.get("best")
+        check_field(path, "best", best, are_two_accuracies, "a list of two accuracies in percent")
+        older = (self.best_prec1 if by_highest else unknown, unknown)
+        self.best = tuple(map(float, older if best is None else best))
+        if "arguments" in content:  # which a published checkpoint lacks
+            self.restore_epoch(path, content)
+
+    def restore_epoch(self, path: str | Path, content: dict) -> None:
+        """Restore what a checkpoint holds of an epoch that has begun; raises as `restore`."""
+        saved = take(path, content, "num_samples", is_count, "a number of images")
+        metrics = take(path, content, "metrics", is_named_values, "a dict of sums")
+        if metrics.get("steps") and saved != self.num_samples:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
+        self.metrics.check_state(metrics, path, self.arguments["batch_size"], self.num_samples)
+        if content.get("step", metrics["steps"]) != metrics["steps"]:
+            raise FileError(f"{path}: its step is {brief(content['step'])}, and its metrics' steps "
+                            f"are {metrics['steps']}: the file may be damaged")
+        self.metrics.load_state_dict(metrics)
+
+        states = take(path, content, "random_states", are_random_states,
+                      "a list of states of random generators")
+        if rank() >= len(states):  # an additional process keeps its own
+            return
+        try:
+            torch.set_rng_state(states[rank()]["torch"])
+            if self.device.type == "cuda" and states[rank()]["cuda"] is not None:
+                torch.cuda.set_rng_state(states[rank()]["cuda"], self.device)
+        except (RuntimeError, TypeError) as error:
+            raise FileError(f"{path}: its random_states are none ({one_line(error)}): the file may "
+                            "be damaged") from None
+
+
+def is_epoch(value: object) -> bool:
+    return is_whole(value, 2**31 - 1)
+
+
+def is_accuracy(value: object) -> bool:
+    """Return whether a value is a number up to 100, as of a run that has no epoch yet too."""
+    if is_dense(value) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return isinstance(value, Real) and not isinstance(value, bool) and value <= 100
+
+
+def are_two_accuracies(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_accuracy, value))
+
+
+def are_random_states(value: object) -> bool:
+    """Return whether a value is a list of {"torch": bytes, "cuda": bytes or None}."""
+    return isinstance(value, list) and len(value) > 0 and all(
+        isinstance(state, dict) and state.keys() >= {"torch", "cuda"}
+        and is_dense(state["torch"]) and (state["cuda"] is None or is_dense(state["cuda"]))
+        for state in value)
+
+
+def is_fingerprint(value: object) -> bool:
+    return is_named_values(value) and all(type(part) in (int, str) for part in value.values())
 
 
 def data_difference(saved: dict | None, own: dict | None) -> str:
@@ -120,7 +173,7 @@ def data_difference(saved: dict | None, own: dict | None) -> str:
             if name in saved and saved[name] != value:
                 digest = isinstance(value, str)
                 changes.append(f"its {name} is another" if digest else
-                               f"its {name} was {saved[name]} and is {value}")
+                               f"its {name} was {brief(saved[name])} and is {value}")
     return ", ".join(changes)
 
 
@@ -145,32 +198,99 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.
 OF_THIS_RUN = ("lr", "initial_lr", "param_names", "fused", "foreach", "capturable")
+# What torch's optimizers keep of each parameter; of any other, what it keeps is not known.
+KEPT = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+        torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+        torch.optim.SGD: {"momentum_buffer"}}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path,
                    published: bool = False) -> None:
     """Load an optimizer's state; raises UserError for another optimizer, network or grouping.
 
-    published: whether the checkpoint is a published one, whose learning rate may differ.
+    published: whether the checkpoint is a published one, whose learning rate may differ. Raises
+    FileError for a field that is missing or of another type.
     """
-    try:
-        difference = group_difference(state["param_groups"], optimizer.param_groups, published)
-        if difference is None:
-            groups = [{**saved, **{name: own[name] for name in OF_THIS_RUN if name in own}}
-                      for saved, own in zip(state["param_groups"], optimizer.param_groups)]
-            optimizer.load_state_dict({**state, "param_groups": groups})
-            for parameter, values in optimizer.state.items():
-                for name, value in values.items():  # fused ones need the same memory format
-                    if torch.is_tensor(value) and value.shape == parameter.shape:
-                        values[name] = torch.empty_like(parameter).copy_(value)
-            missing = [name for group in optimizer.param_groups
-                       for name in sorted(optimizer.defaults.keys() - group.keys())]
-            difference = f"without {missing[0]}" if missing else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        difference = one_line(error)
+    saved = take(path, state, "param_groups", are_groups, "a list of groups", OPTIMIZER)
+    values = take(path, state, "state", is_state, "a dict of dicts", OPTIMIZER)
+    difference = group_difference(saved, optimizer.param_groups, published)
+    if difference is None:
+        groups = [{**{name: value for name, value in own.items()  # equal, or of this run
+                      if name in before or name in OF_THIS_RUN}, "params": before["params"]}
+                  for before, own in zip(saved, optimizer.param_groups)]
+        difference = state_difference(optimizer, saved, values, path)
+    if difference is None:
+        optimizer.load_state_dict({**state, "param_groups": groups})
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():  # fused ones need the same memory format
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
+        missing = [name for group in optimizer.param_groups
+                   for name in sorted(optimizer.defaults.keys() - group.keys())]
+        difference = f"without {missing[0]}" if missing else None
     if difference:
         raise UserError(f"{path} holds another optimizer's state ({difference}): check "
                         "--optimizer, --weight-decay and parameter_groups in engine/setup.py")
+
+
+def are_groups(value: object) -> bool:
+    """Return whether a value is a list of an optimizer's groups, each of other parameters."""
+    if not isinstance(value, list) or not all(map(is_named_values, value)):
+        return False
+    every = []
+    for group in value:
+        numbers = group.get("params")
+        if not isinstance(numbers, list) or not all(map(is_whole, numbers)):
+            return False
+        names = group.get("param_names", numbers)  # older versions saved none
+        if not isinstance(names, (list, tuple)) or len(names) != len(numbers):
+            return False
+        every += numbers
+    return len(set(every)) == len(every)
+
+
+def is_state(value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_named_values, value.values()))
+
+
+def state_difference(optimizer: torch.optim.Optimizer, saved: list[dict], state: dict,
+                     path: str | Path) -> str | None:
+    """Return how what a file holds of parameters differs from what this optimizer keeps, or None.
+
+    saved: the file's groups. Raises FileError for values of another type.
+    """
+    numbers = [number for group in saved for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    unknown = [number for number in state if number not in numbers]
+    if unknown:
+        return f"its state is of a parameter {brief(unknown[0])}, which no group has"
+    kept = KEPT.get(type(optimizer))
+    for number, name, parameter in zip(numbers, names, parameters):
+        values = state.get(number)
+        if kept and values and values.keys() != kept:
+            return f"its state of {name} has {', '.join(map(escaped, sorted(values)))}"
+        for key in values or ():
+            shape = tuple(parameter.shape)
+            what = "a number from 0 up" if key == "step" else f"finite numbers of shape {shape}"
+            take(path, values, key, partial(is_kept, key, parameter.shape), what,
+                 f"{OPTIMIZER}state of {name}, ")
+    return None
+
+
+def is_kept(key: str, shape: torch.Size, value: object) -> bool:
+    """Return whether a value is what an optimizer may keep under a name, of a parameter's shape."""
+    if key == "step":
+        number = value.item() if is_dense(value) and value.numel() == 1 else value
+        return is_finite_number(number) and number >= 0
+    shaped = key in set().union(*KEPT.values())
+    if not torch.is_tensor(value):
+        return not shaped
+    if not is_dense(value) or value.is_complex() or not bool(value.isfinite().all()):
+        return False
+    if shaped and (value.shape != shape or not value.is_floating_point()):
+        return False
+    return key != "exp_avg_sq" or bool((value >= 0).all())
 
 
 def group_difference(saved: list[dict], own: list[dict], published: bool = False) -> str | None:
@@ -185,11 +305,21 @@ def group_difference(saved: list[dict], own: list[dict], published: bool = False
         names = before.get("param_names", own_names)  # older versions saved none
         for number, (was, name) in enumerate(zip(names, own_names)):
             if was != name:
-                return f"group {index}: parameter {number} was {was} and is now {name}"
+                return (f"group {index}: parameter {number} was {escaped(str(was))} and is now "
+                        f"{name}")
         compared = before.keys() & now.keys() - {"params", *OF_THIS_RUN}
         if not published:
             compared |= before.keys() & now.keys() & {"initial_lr"}
         for name in sorted(compared):
-            if before[name] != now[name]:
-                return f"group {index}: {name} was {before[name]} and is now {now[name]}"
+            if not is_same(before[name], now[name]):
+                return (f"group {index}: {name} was {brief(before[name])} and is now "
+                        f"{brief(now[name])}")
     return None
+
+
+def is_same(one: object, other: object) -> bool:
+    """Return whether two values are equal; a tensor of several numbers equals none."""
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):
+        return False

@@ -9,7 +9,8 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, BitWidth, add_missing_bit_widths, build,
                     packed, saved_bit_widths, set_bit_width, zoo)
 from models.bit_widths import FULL_PRECISION
+from models.calibration import ENTRY
 from models.converted import CLASSIFIER
+from utils import brief, one_line, escaped
 
 # NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
 SCALAR = numpy.float64(0).__reduce__()[0]
 NUMPY_NUMBERS = [
     (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
     numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType, numpy.dtypes.Int64DType]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BEST = "model_best.pth.tar"
 LATEST = "model_latest.pth.tar"
 
@@ -57,7 +61,7 @@ def find_file(path: str | Path, *names: str) -> Path:
             if candidate.is_file():
                 return candidate
         raise FileError(f"{path} holds no checkpoint: looked there and in its ckpt/ for "
-                        f"{', '.join(names)}")
+                        f"{', '.join(names)}; give a results folder of train.py, or a file")
     if not path.exists():
         raise FileError(f"checkpoint {path} does not exist: give a file or a results folder")
     return path
@@ -67,15 +71,26 @@ def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint or a packed file onto the CPU, as data alone: code in it is refused.
 
     Returns its dict, with DataParallel's prefix removed from the keys. Raises FileError where it
-    cannot be read.
+    cannot be read, or its weights or what describes network and images are of another type.
     """
     if Path(path).exists() and not Path(path).is_file():  # reading a pipe could last for ever
         raise FileError(f"{path} is no file but a folder, a pipe or a device: give a checkpoint")
     if packed.is_packed(path):
         try:
-            return packed.read_checkpoint(path)
+            content = packed.read_checkpoint(path)
         except ValueError as error:
             raise FileError(str(error)) from None
+    else:
+        content = read_archive(path)
+    content["state_dict"] = without_prefix(content["state_dict"], path)
+    for field in ("arguments", "network", "images"):
+        check_field(path, field, content.get(field), is_named_values, "a dict with names as keys")
+    check_images(content.get("images") or {}, path)
+    return content
+
+
+def read_archive(path: str | Path) -> dict:
+    """Read what torch.save wrote, a dict with a state_dict; raises FileError for anything else."""
     check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
@@ -91,12 +106,97 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise FileError(f"{path} is not a checkpoint of this kind: it must be a dict with a "
                         "state_dict")
-    for field in ("arguments", "network", "images"):
-        if not isinstance(content.get(field), (dict, type(None))):
-            raise FileError(f"{path}: its {field} are {content[field]!r}, which is no dict: it may "
-                            "be damaged")
-    content["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return content
+
+
+def check_field(path: str | Path, name: str, value: object, is_right: Callable[[object], bool],
+                what: str) -> None:
+    """Raise FileError where an optional field is neither None nor right, as `take` does."""
+    if value is not None:
+        take(path, {name: value}, name, is_right, what)
+
+
+def take(path: str | Path, content: dict, name: str, is_right: Callable[[object], bool], what: str,
+         of: str = "") -> object:
+    """Return a field of a file's dict; raises FileError where it is missing or not right.
+
+    what: the values that are right, for the message. of: what the dict is, before the name.
+    """
+    if name not in content:
+        raise FileError(f"{path} lacks its {of}{name}: the file may be damaged")
+    value = content[name]
+    if not is_right(value):
+        raise FileError(f"{path}: its {of}{name} is {brief(value)}, not {what}: the file may be "
+                        "damaged")
+    return value
+
+
+def is_named_values(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def is_dense(value: object) -> bool:
+    """Return whether a value is a tensor on the CPU that holds each of its numbers."""
+    return (torch.is_tensor(value) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_quantized)
+
+
+def is_whole(value: object, most: int = 2**62) -> bool:
+    """Return whether a value is a whole number from 0 to `most`."""
+    return type(value) is int and 0 <= value <= most
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def is_finite_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def without_prefix(weights: dict[str, object], path: str | Path) -> dict[str, Tensor]:
+    """Return a state dict without DataParallel's prefix; FileError for what are no weights."""
+    state_dict = {key.removeprefix("module."): value for key, value in weights.items()}
+    if len(state_dict) < len(weights):
+        raise FileError(f"{path}: its state_dict has a key twice, with and without module.: the "
+                        "file may be damaged")
+    for key, value in state_dict.items():
+        if not is_dense(value) or value.is_floating_point() and value.dtype not in FLOATS:
+            raise FileError(f"{path}: {escaped(key)} of its state_dict is {kind_of(value)}, not "
+                            "a dense tensor of numbers: the file may be damaged")
+    return state_dict
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of a state dict is, for a message."""
+    if not torch.is_tensor(value):
+        return brief(value)
+    where = "" if value.device.type == "cpu" else f" on {value.device}"
+    return f"a tensor of {value.dtype} and layout {value.layout}{where}"
+
+
+def check_images(images: dict, path: str | Path) -> None:
+    """Raise FileError naming a field of another type in a description of images."""
+    def is_text(value: object) -> bool:
+        return isinstance(value, str)
+
+    def is_three_numbers(value: object) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) == 3 and all(
+            map(is_finite_number, value))
+
+    def is_three_positive(value: object) -> bool:
+        return is_three_numbers(value) and min(value) > 0
+
+    def is_names(value: object) -> bool:
+        return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+    for field, is_right, what in (
+            ("dataset", is_text, "the name of a data set"),
+            ("size", is_count, "a number of pixels"),
+            ("mean", is_three_numbers, "three numbers"),
+            ("std", is_three_positive, "three numbers above 0"),
+            ("class_names", is_names, "a list of names")):
+        check_field(path, f"images' {field}", images.get(field), is_right, what)
 
 
 def check_archive(path: str | Path) -> None:
@@ -118,10 +218,14 @@ def check_finite(state_dict: dict[str, Tensor], path: str | Path) -> None:
     """Raise FileError naming the first entry with values that are not finite."""
     for key, value in state_dict.items():
         if torch.is_tensor(value) and value.is_floating_point():
+            name = f"{path}: {escaped(key)}"
             count = int((~value.isfinite()).sum())
             if count:
-                raise FileError(f"{path}: {key} has {count} values that are not finite: it is "
-                                "damaged, or of a run that diverged; take an earlier checkpoint")
+                raise FileError(f"{name} has {count} values that are not finite: it is damaged, or "
+                                "of a run that diverged; take an earlier checkpoint")
+            if key.endswith(".running_var") and (value < 0).any():
+                raise FileError(f"{name} has variances below 0: it is damaged; take an earlier "
+                                "checkpoint")
 
 
 def network_of(content: dict, path: str | Path,
@@ -135,22 +239,32 @@ def network_of(content: dict, path: str | Path,
     spec = network_spec(content, path)
     bit_widths = spec.pop("bit_widths") if bit_widths is None else bit_widths
     spec.pop("bit_widths", None)
-    model = build(**spec, bit_widths=bit_widths)
+    model = build_for(path, **spec, bit_widths=bit_widths)
 
     state_dict = content["state_dict"]
     if "packed" in content:
         try:
             packed.install(model, state_dict, **content["packed"])
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise FileError(f"{path} does not fit the networks of this project ({reason}): export "
-                            "it anew") from None
+        except ValueError as error:
+            raise FileError(f"{path} does not fit the networks of this project "
+                            f"({one_line(error)}): export it anew") from None
     state_dict, added = add_missing_bit_widths(state_dict, model)
     load_weights(model, state_dict, path)
     set_bit_width(model, max(map(BitWidth.of, bit_widths)))
     model.images = content.get("images")
     model.calibrated = content.get("calibrated", [])
     return model.eval(), added
+
+
+def build_for(path: str | Path, name: str, **spec: object) -> nn.Module:
+    """Build the network of a file; raises FileError where torchvision's cannot be converted."""
+    try:
+        return build(name, **spec)
+    except ValueError as error:
+        if name in MODELS:  # a mistake in its code
+            raise
+        raise FileError(f"{path}: its network {name} cannot be built ({one_line(error)}): the file "
+                        "may be damaged") from None
 
 
 def network_spec(content: dict, path: str | Path) -> dict:
@@ -163,32 +277,36 @@ def network_spec(content: dict, path: str | Path) -> dict:
     spec = {"name": check_model(saved.get("model"), path), "num_classes": saved.get("classes"),
             "width": saved.get("width"), "all_conv": saved.get("all_conv", False),
             "quantizer": saved.get("quantizer", "dorefa"), "keep": saved.get("keep", [])}
-    fits = {"num_classes": is_count, "width": is_count,
+    try:
+        for key in state_dict:
+            entry = ENTRY.fullmatch(key)
+            if entry:
+                BitWidth.of(entry["width"])
+        spec["bit_widths"] = saved_bit_widths(state_dict)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+    if not spec["bit_widths"]:
+        raise FileError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
+    # No network has more classes, or a larger width, than its largest layer has channels.
+    largest = max((size for value in state_dict.values() for size in value.shape), default=1)
+    fits = {"num_classes": lambda value: is_count(value) and value <= largest,
+            "width": lambda value: is_count(value) and value <= largest,
             "all_conv": lambda value: isinstance(value, bool),
             "quantizer": lambda value: isinstance(value, str) and value in QUANTIZERS,
             "keep": lambda value: isinstance(value, list) and all(
                 isinstance(name, str) for name in value)}
     for field, is_right in fits.items():
         if not is_right(spec[field]):
-            raise FileError(f"{path}: its network's {field} is {spec[field]!r}, which is none: it "
-                            "may be damaged")
-    try:
-        spec["bit_widths"] = saved_bit_widths(state_dict)
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from None
-    if not spec["bit_widths"]:
-        raise FileError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
+            raise FileError(f"{path}: its network's {field} is {brief(spec[field])}, which does "
+                            "not fit its weights: it may be damaged")
     return spec
-
-
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def check_model(name: object, path: str | Path) -> str:
     """Return the name of a checkpoint's model; FileError where there is none of it."""
     if not isinstance(name, str) or not (name in MODELS or zoo.is_torchvision(name)):
-        raise FileError(f"{path} is of model {name!r}: choose a checkpoint of {', '.join(MODELS)}")
+        raise FileError(f"{path} is of model {brief(name)}: choose a checkpoint of "
+                        f"{', '.join(MODELS)}")
     if name in MODELS:
         return name
     try:
@@ -216,7 +334,7 @@ def old_spec(content: dict, path: str | Path, given: dict | None = None) -> dict
         last = [key for key in smallest.state_dict() if key.endswith("weight")][-1]
     else:
         spec["width"] = 1
-        layers = build(name, [FULL_PRECISION], 2).layers
+        layers = build_for(path, name, bit_widths=[FULL_PRECISION], num_classes=2).layers
         last = next(f"network.{layer.name}.weight" for layer in layers
                     if layer.why == CLASSIFIER)
     spec["width"] = spec["width"] or DEFAULT_WIDTH.get(name, 1)
@@ -234,16 +352,24 @@ def first_size(value: object) -> int:
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
     """Load a state dict; raises FileError naming missing, unexpected and mis-shaped entries."""
     own = model.state_dict()
-    problems = {"missing": sorted(own.keys() - state_dict.keys()),
-                "unexpected": sorted(state_dict.keys() - own.keys()),
-                "of another shape": sorted(
-                    key for key in own.keys() & state_dict.keys()
-                    if own[key].shape != getattr(state_dict[key], "shape", None))}
+    both = sorted(own.keys() & state_dict.keys())
+    problems = {
+        "missing": sorted(own.keys() - state_dict.keys()),
+        "unexpected": sorted(state_dict.keys() - own.keys()),
+        "of another shape": [key for key in both if own[key].shape != state_dict[key].shape],
+        "of another type": [key for key in both if kind_of_numbers(own[key])
+                            != kind_of_numbers(state_dict[key])]}
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
-                          for what, keys in problems.items() if keys)
+        found = "; ".join(
+            f"{len(keys)} {what} ({', '.join([*map(escaped, keys[:3]), '...'][:len(keys)])})"
+            for what, keys in problems.items() if keys)
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
                         "--quantizer, --bit_width_list and, by its classes, --dataset")
 
     check_finite(state_dict, path)
     model.load_state_dict(state_dict)
+
+
+def kind_of_numbers(value: Tensor) -> str | torch.dtype:
+    """Return what a tensor's values may be copied to: any floating-point type, or their own."""
+    return "floating point" if value.is_floating_point() else value.dtype

@@ -72,14 +72,19 @@ def encode(layers: dict[str, Tensor], bits: tuple[int, ...]) -> tuple[Tensor, di
     return others, codes
 
 
-def decode(codes: Codes, rows: Tensor, column: int) -> Tensor:
-    """Return the levels (weights,) uint8 of one column; rows: the table (rows, columns)."""
+def row_numbers(codes: Codes) -> Tensor:
+    """Return the row number of each weight, (weights,) int64."""
     numbers = codes.low.long()
     if codes.high_bits is not None:
         eight = torch.arange(8, device=numbers.device)
         high = (codes.high_bits[:, None] >> eight & 1).flatten()[:len(numbers)]
         numbers = numbers + (high.long() << 8)
-    levels = rows[:, column][numbers]
+    return numbers
+
+
+def decode(codes: Codes, rows: Tensor, column: int) -> Tensor:
+    """Return the levels (weights,) uint8 of one column; rows: the table (rows, columns)."""
+    levels = rows[:, column][row_numbers(codes)]
     if codes.exceptions is not None:
         levels[codes.exceptions.long()] = codes.exception_levels[:, column]
     return levels

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from models import check_bit_widths, quantizers, set_bit_width, trained_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY
-from models.levels import Codes, decode, encode, join, table
+from models.levels import Codes, decode, encode, join, row_numbers, table
 from models.quan_ops import QuantizedLayer, WeightQuantizer
+from utils import brief, one_line
 
 KEY = "any_precision"  # the only metadata entry: the order of several varies from file to file
 FORMAT = 2
@@ -49,21 +50,43 @@ class PackedWeight(WeightQuantizer):
         self.register_buffer("exceptions", exceptions)
         self.register_buffer("exception_levels", exception_levels)
 
-    def check(self, weight: Tensor) -> None:
-        """Raise ValueError where the weight and this quantizer's tensors do not fit each other."""
-        count = len(self.columns)
-        fits = (weight.dtype == torch.uint8 and self.rows.shape[1:] == (count,)
-                and self.scale.shape[:1] == (count,) and self.grid.shape == (count, 2))
-        if fits and self.high_bits is None:
-            fits = int(weight.max()) < len(self.rows)
-        elif fits:
-            fits = 8 * len(self.high_bits) >= weight.numel()
-        if fits and self.exceptions is not None:
-            lowest = int(self.exceptions.min())
-            highest = int(self.exceptions.max())
-            fits = 0 <= lowest and highest < weight.numel()
-        if not fits:
+    def check(self, weight: Tensor, shape: torch.Size, bits: tuple[int, ...]) -> None:
+        """Raise ValueError where the weight and this quantizer's tensors do not fit each other.
+
+        shape: of the layer's weight. bits: of each column.
+        """
+        if not (self.fits_shape(weight, shape) and self.fits_bits(weight, bits)):
             raise ValueError("weights and their table do not fit each other")
+
+    def fits_shape(self, weight: Tensor, shape: torch.Size) -> bool:
+        """Return whether all tensors are of the types and sizes of a weight of that shape."""
+        columns = len(self.columns)
+        expected = [  # (tensor, its type, its shape)
+            (weight, torch.uint8, shape),
+            (self.grid, torch.int16, (columns, 2)),
+            (self.scale, torch.float32, (columns, *self.scale.shape[1:]))]
+        if self.high_bits is not None:
+            expected.append((self.high_bits, torch.uint8, (-(-shape.numel() // 8),)))
+        if self.exceptions is not None:
+            count = self.exceptions.numel()
+            expected.append((self.exceptions, torch.int32, (count,)))
+            expected.append((self.exception_levels, torch.uint8, (count, columns)))
+        per_weight = list(zip(reversed(self.scale.shape[1:]), reversed(shape)))
+        return (all(tensor.dtype == kind and tensor.shape == torch.Size(size)
+                    for tensor, kind, size in expected)
+                and self.scale.ndim <= 1 + len(shape)
+                and all(size in (1, own) for size, own in per_weight))
+
+    def fits_bits(self, weight: Tensor, bits: tuple[int, ...]) -> bool:
+        """Return whether all values are of columns of these bits: rows, grids, levels."""
+        numbers = row_numbers(Codes(weight.flatten(), self.high_bits))
+        fits = bool((numbers < len(self.rows)).all())
+        for b, grid in zip(bits, self.grid.tolist()):
+            fits = fits and grid in ([1 - 2**b, 2], [-2**(b - 1), 1])
+        if self.exceptions is not None:
+            fits = fits and bool(((0 <= self.exceptions) & (self.exceptions < len(numbers))).all())
+            fits = fits and bool((self.exception_levels.long() < 2**torch.tensor(bits)).all())
+        return fits
 
     def full_precision(self, w: Tensor) -> NoReturn:
         raise self.absent()
@@ -240,7 +263,7 @@ def digest(tensors: dict[str, Tensor], about: dict) -> str:
     total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.contiguous().numpy().tobytes())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -258,33 +281,92 @@ def is_packed(path: str | Path) -> bool:
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Return a packed file's {name: tensor} and its metadata, both in the current format.
 
-    Raises ValueError where the file is damaged, of a newer version, or not a packed one.
+    Raises ValueError where the file is damaged, of a newer version, or not a packed one, or where
+    a field of its metadata is missing or of another type.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a packed file, or cut short ({error}): export it "
-                         "anew") from None
+        raise ValueError(f"{path} is not a packed file, or cut short ({one_line(error)}): export "
+                         "it anew") from None
     try:
         about = json.loads(metadata[KEY])
         version = about["format"]
         expected = about["sha256"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is a safetensors file of something else: give one that "
                          "export.py wrote") from None
-    if version not in (1, FORMAT):
-        raise ValueError(f"{path} has packed format {version}, and this version of the project "
-                         f"reads {FORMAT}: update it, or export the network anew")
-    if digest(tensors, about) != expected:
+    if type(version) is not int or version not in (1, FORMAT):
+        raise ValueError(f"{path} has packed format {brief(version)}, and this version of the "
+                         f"project reads {FORMAT}: update it, or export the network anew")
+    if digest(tensors, about) != expected or metadata.keys() != {KEY}:
         raise ValueError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
                          "export it anew")
     if version == 1:
+        check_fields(path, about, {"stored_bits": is_bits_list})
         tensors, about = from_format_1(tensors, about)
+    check_fields(path, about, FIELDS)
     tensors.update({f"{key.rpartition('.')[0]}{BATCH_COUNT}": torch.tensor(0)
                     for key in list(tensors) if key.endswith(".running_mean")})
     return tensors, about
+
+
+def is_bits(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 8
+
+
+def is_bits_list(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_bits, value)) and 0 < len(set(value)) == len(
+        value)
+
+
+def is_width_list(value: object) -> bool:
+    if not isinstance(value, list):
+        return False
+    try:
+        return [width.plain for width in sorted(check_bit_widths(value))] == value
+    except ValueError:
+        return False
+
+
+def is_group(value: object) -> bool:
+    """Return whether a value is a dict of columns, [key, bits] each, and of names of layers."""
+    if not isinstance(value, dict) or value.keys() != {"columns", "layers"}:
+        return False
+    columns = value["columns"]
+    layers = value["layers"]
+    return (isinstance(columns, list) and isinstance(layers, list) and len(columns) > 0
+            and all(isinstance(name, str) for name in layers)
+            and all(isinstance(column, list) and len(column) == 2 and isinstance(column[0], str)
+                    and is_bits(column[1]) for column in columns)
+            and len({key for key, _ in columns}) == len(columns))
+
+
+def is_own_bits(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        is_bits(bits) or type(bits) is int and bits == FULL_PRECISION for bits in value.values())
+
+
+FIELDS = {  # of the metadata: whether a value is one of it; what builds the network is checked
+    "bit_widths": is_width_list, "stored": is_width_list,  # where it is built
+    "groups": lambda value: isinstance(value, list) and all(map(is_group, value)),
+    "arguments": lambda value: isinstance(value, dict), "own_bits": is_own_bits}
+OPTIONAL_FIELDS = ("arguments", "own_bits")
+
+
+def check_fields(path: str | Path, about: dict,
+                 fields: dict[str, Callable[[object], bool]]) -> None:
+    """Raise ValueError naming a field of the metadata that is missing or of another type."""
+    for name, is_right in fields.items():
+        if name not in about and name in OPTIONAL_FIELDS:
+            continue
+        if name not in about:
+            raise ValueError(f"{path} does not hold its {name!r}: export it anew")
+        if not is_right(about[name]):
+            raise ValueError(f"{path}: its {name} is {brief(about[name])}, which it cannot be: "
+                             "export it anew")
 
 
 def from_format_1(tensors: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
@@ -341,11 +423,14 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
     """Replace the weights and quantizers of a model's quantized layers by a packed file's.
 
     tensors: of the file. groups: from read_groups. own_bits: {layer: bits} of layers with bits of
-    their own. Raises KeyError, AttributeError or ValueError where they do not fit the model, or the
-    file lacks one of its bit-widths.
+    their own. Raises ValueError where they do not fit the model, or the file lacks one of its
+    bit-widths.
     """
+    owners = quantizers.quantized_layers(model)
     for name, bits in (own_bits or {}).items():
-        model.get_submodule(name).own_bits = bits
+        if name not in owners:
+            raise ValueError(f"it has bits of {brief(name)}, which is no quantized layer")
+        owners[name].own_bits = bits
 
     bit_widths = trained_bit_widths(model)
     layers = quantized_layers(model)
@@ -354,25 +439,41 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
         others = group["others"]
         if others is None:
             others = torch.zeros(0, len(bits), dtype=torch.uint8)
+        if (others.dtype, others.shape[1:]) != (torch.uint8, (len(bits),)) or (
+                others.long() >= 2**torch.tensor(bits)).any():
+            raise ValueError("its rows are not of the levels of their columns")
         rows = table(others, bits)
         columns = {key: place for place, (key, _) in enumerate(group["columns"])}
         for name in group["layers"]:
-            weight = tensors[f"{name}.weight"]
-            prefix = f"{name}.quantizer."
-            optional = (tensors.get(prefix + part) for part in OPTIONAL)
-            quantizer = PackedWeight(columns, rows, tensors[prefix + "scale"],
-                                     tensors[prefix + "grid"], *optional)
-            quantizer.check(weight)
-
+            if name not in layers:
+                raise ValueError(f"it has weights of {brief(name)}, which is no quantized layer")
             layer = layers.pop(name)
+            weight = tensor_of(tensors, f"{name}.weight")
+            prefix = f"{name}.quantizer."
+            optional = [tensors.get(prefix + part) for part in OPTIONAL]
+            if (optional[1] is None) != (optional[2] is None):
+                raise ValueError(f"it lacks the exceptions of {name} or their levels")
+            quantizer = PackedWeight(columns, rows, tensor_of(tensors, prefix + "scale"),
+                                     tensor_of(tensors, prefix + "grid"), *optional)
+            quantizer.check(weight, layer.weight.shape, bits)
+
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.quantizer = quantizer
             for width in bit_widths:
                 layer.switch_bit_width(width)
-                quantizer.column()
+                stored = bits[quantizer.column()]
+                if stored != layer.bits:
+                    raise ValueError(f"its {width}-bit weights of {name} have {stored} bits")
             layer.switch_bit_width(BitWidth(FULL_PRECISION))
     if layers:
         raise ValueError(f"it lacks the weights of {next(iter(layers))}")
+
+
+def tensor_of(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Return a tensor of a file; raises ValueError where it has none of that name."""
+    if name not in tensors:
+        raise ValueError(f"it lacks {name}")
+    return tensors[name]
 
 
 def load_runner(path: str | Path, memory_format: torch.memory_format = torch.contiguous_format,

@@ -64,8 +64,9 @@ def test_calibration_averages_over_the_batches_and_touches_nothing_else(kind, si
 # ---- --evaluate
 
 @pytest.mark.pictures
-def test_evaluation_gives_the_training_s_own_numbers(trained, tmp_path, capsys):
-    assert run(["--evaluate", "--pretrain", trained, "--results-dir", tmp_path / "e"]) == 0
+def test_evaluation_gives_the_training_s_own_numbers(trained, tiny_cifar10, tmp_path, capsys):
+    assert run(["--evaluate", "--pretrain", trained, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "e"]) == 0
     out = capsys.readouterr().out
     record = read_metrics(trained / "metrics.jsonl")[load(trained, "model_best")["epoch"] - 1]
     results = evaluation(tmp_path / "e")
@@ -78,16 +79,17 @@ def test_evaluation_gives_the_training_s_own_numbers(trained, tmp_path, capsys):
     assert not (tmp_path / "e" / "metrics.jsonl").exists()
 
 
-def test_evaluation_of_some_bit_widths(trained, tmp_path):
-    assert run(["--evaluate", "--resume", trained, "--bit_width_list", "2",
-                "--results-dir", tmp_path / "e"]) == 0
+def test_evaluation_of_some_bit_widths(trained, tiny_cifar10, tmp_path):
+    assert run(["--evaluate", "--resume", trained, "--bit_width_list", "2", "--data-dir",
+                tiny_cifar10, "--results-dir", tmp_path / "e"]) == 0
     assert list(evaluation(tmp_path / "e")) == ["2"]
 
 
-def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tmp_path, capsys):
+def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tiny_cifar10, tmp_path,
+                                                               capsys):
     folder = tmp_path / "e"
     assert run(["--evaluate", "--pretrain", trained, "--bit_width_list", "1,3,32", "--calibrate",
-                1, "--results-dir", folder]) == 0
+                1, "--data-dir", tiny_cifar10, "--results-dir", folder]) == 0
     config = json.loads((folder / "config.json").read_text())
     arguments = config["arguments"]
     names = ("bit_width_list", "calibrate", "evaluate", "pretrain", "model", "batch_size")
@@ -111,11 +113,11 @@ def test_evaluation_through_the_recipe(tmp_path, recipe_argv):
     assert set(evaluation(tmp_path / "e")) == {"2", "32"}
 
 
-def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(trained, tmp_path,
-                                                                               capsys):
+def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
+        trained, tiny_cifar10, tmp_path, capsys):
     saved = tmp_path / "calibrated.pth.tar"
     argv = ["--evaluate", "--pretrain", trained, "--bit_width_list", "1,2,3,4,5,6,7,8,32",
-            "--calibrate", 2, "--save-calibrated", saved]
+            "--data-dir", tiny_cifar10, "--calibrate", 2, "--save-calibrated", saved]
     assert run([*argv, "--results-dir", tmp_path / "e"]) == 0
     told = "3-bit was not trained: using the 2-bit BatchNorm, statistics re-estimated over 2"
     assert told in capsys.readouterr().out
@@ -136,7 +138,8 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(t
     assert_same(logits[:2], logits[2:])
 
     capsys.readouterr()  # an ordinary checkpoint: it evaluates without --calibrate
-    assert run(["--evaluate", "--pretrain", saved, "--results-dir", tmp_path / "e2"]) == 0
+    assert run(["--evaluate", "--pretrain", saved, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "e2"]) == 0
     assert evaluation(tmp_path / "e") == evaluation(tmp_path / "e2")
     assert capsys.readouterr().out.count("not trained") == 7  # it knows which were calibrated
     assert run([*argv, "--results-dir", tmp_path / "e3"]) == 1
@@ -148,7 +151,8 @@ def test_post_training_quantization_of_a_32_bit_network(tmp_path, tiny_cifar10):
     assert run(argv) == 0
     for count in (0, 2):
         assert run(["--evaluate", "--pretrain", tmp_path / "r", "--bit_width_list", "1,4,32",
-                    "--calibrate", count, "--results-dir", tmp_path / f"e{count}"]) == 0
+                    "--calibrate", count, "--data-dir", tiny_cifar10, "--results-dir",
+                    tmp_path / f"e{count}"]) == 0
     as_it_is, calibrated = evaluation(tmp_path / "e0"), evaluation(tmp_path / "e2")
     assert as_it_is["32"] == calibrated["32"] and as_it_is["4"] != calibrated["4"]
 
@@ -163,7 +167,8 @@ def test_a_calibrated_checkpoint_keeps_what_the_flags_said(tmp_path, tiny_cifar1
                 "--calibrate", 2, "--bit_width_list", "2,3,32", "--data-dir", tiny_cifar10,
                 "--batch-size", 8, "--save-calibrated", saved,
                 "--results-dir", tmp_path / "e1"]) == 0
-    assert run(["--evaluate", "--pretrain", saved, "--results-dir", tmp_path / "e2"]) == 0
+    assert run(["--evaluate", "--pretrain", saved, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "e2"]) == 0
     assert evaluation(tmp_path / "e1") == evaluation(tmp_path / "e2")
 
 
@@ -213,7 +218,7 @@ def bad_files(trained):
         "a list": (pickle.dumps([1, 2], protocol=2), "is not a checkpoint"),
         "no weights": ({**good, "state_dict": None}, no_dict),
         "weights that are numbers": ({**good, "state_dict": dict.fromkeys(weights, 1.0)},
-                                     "of another shape"),
+                                     "is 1.0, not a dense tensor of numbers"),
         "no weights in it": ({**good, "state_dict": {}}, not_fit),
         "unknown model": ({**good, "network": {**good["network"], "model": "resnet18"}},
                           "is of model 'resnet18': choose a checkpoint of resnet20q"),
@@ -273,7 +278,7 @@ def bad_arguments(trained, folder):
     saved = good["arguments"]
     sources = {}
     for case, arguments, code, told in (
-            ("arguments that are a list", [1], 1, "its arguments are [1]"),
+            ("arguments that are a list", [1], 1, "its arguments is [1]"),
             ("arguments of nothing", {"x": 1}, 2, "does not say how it was trained: give --train"),
             ("a width that is text", {**saved, "width": "x"}, 1, "its argument width is 'x'"),
             ("a wrong bit-width", {**saved, "bit_width_list": [16]}, 1,
@@ -334,3 +339,37 @@ def test_bad_input_is_one_line_and_loses_nothing(trained, tmp_path, tiny_cifar10
     assert not (tmp_path / "harm").exists()
     cache = published.cache_folder()
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_a_checkpoint_does_not_say_where_this_machine_looks_for_data(trained, tmp_path,
+                                                                     tiny_cifar10, monkeypatch):
+    content = load(trained)
+    content["arguments"]["data_dir"] = str(tmp_path / "theirs")
+    torch.save(content, tmp_path / "x.pth.tar")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(tiny_cifar10)  # the default
+    for flags in ([], ["--data-dir", tiny_cifar10]):
+        folder = tmp_path / f"e{len(flags)}"
+        assert run(["--evaluate", "--pretrain", "x.pth.tar", *flags, "--results-dir", folder]) == 0
+        config = json.loads((folder / "config.json").read_text())
+        assert config["arguments"]["data_dir"] == (str(tiny_cifar10) if flags else None)
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--pretrain", "x.pth.tar", "--epochs", 1)) == 0
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_flags_of_a_command_are_not_taken_from_a_checkpoint(trained, tmp_path, capsys):
+    """One that says that it is an evaluation is resumed all the same, and writes no other file."""
+    content = load(trained)
+    content["arguments"].update(evaluate=True, calibrate=0, save_calibrated=str(tmp_path / "y"))
+    torch.save(content, tmp_path / "x.pth.tar")
+    assert run(["--resume", tmp_path / "x.pth.tar", "--results-dir", tmp_path / "r"]) == 0
+    assert "resuming: 3 of 3 epochs done" in capsys.readouterr().out
+    assert not (tmp_path / "r" / "evaluation.json").exists() and not (tmp_path / "y").exists()
+
+
+def test_a_checkpoint_without_its_seed_is_not_resumed(trained, tmp_path, capsys):
+    content = load(trained)
+    del content["arguments"]["seed"]
+    torch.save(content, tmp_path / "x.pth.tar")
+    assert run(["--resume", tmp_path / "x.pth.tar", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "x.pth.tar lacks its argument seed")

@@ -253,7 +253,8 @@ def test_jpeg_files_in_two_processes(checks, tmp_path):
     folder = checks / "imagenet"
     assert load(folder)["epoch"] == 1
     assert len(list((checks / "data").rglob("*.JPEG"))) == 16
-    assert run(["--evaluate", "--pretrain", folder, "--results-dir", tmp_path / "e"]) == 0
+    assert run(["--evaluate", "--pretrain", folder, "--data-dir", checks / "data", "--results-dir",
+                tmp_path / "e"]) == 0
     (record,) = read_metrics(folder / "metrics.jsonl")
     assert evaluation(tmp_path / "e") == {
         str(bits): pytest.approx(values, rel=1e-5) for bits, values in record["val"].items()}

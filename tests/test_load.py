@@ -183,8 +183,11 @@ def test_files_that_are_refused(trained, tmp_path):
             ({"state_dict": float_weights}, "it has BatchNorms for no bit-width"),
             ({"state_dict": {"fc.weight": good["state_dict"]["fc.weight"]}, "network": None},
              "it has BatchNorms for no bit-width"),
-            ({"state_dict": {"bn.bn_dict.2.weight": 1.0}, "network": None}, "has no classifier"),
-            ({"network": [1]}, "its network are [1]"),
+            ({"state_dict": {"bn.bn_dict.2.weight": torch.ones(4)}, "network": None},
+             "has no classifier"),
+            ({"state_dict": {"bn.bn_dict.2.weight": 1.0}, "network": None},
+             "bn.bn_dict.2.weight of its state_dict is 1.0, not a dense tensor"),
+            ({"network": [1]}, "its network is [1], not a dict with names as keys"),
             ({"network": {**network, "width": "x"}}, "its network's width is 'x'"),
             ({"network": {**network, "width": True}}, "its network's width is True"),
             ({"network": {**network, "classes": 0}}, "its network's num_classes is 0"),
@@ -223,6 +226,73 @@ def test_an_epoch_that_is_none_is_one_line(epoch, trained, tmp_path, capsys):
     for argv in (["--resume", path, "--epochs", 9], ["--evaluate", "--pretrain", path]):
         assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
         assert_one_line(capsys, f"{path}: its epoch is {epoch!r}")
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"calibrated": 5}, "its list of calibrated bit-widths is 5"),
+    ({"calibrated": [3, 99]}, "its list of calibrated bit-widths is [3, 99]"),
+    ({"images": {"size": "32"}}, "its images' size is '32', not a number of pixels"),
+    ({"images": {"size": -1}}, "its images' size is -1"),
+    ({"images": {"mean": [0.5, 0.5]}}, "its images' mean is [0.5, 0.5], not three numbers"),
+    ({"images": {"std": [0.5, 0.5, 0]}}, "its images' std is [0.5, 0.5, 0]"),
+    ({"images": {"class_names": [1]}}, "its images' class_names is [1]"),
+    ({"images": {"dataset": ["x"]}}, "its images' dataset is ['x']"),
+    ({"images": {5: 1}}, "its images is {5: 1}, not a dict with names as keys"),
+    ({"arguments": {5: 1}}, "its arguments is {5: 1}"),
+    ({"arguments": {"all_conv": True}}, "its argument all_conv is True, and its network's is Fal"),
+    ({"arguments": {"lr": None}}, "its argument lr is None, which --lr does not take"),
+    ({"arguments": {"epochs": int("9" * 5000)}}, "its argument epochs is a int"),
+    ({"network": {"classes": 10**9}}, "its network's num_classes is 1000000000"),
+    ({"network": {"width": 4000}}, "its network's width is 4000, which does not fit its weights"),
+    ({"network": {"model": "\x1b[2J"}}, r"is of model '\x1b[2J'"),
+    ({"network": {"model": "torchvision:googlenet"}}, "torchvision:googlenet cannot be built")])
+def test_a_field_of_another_type_is_one_line(changes, told, trained, tmp_path, capsys):
+    content = load(trained)
+    (name, change), = changes.items()
+    known = {**content[name], **change} if name in ("network", "arguments") else change
+    path = tmp_path / "x.pth.tar"
+    torch.save({**content, name: known}, path)
+    assert run(["--evaluate", "--pretrain", path, "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, str(path), told)
+
+
+def a_tensor(kind):
+    value = torch.ones(10)
+    if kind == "sparse":
+        return value.to_sparse()
+    if kind == "on no device":
+        return value.to("meta")
+    if kind == "quantized":
+        return torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)
+    return value.to(torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "on no device", "quantized", "float8"])
+def test_weights_that_are_no_dense_numbers(kind, trained, tmp_path):
+    content = load(trained)
+    content["state_dict"]["fc.bias"] = a_tensor(kind)
+    torch.save(content, tmp_path / "x.pth.tar")
+    assert_refused(tmp_path / "x.pth.tar", "fc.bias of its state_dict is a tensor of torch.",
+                   "not a dense tensor of numbers")
+
+
+@pytest.mark.parametrize("key, value, told", [
+    ("fc.bias", torch.ones(10, dtype=torch.complex64), "1 of another type (fc.bias)"),
+    ("fc.bias", torch.ones(10, dtype=torch.int64), "1 of another type (fc.bias)"),
+    ("fc.\x1b[31mbias\n", torch.ones(10), r"1 unexpected (fc.\x1b[31mbias\n)"),
+    ("module.fc.bias", torch.ones(10), "has a key twice, with and without module."),
+    ("bn.bn_dict.99.weight", torch.ones(10), "bit-width '99' does not exist"),
+    ("fc.quantizer.step_dict.99", torch.ones(1), "bit-width '99' does not exist"),
+    ("bn.bn_dict.2.running_var", -torch.ones(64), "bn.bn_dict.2.running_var has variances below")])
+def test_weights_that_do_not_fit(key, value, told, trained, tmp_path, tiny_cifar10, capsys):
+    content = load(trained)
+    content["state_dict"][key] = value
+    path = tmp_path / "x.pth.tar"
+    torch.save(content, path)
+    assert_refused(path, told)
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--pretrain", path)
+    assert run(argv) == 1
+    assert_one_line(capsys, str(path), told)
 
 
 # ---- a researcher's own network

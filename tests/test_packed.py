@@ -15,6 +15,7 @@ from exported import CHANGES, LinearQ
 from exported import network as exported_network
 from models import MODELS, packed, set_bit_width
 from models.bit_widths import BitWidth
+from models.checkpoint import FileError
 from models.quan_ops import Conv2dQ, DoReFaWeight
 from runs import assert_one_line, assert_same, evaluation, run
 
@@ -314,6 +315,129 @@ def test_files_that_are_refused(damage, tmp_path, capsys):
     if damage != "another network":
         assert run(["--evaluate", "--pretrain", path, "--results-dir", tmp_path / "e"]) == 1
         assert_one_line(capsys, str(path))
+
+
+def again(path, change):
+    """Change a packed file's tensors and metadata, and give it the digest of what it holds."""
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()[packed.KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(tensors, told)
+    told["sha256"] = packed.digest(tensors, told)
+    save_file(tensors, path, {packed.KEY: json.dumps(told)})
+
+
+LAYER = "layers.3"
+UNFIT = "weights and their table do not fit each other"
+CHANGES_OF_FIELDS = {
+    "its stored is 5": lambda t, told: told.update(stored=5),
+    "its stored is [2, 1]": lambda t, told: told.update(stored=[2, 1]),
+    "its stored is [1.0]": lambda t, told: told.update(stored=[1.0]),
+    "its bit_widths is ['x']": lambda t, told: told.update(bit_widths=["x"]),
+    "does not hold its 'groups'": lambda t, told: told.pop("groups"),
+    "its groups is {}": lambda t, told: told.update(groups={}),
+    "its groups is [{'columns'": lambda t, told: told["groups"][0].update(columns=[["1", 99]]),
+    "its groups is [5]": lambda t, told: told.update(groups=[5]),
+    "its own_bits is [1]": lambda t, told: told.update(own_bits=[1]),
+    "its own_bits is {'x': 'y'}": lambda t, told: told.update(own_bits={"x": "y"}),
+    r"it has bits of '\x1b[2J', which": lambda t, told: told.update(own_bits={"\x1b[2J": 3}),
+    "its arguments is 5": lambda t, told: told.update(arguments=5),
+    "does not hold its 'model'": lambda t, told: told.pop("model"),
+    "is of model ['svhnq']": lambda t, told: told.update(model=["svhnq"]),
+    "its network's width is 1.5": lambda t, told: told.update(width=1.5),
+    "its images' size is 'x'": lambda t, told: told.update(image_size="x"),
+    "its images' mean is 0": lambda t, told: told.update(mean=0),
+    "has packed format True": lambda t, told: told.update(format=True),
+    "it lacks the weights of": lambda t, told: told["groups"][0]["layers"].pop(),
+    "it has weights of 'x', which": lambda t, told: told["groups"][0]["layers"].append("x"),
+    f"it lacks {LAYER}.quantizer.scale": lambda t, told: t.pop(f"{LAYER}.quantizer.scale"),
+    "have 2 bits": lambda t, told: told["groups"][0].update(
+        columns=[["2", 1], ["1", 2], ["4", 4], ["8", 8]]),
+    "1-bit is not in the packed file": lambda t, told: told["groups"][0].update(
+        columns=[["3", 1], ["2", 2], ["4", 4], ["8", 8]]),
+    f"{UNFIT}, of a type": lambda t, told: t.update({f"{LAYER}.weight": t[
+        f"{LAYER}.weight"].float()}),
+    f"{UNFIT}, of a shape": lambda t, told: t.update({f"{LAYER}.weight": t[
+        f"{LAYER}.weight"].flatten(1)}),
+    f"{UNFIT}, of a grid": lambda t, told: t[f"{LAYER}.quantizer.grid"].add_(1),
+    f"{UNFIT}, of a scale": lambda t, told: t.update({f"{LAYER}.quantizer.scale": torch.ones(
+        4, 7, 1, 1, 1)}),
+    f"{UNFIT}, of a scale's type": lambda t, told: t.update({f"{LAYER}.quantizer.scale": t[
+        f"{LAYER}.quantizer.scale"].to(torch.bfloat16)}),
+    f"{LAYER}.quantizer.scale has 1 values that are not finite": lambda t, told: t[
+        f"{LAYER}.quantizer.scale"].view(-1)[:1].fill_(float("nan")),
+    f"{UNFIT}, of high bits": lambda t, told: t.update({
+        f"{LAYER}.quantizer.high_bits": torch.zeros(1, dtype=torch.uint8)}),
+    f"it lacks the exceptions of {LAYER}": lambda t, told: t.pop(f"{LAYER}.quantizer.exceptions"),
+    f"{UNFIT}, of exceptions": lambda t, told: t.update({
+        f"{LAYER}.quantizer.exceptions": torch.tensor([-1], dtype=torch.int32),
+        f"{LAYER}.quantizer.exception_levels": torch.zeros(1, 4, dtype=torch.uint8)}),
+    f"{UNFIT}, of exceptions' levels": lambda t, told: t.update({
+        f"{LAYER}.quantizer.exceptions": torch.tensor([0], dtype=torch.int32),
+        f"{LAYER}.quantizer.exception_levels": torch.full((1, 4), 9, dtype=torch.uint8)}),
+    "its rows are not of the levels": lambda t, told: t.update({
+        "rows.0": torch.full((1, 4), 200, dtype=torch.uint8)}),
+    "1 unexpected (x)": lambda t, told: t.update(x=torch.ones(1)),
+    "1 of another type (fc.bias)": lambda t, told: t.update({"fc.bias": torch.ones(
+        10, dtype=torch.int32)})}
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "net"
+    packed.save(network(), WIDTHS, path, about())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("told", CHANGES_OF_FIELDS)
+def test_a_field_that_fits_its_digest_alone(told, whole_file, tmp_path):
+    path = tmp_path / "net"
+    path.write_bytes(whole_file)
+    again(path, CHANGES_OF_FIELDS[told])
+    with pytest.raises(FileError) as error:
+        deploy.load(path)
+    message = str(error.value)
+    assert message.isprintable() and str(path) in message
+    assert told.split(", of ")[0] in message
+
+
+@pytest.mark.parametrize("bits", [5, ["x"], [True], [9], [1, 1], []])
+def test_stored_bits_of_format_1(bits, tmp_path):
+    path = tmp_path / "net"
+    path.write_bytes((FILES / "format_1_byte.safetensors").read_bytes())
+    again(path, lambda tensors, told: told.update(stored_bits=bits))
+    with pytest.raises(FileError, match="its stored_bits is .*, which it cannot be: export it"):
+        deploy.load(path)
+
+
+def test_row_numbers_with_high_bits_are_within_the_table(tmp_path):
+    path = tmp_path / "net"
+    packed.save(network(), WIDTHS, path, about(), packed.ANY)
+    def change(tensors, told):
+        for name in ("weight", "quantizer.high_bits"):
+            tensors[f"{LAYER}.{name}"].fill_(255)
+
+    again(path, change)
+    with pytest.raises(FileError, match=UNFIT):
+        deploy.load(path)
+
+
+def test_all_metadata_are_in_the_digest(whole_file, tmp_path):
+    """No value of the JSON text can change, and no other text stand beside it."""
+    path = tmp_path / "net"
+    path.write_bytes(whole_file)
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()[packed.KEY])
+    for name in told:
+        changed = {**told, name: [told[name]]}
+        save_file(load_file(path), path, {packed.KEY: json.dumps(changed)})
+        with pytest.raises(ValueError, match="is damaged|has packed format"):
+            packed.read(path)
+    save_file(load_file(path), path, {packed.KEY: json.dumps(told), "more": "x"})
+    with pytest.raises(ValueError, match="is damaged"):
+        packed.read(path)
+    save_file(load_file(path), path, {packed.KEY: json.dumps(told)})
+    packed.read(path)
 
 
 # ---- as a checkpoint

@@ -249,3 +249,81 @@ def test_what_is_no_run(make, told, tmp_path, capsys):
     assert run([str(tmp_path / "x"), "--output", str(tmp_path / "t")]) == 1
     err = capsys.readouterr().err
     assert told in err and str(tmp_path / "x") in err and err.count("\n") == 1
+
+
+def evaluation_folder(folder, **config):
+    """Make a results folder of an evaluation at 1 and 32 bits."""
+    write_run(folder, {1: [90.0], 32: [91.0]})
+    written = json.loads((folder / "config.json").read_text())
+    written["arguments"]["evaluate"] = True
+    (folder / "config.json").write_text(json.dumps(
+        {**written, "checkpoint": "x.pth.tar", "trained_bit_widths": [1, 32], **config}))
+    values = {"loss": 1.0, "top1": 20.0, "top5": 50.0}
+    (folder / "evaluation.json").write_text(json.dumps({"1": values, "32": values}))
+    return folder
+
+
+def edit(path, *keys, value):
+    """Change a value within a JSON file."""
+    content = json.loads(path.read_text())
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("file, keys, value, told", [
+    ("config.json", ["arguments"], None, "does not hold the arguments of a run"),
+    ("config.json", ["arguments"], {}, "its argument model is None, not that of a run"),
+    ("config.json", ["arguments", "seed"], "x", "its argument seed is 'x'"),
+    ("config.json", ["arguments", "loss"], ["x"], "its argument loss is ['x']"),
+    ("config.json", ["arguments", "dataset"], None, "its argument dataset is None"),
+    ("config.json", ["arguments", "lr"], {}, "its argument lr is {}"),
+    ("config.json", ["arguments", "evaluate"], 1, "its argument evaluate is 1"),
+    ("config.json", ["arguments", "best_by"], "luck", "its argument best_by is 'luck'"),
+    ("config.json", ["arguments", "bit_width_list"], [1, 99], "bit_width_list is [1, 99]"),
+    ("config.json", ["arguments", "bit_width_list"], [], "its argument bit_width_list is []"),
+    ("config.json", ["trained_bit_widths"], 5, "its trained_bit_widths is 5"),
+    ("config.json", ["checkpoint"], 5, "its checkpoint is 5, not a path"),
+    ("evaluation.json", ["1"], None, "its results at 1 bits is None"),
+    ("evaluation.json", ["x"], {}, "its results is 'x', not a key (bit-width 'x' does not exist"),
+    ("evaluation.json", ["1", "top1"], "x", "its top1 of results at 1 bits is 'x'"),
+    ("evaluation.json", ["2"], {"loss": 1, "top1": 1, "top5": 1}, "is of 1,2,32 bits")])
+def test_a_damaged_field_is_named(file, keys, value, told, tmp_path, capsys):
+    folder = evaluation_folder(tmp_path / "x")
+    edit(folder / file, *keys, value=value)
+    assert run([str(folder), "--output", str(tmp_path / "t")]) == 1
+    err = capsys.readouterr().err
+    assert str(folder / file) in err and told in err and err.count("\n") == 1
+    assert not (tmp_path / "t.md").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "evaluation.json"])
+@pytest.mark.parametrize("content, told", [
+    (b"", "is not JSON"), (b"{", "is not JSON"), (b"[" * 10**5, "is not JSON"),
+    (b"\xff", "is damaged"), (b"[1]", "")])
+def test_a_damaged_file_is_named(file, content, told, runs, tmp_path, capsys):
+    folder = evaluation_folder(tmp_path / "x")
+    (folder / file).write_bytes(content)
+    assert run([*runs, str(folder), "--output", str(tmp_path / "t")]) == 1
+    out, err = capsys.readouterr()
+    assert "| any, recursive | 92.00" in out
+    assert f"{folder / file}" in err and told in err and err.count("\n") == 1
+
+
+def test_metrics_of_other_bit_widths_than_the_run_s(tmp_path, capsys):
+    folder = tmp_path / "x"
+    write_run(folder, {1: [90.0], 32: [91.0]})
+    edit(folder / "config.json", "arguments", "bit_width_list", value=[1, 2])
+    assert run([str(folder), "--output", str(tmp_path / "t")]) == 1
+    assert "metrics.jsonl is of 1,32 bits, and the run's config.json of 1,2" in (
+        capsys.readouterr().err)
+
+
+def test_names_reach_the_terminal_without_escape_sequences(tmp_path, capsys):
+    folder = evaluation_folder(tmp_path / "x", checkpoint="\x1b[31mred.pth.tar")
+    edit(folder / "config.json", "arguments", "model", value="m\x1b[2J")
+    assert run([str(folder), "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"m\x1b[2J on digits" in out and r"\x1b[31mred evaluated" in out

@@ -1,4 +1,5 @@
 """The results folder: its metrics file, and which folders are refused."""
+import json
 import shutil
 import socket
 import subprocess
@@ -6,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import assert_one_line, assert_same, load, run, tiny
-
+from runs import assert_one_line, assert_same, load, run, snapshot, tiny
 from tensorboardX.event_file_writer import EventsWriter
 
 from engine import run_folder
+from engine.errors import UserError
 from engine.run_folder import RunFolder, read_metrics, write_metrics
 
 
@@ -108,3 +109,50 @@ def test_a_full_disk_names_the_file_and_the_way_on_and_loses_nothing(
     if name != "log":
         assert "cannot be written" in next(folder.glob("log_*.txt")).read_text()
     assert not list(folder.rglob(".*.tmp"))
+
+
+VALUES = {"loss": 1.0, "top1": 50.0, "top5": 90.0}
+RECORD = {"epoch": 1, "train": {"4": VALUES}, "val": {"4": VALUES}}
+
+
+def lines(*changes):
+    """Return a metrics.jsonl of a line per dict of changes."""
+    return "".join(json.dumps({**RECORD, "epoch": number, **change}) + "\n"
+                   for number, change in enumerate(changes, start=1))
+
+
+@pytest.mark.parametrize("text, told", [
+    ("null\n", "line 1: its record is None, not a dict"),
+    ("[" * 100_000 + "\n", "line 1 is not JSON"),
+    ("9" * 5000 + "\n", "line 1 is not JSON"),
+    (lines({}) + '{"epoch": 2, "tra\n' + lines({}), "line 2 is not JSON"),
+    (lines({}, {"epoch": 1}), "line 2: its epoch is 1, not a whole number above 1"),
+    (lines({"epoch": None}), "line 1: its epoch is None"),
+    (lines({"val": None}), "line 1: its val is None, not a dict by bit-widths"),
+    (lines({"train": {}}), "line 1: its train is {}"),
+    (lines({"val": {"\x1b[2J": VALUES}}), r"line 1: its val is '\x1b[2J', not a key (bit-width"),
+    (lines({"val": {"4": [1]}}), "line 1: its val at 4 bits is [1]"),
+    (lines({"val": {"4": {**VALUES, "top1": "5"}}}), "line 1: its top1 of val at 4 bits is '5'"),
+    (lines({"val": {"4": {**VALUES, "top5": 101}}}), "its top5 of val at 4 bits is 101"),
+    (lines({"val": {"4": {**VALUES, "loss": float("nan")}}}), "its loss of val at 4 bits is nan"),
+    (lines({"val": {"4": {"top1": 1, "top5": 1}}}), "its loss of val at 4 bits is None"),
+    (lines({}, {"val": {"2": VALUES}}), "line 2: its val is ['2'], not of the bit-widths of"),
+    (b"\xff\n", "is damaged ('utf-8' codec")])
+def test_damaged_metrics(text, told, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        read_metrics(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and told in message and message.isprintable()
+
+
+def test_a_run_is_not_resumed_on_damaged_metrics(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "r")
+    path = folder / "metrics.jsonl"
+    path.write_text(f"null\n{path.read_text()}")
+    (folder / "config.json").write_text("[1]")
+    before = snapshot(folder / "ckpt"), path.read_text()
+    assert run(["--resume", folder]) == 1
+    assert_one_line(capsys, f"{path}, line 1: its record is None", "move the file away")
+    assert (snapshot(folder / "ckpt"), path.read_text()) == before

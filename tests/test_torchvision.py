@@ -48,7 +48,8 @@ def test_train_resume_evaluate(tiny_cifar10, tmp_path, capsys):
     assert_same(runs.load(parts)["state_dict"], runs.load(whole)["state_dict"])
     latest = whole / "ckpt" / "model_latest.pth.tar"
     assert runs.run(["--evaluate", "--pretrain", latest, "--bit_width_list", "2,4,32",
-                     "--calibrate", 1, "--device", "cpu", "--results-dir", tmp_path / "e"]) == 0
+                     "--calibrate", 1, "--data-dir", tiny_cifar10, "--device", "cpu",
+                     "--results-dir", tmp_path / "e"]) == 0
     assert runs.evaluation(tmp_path / "e").keys() == {"2", "4", "32"}
 
 

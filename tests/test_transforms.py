@@ -247,7 +247,7 @@ def test_training_evaluation_calibration_and_resume(tmp_path, tiny_cifar10, chan
 
     noise.calls = 0
     assert run(["--evaluate", "--pretrain", tmp_path / "whole", "--bit_width_list", "2,4,32",
-                "--calibrate", 2, "--results-dir", tmp_path / "e"]) == 0
+                "--calibrate", 2, "--data-dir", tiny_cifar10, "--results-dir", tmp_path / "e"]) == 0
     assert noise.calls == 16 and set(evaluation(tmp_path / "e")) == {"2", "4", "32"}
 
 
