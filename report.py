@@ -158,7 +158,7 @@ def setting_words(argument: str, value: object) -> str:
 
 def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
     """Return in words which checkpoint was evaluated, and how many batches calibrated it."""
-    stem = Path(checkpoint).name.split(".")[0]
+    stem = escaped(Path(checkpoint).name.split(".")[0])
     named = {"model_best": "best checkpoint", "model_latest": "last checkpoint"}
     words = {"checkpoint": f"{named.get(stem, stem)} evaluated"}
     if batches is not None:

@@ -37,7 +37,8 @@ def write_evaluation(folder, trained, top1, batches=20):
     folder.mkdir()
     arguments = json.loads((trained / "config.json").read_text())["arguments"]
     (folder / "config.json").write_text(json.dumps({
-        "arguments": {**arguments, "evaluate": True, "calibrate": batches}, "epoch": 3,
+        "arguments": {**arguments, "evaluate": True, "calibrate": batches,
+                      "bit_width_list": list(top1)}, "epoch": 3,
         "trained_bit_widths": arguments["bit_width_list"],
         "checkpoint": "x/ckpt/model_best.pth.tar"}))
     (folder / "evaluation.json").write_text(json.dumps(
@@ -326,4 +327,5 @@ def test_names_reach_the_terminal_without_escape_sequences(tmp_path, capsys):
     edit(folder / "config.json", "arguments", "model", value="m\x1b[2J")
     assert run([str(folder), "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
-    assert "\x1b" not in out and r"m\x1b[2J on digits" in out and r"\x1b[31mred evaluated" in out
+    assert "\x1b" not in out and r"m\x1b[2J on digits" in out
+    assert report.load_run(folder).evaluation["checkpoint"] == r"\x1b[31mred evaluated"
