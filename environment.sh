@@ -46,9 +46,13 @@ if ! satisfied "$PYTHON"; then
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         fail "python3 is missing or older than 3.10: install Python 3.10 or newer"
     fi
-    echo "First use: installing ${requirements[*]} into $here/.venv (minutes)" >&2
+    echo "First use: fetching torch and the rest of ${requirements[*]} into $here/.venv" \
+        "(once; 5.5 GB with CUDA libraries, some minutes)" >&2
+    quiet=(--quiet)
+    if [ -t 2 ]; then quiet=(); fi  # on a terminal: what is fetched, its size, and a bar
     if ! { python3 -m venv "$here/.venv" &&
-           "$PYTHON" -m pip install --quiet "${requirements[@]/#/-r$here/}"; } >&2; then
+           "$PYTHON" -m pip install ${quiet[@]+"${quiet[@]}"} "${requirements[@]/#/-r$here/}"
+         } >&2; then
         fail "could not install ${requirements[*]} into $here/.venv (see above)"
     fi
 fi

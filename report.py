@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
 from engine.errors import UserError, run_program
-from engine.figures import best_of_each, best_record, new_figure, plot_by_width, save_figure
+from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
 from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
 from models import BitWidth, check_bit_widths
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import is_finite_number
-from utils import escaped, flag_text, one_line, replacing, write_text, writing
+from utils import escaped, flag_text, one_line, printable, replacing, write_text, writing
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
     "last": ("last epoch", lambda run: run.history[-1]["val"]),
@@ -47,7 +47,9 @@ class Run(NamedTuple):
     kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
     bit_widths: str  # those of training; "all" for dedicated networks
-    settings: dict[str, str]  # {argument: text} of what else may differ between runs
+    trained: frozenset[BitWidth]
+    settings: dict[str, str]  # {argument: words} of what else may differ between runs
+    evaluation: dict[str, str]  # likewise, of what was evaluated and how
     seed: int
     best_by: str
     history: list[dict]  # records of metrics.jsonl; one for an evaluation
@@ -76,21 +78,25 @@ def load_run(folder: str | Path) -> Run:
         raise NoEpoch(f"{folder} has no finished epoch yet: leave it out, or let it go on")
 
     bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
-    name = f"any, {arguments['loss']}" if len(bit_widths) > 1 else "dedicated"
+    trained = frozenset(map(BitWidth.of, bit_widths))
+    name = f"any, {arguments['loss']}" if len(trained) > 1 else "dedicated"
+    evaluation = {}
     if arguments["evaluate"]:
-        name += f", trained at {flag_text(bit_widths)}"
-        if arguments["calibrate"] is not None:
-            name += f", calibrate {arguments['calibrate']}"
-        name += f", {Path(config['checkpoint']).name.split('.')[0]} evaluated"
+        if len(trained) == 1 and history[0]["val"].keys() != trained:
+            name += f" {flag_text(bit_widths)}-bit"
+        evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
     elif history[-1]["epoch"] < arguments["epochs"]:
         name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
-    settings = {argument: escaped(flag_text(value)) for argument, value in sorted(arguments.items())
+    if arguments["precision"] != DEFAULTS["precision"]:
+        name += f", {arguments['precision']}"
+    settings = {argument: escaped(setting_words(argument, value))
+                for argument, value in sorted(arguments.items())
                 if value is not None and value is not False
                 and sets_apart(argument, arguments["evaluate"])}
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
-    trained = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
-    return Run(str(folder), kind, escaped(name), trained, settings, arguments["seed"],
-               arguments["best_by"], history)
+    listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
+    return Run(str(folder), kind, escaped(name), listed, trained, settings, evaluation,
+               arguments["seed"], arguments["best_by"], history)
 
 
 def arguments_of(config: object, where: Path) -> dict:
@@ -142,6 +148,25 @@ def is_like(value: object, default: object) -> bool:
     return type(value) is type(default)
 
 
+def setting_words(argument: str, value: object) -> str:
+    """Return an argument and its value in words: "batch size 64", "all conv", "no lr decay"."""
+    name = argument.replace("_", " ")
+    if value is True:
+        return name
+    return f"no {name}" if value == [] else f"{name} {flag_text(value)}"
+
+
+def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
+    """Return in words which checkpoint was evaluated, and how many batches calibrated it."""
+    stem = escaped(Path(checkpoint).name.split(".")[0])
+    named = {"model_best": "best checkpoint", "model_latest": "last checkpoint"}
+    words = {"checkpoint": f"{named.get(stem, stem)} evaluated"}
+    if batches is not None:
+        count = "1 batch" if batches == 1 else f"{batches} batches"
+        words["calibrate"] = f"calibrated on {count}" if batches else "not calibrated"
+    return words
+
+
 def sets_apart(argument: str, evaluated: bool) -> bool:
     """Return whether an argument that is not part of a run's name may distinguish runs."""
     flag = FLAGS.get(argument)
@@ -151,19 +176,30 @@ def sets_apart(argument: str, evaluated: bool) -> bool:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """Return the runs' names, each with what distinguishes it from others of its kind."""
+    """Return the runs' names, each with what distinguishes it from most others of its kind.
+
+    What an evaluation is of also distinguishes it from trainings on the same data.
+    """
     names = []
     for run in runs:
         peers = [peer for peer in runs if peer.kind == run.kind]
-        varying = [f"{argument} {value}" for argument, value in run.settings.items()
-                   if len({peer.settings.get(argument) for peer in peers}) > 1]
+        panel = [peer for peer in runs if peer.kind[:2] == run.kind[:2]]
         alike = {peer.bit_widths for peer in peers
-                 if (peer.name, peer.settings) == (run.name, run.settings)}
-        name = ", ".join([run.name, *varying])
+                 if (peer.name, peer.settings, peer.evaluation)
+                 == (run.name, run.settings, run.evaluation)}
+        name = ", ".join([run.name,
+                          *varying(run.evaluation, [peer.evaluation for peer in panel]),
+                          *varying(run.settings, [peer.settings for peer in peers])])
         if len(alike) > 1:
             name += f" ({run.bit_widths})"
         names.append(name)
     return names
+
+
+def varying(own: dict[str, str], of_all: list[dict[str, str]]) -> list[str]:
+    """Return the words of `own` that are not those of three quarters in `of_all`, or more."""
+    return [words for key, words in own.items()
+            if sum(other.get(key) == words for other in of_all) < 0.75 * len(of_all)]
 
 
 def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
@@ -211,11 +247,16 @@ def table_rows(runs: list[Run],
             for bits, values in sorted(values_of(run).items())]
 
 
+def title_of(row: dict) -> str:
+    """Return the title of the table that a row belongs to."""
+    return f"{row['model']} on {row['dataset']}"
+
+
 def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
     """Return (title, bit-widths, {configuration: {bit-width: [top-1 per seed]}}) of each table."""
     found = {}
     for row in rows:
-        panel = found.setdefault(f"{row['model']} on {row['dataset']}", {})
+        panel = found.setdefault(title_of(row), {})
         cells = panel.setdefault(row["configuration"], defaultdict(list))
         cells[row["bits"]].append(row["top1"])
     return [(title, sorted(set().union(*panel.values())), panel) for title, panel in found.items()]
@@ -240,18 +281,23 @@ def markdown(rows: list[dict], which: str) -> str:
     return "\n".join(text)
 
 
-def save_comparison_figure(path: str, rows: list[dict]) -> None:
-    """Save a PNG with a panel per data set and model, and a line per configuration."""
-    drawn = panels(rows)
-    figure, axes = new_figure(len(drawn))
-    for axis, (title, widths, configurations) in zip(axes, drawn):
+def curves(runs: list[Run], rows: list[dict]) -> list[tuple[str, list[Curve]]]:
+    """Return (title, its Curves) for each data set and model, to be drawn."""
+    trained = {run.folder: run.trained for run in runs}
+    drawn = []
+    for title, _, configurations in panels(rows):
+        found = []
         for name, cells in configurations.items():
-            spread = {bits: statistics.stdev(v) for bits, v in cells.items() if len(v) > 1}
-            plot_by_width(axis, widths, {bits: statistics.mean(v) for bits, v in cells.items()},
-                          spread, label=name)
-        axis.set_title(title)
-        axis.legend()
-    save_figure(figure, path)
+            own = [row for row in rows
+                   if (title_of(row), row["configuration"]) == (title, name)]
+            folders = [row["results"] for row in own]
+            found.append(Curve(
+                printable(name), {bits: statistics.mean(top1) for bits, top1 in cells.items()},
+                {bits: statistics.stdev(top1) for bits, top1 in cells.items() if len(top1) > 1},
+                frozenset().union(*(trained[folder] for folder in folders)),
+                joined=len(set(folders)) < len(folders)))
+        drawn.append((title, found))
+    return drawn
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -286,7 +332,7 @@ def main(args: Namespace) -> None:
     with locked(folder):
         write_text(f"{args.output}.md", table)
         write_csv(f"{args.output}.csv", rows)
-        save_comparison_figure(f"{args.output}.png", rows)
+        save_comparison_figure(f"{args.output}.png", curves(runs, rows))
 
     print(table)
     for reason in left_out:

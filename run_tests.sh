@@ -5,4 +5,4 @@ requirements=(requirements-export.txt)  # the tests export, too
 . "$(dirname "$0")/environment.sh"
 cd "$here"
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest -n 2 "$@"
+exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

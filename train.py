@@ -28,7 +28,7 @@ import torch
 from dataset.loader import Loader, count_classes, fingerprint
 from engine import published
 from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
-from engine.console import Console
+from engine.console import Console, fitted
 from engine.device import choose_device, describe
 from engine.distributed import (any_process, broadcast_buffers, broadcast_parameters,
                                 exchange_gradients, one_at_a_time_per_machine, processes, rank,
@@ -40,9 +40,9 @@ from engine.forward_pass import ForwardPass
 from engine.output import go_on_without_output
 from engine.resume import Checkpoint, refuse_packed, resolve
 from engine.run_folder import RunFolder, log
-from engine.setup import (describe_images, initialize_model, load_pretrained, make_forward_pass,
-                          make_model, make_optimizer, make_train_loader, make_val_loader,
-                          open_data, parameter_groups, synchronize_batch_norm)
+from engine.setup import (check_class_names, describe_images, initialize_model, load_pretrained,
+                          make_forward_pass, make_model, make_optimizer, make_train_loader,
+                          make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState
 from models import BitWidth, check_bit_widths, layer_table
 from models.checkpoint import BEST, read_checkpoint
@@ -81,7 +81,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
         go_on_without_output(f"training goes on; its log is in {run.path}")
         run.write_config(vars(args), device)
-        run.begin(state.epoch)
+        run.begin(state.epoch, vars(args))
         log_run_info(args, device, state, run, message, defaulted, len(train_loader))
         if not in_place:
             run.save(state)  # fails now, not after an hour, where it cannot be saved
@@ -108,6 +108,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
                     console.row(record)
                     run.save(state, best=improved)
             except Stopped as stopped:
+                console.close()
                 broadcast_buffers(state.model)
                 run.save(state)
                 where = f"in epoch {state.epoch + 1}, after step {state.metrics.steps} of "
@@ -194,6 +195,7 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
     message = None
     quantizers_are_new = not checkpoint
     if checkpoint:
+        check_class_names(checkpoint.content, checkpoint.path, state.images)
         state.restore(checkpoint.path, checkpoint.content)
     elif args.pretrain:
         with one_at_a_time_per_machine():
@@ -216,9 +218,17 @@ def log_run_info(args: Namespace, device: torch.device, state: TrainingState, ru
     several = f", {world_size()} processes" if world_size() > 1 else ""
     log.info(f"{args.model} on {args.dataset} ({args.train_split}), "
              f"{flag_text(args.bit_width_list)} bits, {loss} loss, on {describe(device)}{several}")
+    schedule = "cosine" if args.schedule == "cosine" else "constant"
+    if args.lr_decay:
+        schedule = f"/ 10 after {flag_text(args.lr_decay)}"
+    log.info(fitted(
+        f"epochs {args.epochs}, steps an epoch {steps_per_epoch}, batch size {args.batch_size}, "
+        f"{args.optimizer}, lr {args.lr:g} ({schedule}), weight decay {args.weight_decay:g}, "
+        f"width {args.width}, quantizer {args.quantizer}, precision {args.precision}, "
+        f"seed {args.seed}"))
     if defaulted:
         defaults = [f"{flag_name(name)} {flag_text(getattr(args, name))}" for name in defaulted]
-        log.info("not set, so by default: " + "  ".join(defaults))
+        log.info(fitted("not set, so by default: " + "  ".join(defaults)))
     if message:
         log.info(message)
     if rank() == 0 and isinstance(state.model, AnyPrecisionNetwork):
@@ -262,10 +272,12 @@ def choose_bit_widths(bit_widths: list[BitWidth], count: int | None, seed: int, 
 
 def finish(run: RunFolder, name: str, best_by: str) -> None:
     """Save the run's figure, and log its best and last accuracy."""
-    if rank() == 0 and run.history:  # none where a finished run is resumed in another folder
+    if rank() > 0:
+        return
+    if run.history:  # none where a finished run is resumed in another folder
         save_training_figure(run.path / "accuracy.png", run.history, name, best_by)
         log.info("\n%s\n", best_and_last(run.history, best_by))
-    log.info("checkpoints, metrics.jsonl and accuracy.png are in %s", run.path)
+    log.info(run.contents())
 
 
 if __name__ == "__main__":

@@ -9,16 +9,18 @@
 # One process per visible GPU (PROCESSES=N for another number). On several machines, the same
 # command on each, with NNODES=4 NODE_RANK=0..3 MASTER_ADDR=host-of-rank-0 (MASTER_PORT, 29500).
 # The results folder, which all machines must see, is results/imagenet_resnet50q_any, or
-# results/imagenet_resnet50q_2 and so on of a dedicated model (--results-dir for another). The same
-# command again goes on from its latest checkpoint, and so does a run of which a process died
-# (MAX_RESTARTS, 3 times).
+# results/imagenet_resnet50q_2 and so on of a dedicated model, with _bf16 or _tf32 at the end where
+# --precision says so (--results-dir for another). The same command again goes on from its latest
+# checkpoint, and so does a run of which a process died (MAX_RESTARTS, 3 times).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 
-bits= previous= trains=yes
+bits= previous= precision= trains=yes
 for flag in "$@"; do  # the last --bit_width_list counts, as in train.py
     case "$previous" in --bit_width_list|--bit-width-list) bits=$flag ;; esac
     case "$flag" in --bit_width_list=*|--bit-width-list=*) bits=${flag#*=} ;; esac
+    case "$previous" in --precision) precision=$flag ;; esac
+    case "$flag" in --precision=*) precision=${flag#*=} ;; esac
     case "$flag" in --evaluate | --resume | --resume=*) trains= ;; esac
     previous=$flag
 done
@@ -29,10 +31,14 @@ case "$bits" in
     1 | 2) schedule=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-5) ;;
     *) schedule=(--lr 0.1 --lr_decay 30,60,85,95,105 --epochs 120 --weight-decay 1e-4) ;;
 esac
-if [ -n "$trains" ]; then schedule+=(--results-dir "results/imagenet_resnet50q_$bits"); fi
+name=imagenet_resnet50q_$bits
+case "$precision" in bf16 | tf32) name+=_$precision ;; esac
+if [ -n "$trains" ]; then schedule+=(--results-dir "results/$name"); fi
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+workers=$(($(nproc) / processes))  # each process decodes on its share of the cores
+workers=$((workers > 1 ? workers : 1))
 flags=(--dataset imagenet --train_split train --model resnet50q --optimizer sgd "${schedule[@]}"
-    --batch-size 256 --workers $((processes < 8 ? 16 / processes : 2)))  # each; 16 a machine
+    --batch-size 256 --workers "$workers")
 if [ "${NNODES:-1}" -gt 1 ]; then
     launcher=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?give NODE_RANK, 0 on the first machine}"
         --master-addr "${MASTER_ADDR:?give MASTER_ADDR, the first machine}"

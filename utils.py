@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,3 +118,11 @@ def one_line(error: BaseException | str) -> str:
 def flag_text(value: object) -> str:
     """Return an argument's value as it is typed, a list with commas."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def commit() -> str | None:
+    """Return this project's commit, or None without git or outside a repository."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
+               "--abbrev=40", "--dirty= with local changes"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

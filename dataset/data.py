@@ -17,6 +17,7 @@ from torchvision import datasets, transforms
 from dataset.download import downloading, filling, reason_of, unwinding_signals
 from dataset.files import (IMAGES, LABELS, DataError, ImageFolder, check_idx, check_samples,
                            load_image, writing_to)
+from dataset.folder import PREFIX, is_folder, open_folder
 from utils import one_line, replacing
 
 Samples = Dataset | list  # of (PIL image, label)
@@ -115,6 +116,16 @@ class DataSet(NamedTuple):
     shapes: dict[str, tuple[int, int, int]] = {}
 
 
+def imagenet_row(opened: Callable[[str | Path, str], Samples], size: int = 224) -> DataSet:
+    """Return a row of folders of images, with ImageNet's transforms to size x size pixels."""
+    return DataSet(
+        open=opened, val_split={"train": "val"}, num_classes=None, image_size=size,
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        train=(transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()),
+        eval=(transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)),
+        in_memory=False)
+
+
 RESIZE_40 = (transforms.Resize(40),)
 THREE_CHANNELS = (transforms.Grayscale(3),)  # the one channel, three times
 FLIP_AND_CROP = (transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4))
@@ -147,12 +158,19 @@ DATASETS = {
         val_split={"train_extra": "test", "train": "test", "extra": "test",
                    "train_extra_auto_quan": "val_auto_quan"}, train=RESIZE_40, eval=RESIZE_40,
         shapes={"train": (73_257, 32, 32), "test": (26_032, 32, 32), "extra": (531_131, 32, 32)}),
-    "imagenet": DataSet(
-        open=open_image_folder, val_split={"train": "val"}, num_classes=None, image_size=224,
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-        train=(transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()),
-        eval=(transforms.Resize(256), transforms.CenterCrop(224)), in_memory=False),
+    "imagenet": imagenet_row(open_image_folder),
 }
+
+
+def row_of(name: str, image_size: int | None = None) -> DataSet:
+    """Return a data set's row; that of folder:PATH is made, and from then on in DATASETS.
+
+    image_size: of a folder's images, in pixels; None: ImageNet's.
+    """
+    if is_folder(name):
+        size = image_size or DATASETS["imagenet"].image_size
+        DATASETS[name] = imagenet_row(open_folder, size)
+    return DATASETS[name]
 
 
 def get_transform(name: str, train: bool, normalized: bool = True) -> transforms.Compose:
@@ -179,6 +197,13 @@ class Transformed(Dataset):
         return self.transform(image), label
 
 
+def root_of(name: str, data_dir: str | Path | None = None) -> str:
+    """Return the folder of a data set: of folder:PATH the PATH, whatever data_dir is."""
+    if is_folder(name):
+        return name.removeprefix(PREFIX)
+    return data_paths[name] if data_dir is None else os.path.join(data_dir, name)
+
+
 def get_dataset(name: str, split: str, transform: Callable | None = None,
                 data_dir: str | Path | None = None) -> Samples:
     """Return a split of a data set of DATASETS, as (transform(PIL image), label) samples.
@@ -192,7 +217,7 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
     if split not in splits:
         raise ValueError(f"{name} has no split {split}: choose from {', '.join(splits)}")
 
-    root = data_paths[name] if data_dir is None else os.path.join(data_dir, name)
+    root = root_of(name, data_dir)
     held_out = split.endswith("_auto_quan")  # a part of the default split
     names = (next(iter(row.val_split)) if held_out else split).split("_")
     parts = [row.open(root, part) for part in names]  # "train_extra": train and extra, joined

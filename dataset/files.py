@@ -50,6 +50,9 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
             raise ValueError("no regular file")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.mode.startswith(("I", "F")):  # which would be clipped at 255
+                raise ValueError(f"of mode {image.mode}: more than 8 bits a pixel")
+            image.info.pop("transparency", None)  # dropped anyway; a palette's would be warned of
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is not a readable image of {', '.join(IMAGE_FORMATS)} "

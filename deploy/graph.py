@@ -25,7 +25,6 @@ MODULES = {nn.MaxPool2d: "max_pool", nn.Linear: "linear", Classifier: "linear", 
            nn.BatchNorm2d: "batch_norm", BatchNorm2d: "batch_norm",
            SwitchableBatchNorm2d: "batch_norm", ActivationQ: "activation"}
 TIE = 1e-3  # of a step: nearer to a threshold than this, float32 may choose either level
-NESTED = (1, 2, 4, 8)  # bit-widths: each one's n is an odd multiple of the lower ones'
 
 
 class Operation(NamedTuple):
@@ -62,12 +61,19 @@ def trace(model: nn.Module, bits: BitWidth | int | str) -> list[Operation]:
     operations = []
     for node in graph.nodes:
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
-        inputs = tuple(part.name for part in node.all_input_nodes)
+        inputs = tuple(part.name for part in input_nodes(node))
         name = layer and node.target or node.name
         operation = Operation(node.name, kind_of(node, layer, name), inputs, layer, name)
         check_layer(operation)
         operations.append(operation)
     return operations
+
+
+def input_nodes(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that a node reads, as often as it reads them."""
+    found = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
@@ -79,17 +85,21 @@ def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
         if has_hooks(layer):
             raise ValueError(f"layer {name} ({type(layer).__name__}) has hooks, which an exported "
                              "file does not hold: remove them, or take the packed format")
-        whole = not isinstance(layer, nn.AdaptiveAvgPool2d) or layer.output_size in (1, (1, 1))
+        whole = True
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            whole = layer.output_size in (1, (1, 1))
         if isinstance(layer, nn.Conv2d):
             whole = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        if isinstance(layer, nn.Flatten):
+            whole = (layer.start_dim, layer.end_dim) == (1, -1)
     else:
         target = node.target if isinstance(node.target, str) else node.target.__name__
         kind = FUNCTIONS.get(target)
-        whole = kind != "average" or node.args[1] in (1, (1, 1), [1, 1])
+        whole = kind != "average" or node.args[1:] in ((1,), ((1, 1),), ([1, 1],))
         whole = whole and (kind != "mean" or is_spatial_mean(node))
         whole = whole and (kind != "flatten" or node.args[1:] == (1,))
-        whole = whole and (kind != "cat" or node.kwargs.get("dim", (*node.args, 0)[1]) == 1)
-        whole = whole and (kind != "add" or len(node.all_input_nodes) == 2 and not node.kwargs)
+        whole = whole and (kind != "cat" or node.kwargs.get("dim", (*node.args, 0, 0)[1]) == 1)
+        whole = whole and (kind != "add" or len(input_nodes(node)) == 2 and not node.kwargs)
         if target.endswith("_"):  # in place: what reads the input later reads the output
             order = list(node.graph.nodes)
             later = set(order[order.index(node) + 1:])
@@ -227,7 +237,8 @@ def check_activation(layer: ActivationQ, name: str) -> None:
     wrong = step is None or getattr(step, "numel", lambda: 1)() > 1 or not float(step) > 0
     if not wrong:
         step = float(step)
-        x = torch.linspace(-1, 2, 10_001) * max(1.0, n * step)
+        far = torch.logspace(0, 6, 100)
+        x = torch.cat([-far, torch.linspace(-1, 2, 10_001), far]) * max(1.0, n * step)
         if layer.bits == FULL_PRECISION:
             expected = x.clamp(0, layer.limit)
         else:

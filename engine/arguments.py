@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from dataset.data import DATASETS
+from dataset.data import DATASETS, row_of
+from dataset.folder import PREFIX, is_folder
 from engine.distributed import rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import PRECISIONS
@@ -35,6 +36,7 @@ class Flag(NamedTuple):
     in_name: bool = False
 
 
+NAME_LENGTH = 40  # characters of a folder's name in that of a run
 FLAGS: dict[str, Flag] = {}  # by argument, as add() declares them
 
 
@@ -113,6 +115,24 @@ def path_text(text: str) -> str:
     return text
 
 
+def dataset_name(text: str) -> str:
+    """Parse the name of a data set of DATASETS, or folder:PATH."""
+    if is_folder(text):
+        path = text.removeprefix(PREFIX)
+        if not path.strip():
+            raise ArgumentTypeError(f"{text!r} names no folder: give {PREFIX}PATH")
+        return PREFIX + path_text(os.path.expanduser(path))  # shells expand no ~ after a colon
+    if text not in DATASETS:
+        raise ArgumentTypeError(f"{text!r} (choose from {', '.join(named_datasets())}, or "
+                                f"{PREFIX}PATH)")
+    return text
+
+
+def named_datasets() -> list[str]:
+    """Return the names of DATASETS without those of folders."""
+    return [name for name in DATASETS if not is_folder(name)]
+
+
 def source(text: str) -> str | None:
     """Parse the source of a checkpoint; published scripts write none as None."""
     return None if text == "None" else path_text(text)
@@ -179,7 +199,12 @@ def add_network(add: Callable[..., None]) -> None:
 
 def add_training(add: Callable[..., None]) -> None:
     """Declare the flags of data, loss and optimization."""
-    add("--dataset", kind=RUN, evaluated=True, in_name=True, default="digits", **choice(DATASETS))
+    add("--dataset", kind=RUN, evaluated=True, in_name=True, type=dataset_name, default="digits",
+        metavar="NAME", help=f"{', '.join(named_datasets())}, or {PREFIX}PATH: images of your own, "
+        "a folder per class, in train/ and val/ or to be split")
+    add("--image-size", kind=RUN, evaluated=True, type=number(int, 1), metavar="PIXELS",
+        help=f"of {PREFIX}PATH: height and width after the transforms, which are ImageNet's; "
+        "default: 224")
     add("--train_split", "--train-split", kind=RUN, evaluated=True, type=nonempty,
         help="split to train on; default: train, for svhn train_extra")
     add("--train-fraction", kind=RUN, type=number(float, 0, 1, above=True), default=1.0,
@@ -213,7 +238,7 @@ def add_training(add: Callable[..., None]) -> None:
     add("--best-by", kind=RUN, default="highest", **choice(
         ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
         "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))
-    add("--precision", kind=RUN, evaluated=True, default="fp32",
+    add("--precision", kind=RUN, evaluated=True, in_name=True, default="fp32",
         **choice(PRECISIONS, ": of the convolutions' operands"))
     add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
         help="seed of weights, data and dropout")
@@ -320,7 +345,12 @@ def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
     Raises UsageError for settings that exclude each other.
     """
     args = Namespace(**{**DEFAULTS, **(saved or {}), **vars(flags)})
-    args.train_split = args.train_split or next(iter(DATASETS[args.dataset].val_split))
+    row = row_of(args.dataset, args.image_size)
+    if getattr(flags, "image_size", None) and not is_folder(args.dataset):
+        raise UsageError(f"--image-size {args.image_size} is of --dataset {PREFIX}PATH, and "
+                         f"{args.dataset} has a size of its own: leave it out")
+    args.image_size = row.image_size if is_folder(args.dataset) else None
+    args.train_split = args.train_split or next(iter(row.val_split))
     args.width = args.width or DEFAULT_WIDTH.get(args.model, 1)
     if args.schedule == "cosine":
         args.lr_decay = []
@@ -337,8 +367,11 @@ def check_settings(args: Namespace) -> None:
                          f"choose from {', '.join(data.val_split)}")
     size = data.image_size
     if args.model == "svhnq" and size != 40:
+        others = "resnet20q or resnet50q"
+        if is_folder(args.dataset):
+            others += f" or {zoo.PREFIX}resnet18, or --image-size 40"
         raise UsageError(f"--model svhnq takes 40 x 40 images and {args.dataset} has {size} x "
-                         f"{size}: choose --model resnet20q or resnet50q")
+                         f"{size}: choose --model {others}")
     if zoo.is_torchvision(args.model) and (args.width != 1 or args.all_conv):
         flag = "--all-conv" if args.all_conv else f"--width {args.width}"
         raise UsageError(f"{flag} is of {', '.join(MODELS)}: leave it out with --model "
@@ -373,7 +406,11 @@ def flag_name(name: str) -> str:
 
 def run_name(args: Namespace) -> str:
     """Return a run's name: data, model, bit-widths, loss, what is not by default, seed."""
-    parts = [args.dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
+    dataset = args.dataset
+    if is_folder(dataset):
+        path = os.path.abspath(dataset.removeprefix(PREFIX))
+        dataset = f"folder-{os.path.basename(path)[:NAME_LENGTH]}"
+    parts = [dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
     if len(args.bit_width_list) > 1:
         parts.append(args.loss)
     if args.all_conv:
@@ -382,4 +419,6 @@ def run_name(args: Namespace) -> str:
         parts.append(args.quantizer)
     if args.widths_per_step:
         parts.append(f"{args.widths_per_step}perstep")
+    if args.precision != DEFAULTS["precision"]:
+        parts.append(args.precision)
     return "_".join([*parts, f"seed{args.seed}"])

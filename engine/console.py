@@ -1,13 +1,19 @@
 """The progress on the console: a bar or lines within an epoch, then one aligned row."""
-import datetime
+import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from engine.distributed import rank
 from engine.metrics import Metrics, mean_loss
 from engine.run_folder import log
 from models import BitWidth
+
+COLUMNS = 100  # where there is no terminal
+HEADER_EVERY = 20  # rows
 
 
 class Console:
@@ -28,42 +34,90 @@ class Console:
         self.started = time.monotonic()
 
     def step(self, epoch: int, metrics: Metrics) -> None:
-        """Show a step of `epoch`, counted from 0; waits for the device at log points."""
+        """Show a step of `epoch`, counted from 0; waits for the device at log points.
+
+        The first step of an epoch is one, but without a bar only that of the first epoch is shown.
+        """
         name = f"epoch {epoch + 1}/{self.epochs}"
-        if self.bar is None:
+        is_first = self.bar is None
+        if is_first:
             self.bar = tqdm(desc=name, total=self.steps, unit="step", initial=metrics.steps - 1,
                             leave=False, file=sys.stdout, disable=not self.shows_bar)
         self.bar.update()
-        if metrics.steps % self.print_freq:
+        is_log_point = metrics.steps % self.print_freq == 0
+        if not is_log_point and not is_first:
             return
 
-        averages = metrics.averages()
+        averages = metrics.averages()  # over all processes
         loss = f"loss {mean_loss(averages):.4f}"
         self.bar.set_postfix_str(loss)
-        if not self.shows_bar:
-            top1 = "  ".join(f"{bits}b {values['top1']:.2f}" for bits, values in averages.items())
-            log.info(f"{name}  step {metrics.steps}/{self.steps}  {loss}  top-1 {top1}")
+        if not self.shows_bar and (is_log_point or self.rows == 0):
+            top1 = "  ".join(f"{bits}b:{values['top1']:.2f}" for bits, values in averages.items())
+            log.info(fitted(f"{name}  step {metrics.steps}/{self.steps}  {loss}  top-1 {top1}"))
 
     def row(self, record: dict) -> None:
-        """Show an epoch, given its record in metrics.jsonl."""
-        if self.bar:
+        """Show an epoch, given its record in metrics.jsonl: losses are means over bit-widths."""
+        self.close()
+        epoch = f"{record['epoch']}/{self.epochs}"
+        speed = record["images_per_second"]
+        taken = time.monotonic() - self.started
+        eta = duration(taken / (self.rows + 1) * (self.epochs - record["epoch"]))
+        width = max(5, 2 * len(str(self.epochs)) + 1)
+        start = f"{epoch:>{width}} {record['lr']:7.2g} {mean_loss(record['train']):6.3f} "
+        start += f"{mean_loss(record['val']):8.3f} "
+        end = f"{speed:6.{1 if speed < 10 else 0}f} {eta:>6}"
+        room = columns() - len(start) - len(end)
+        decimals = 2 if room >= 7 * len(self.bit_widths) else 1
+        size = decimals + 4  # of 100.00
+        per_line = max(1, room // (size + 1))
+        cells = [f"{record['val'][bits]['top1']:{size}.{decimals}f}" for bits in self.bit_widths]
+
+        if self.rows % HEADER_EVERY == 0:
+            names = [f"{f'{bits}b':>{size}}" for bits in self.bit_widths]
+            header = f"{'epoch':>{width}} {'lr':>7} {'loss':>6} {'val loss':>8} "
+            log.info(in_lines(header, names, f"{'img/s':>6} {'eta':>6}", per_line))
+        self.rows += 1
+        log.info(in_lines(start, cells, end, per_line))
+
+    def close(self) -> None:
+        """Remove the bar, if there is one."""
+        if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.rows == 0:
-            names = " ".join(f"{f'{width}b':>6}" for width in self.bit_widths)
-            log.info(f"{'epoch':>7} {'lr':>7} {'loss':>7} | train {names} | val {names} | "
-                     f"{'images/s':>8} {'eta':>8}")
 
-        self.rows += 1
-        eta = (time.monotonic() - self.started) / self.rows * (self.epochs - record["epoch"])
-        train = self.cells(record["train"])
-        val = self.cells(record["val"])
-        epoch = f"{record['epoch']}/{self.epochs}"
-        log.info(f"{epoch:>7} {record['lr']:7.2g} {mean_loss(record['train']):7.4f} | train {train}"
-                 f" | val {val} | {record['images_per_second']:8.0f} "
-                 f"{datetime.timedelta(seconds=round(eta))!s:>8}")
 
-    def cells(self, averages: dict[BitWidth, dict[str, float]]) -> str:
-        """Return the top-1 of each bit-width, aligned; "-" for one without images."""
-        return " ".join(f"{averages[bits]['top1']:6.2f}" if bits in averages else f"{'-':>6}"
-                        for bits in self.bit_widths)
+def columns() -> int:
+    """Return the width of the terminal, or of the lines where there is none."""
+    return shutil.get_terminal_size((COLUMNS, 24)).columns
+
+
+def in_lines(start: str, cells: list[str], end: str, per_line: int) -> str:
+    """Return start, cells and end as one line, but with the cells from `per_line` on below."""
+    rest = [" " * len(start) + " ".join(cells[first:first + per_line])
+            for first in range(per_line, len(cells), per_line)]
+    return "\n".join([f"{start}{' '.join(cells[:per_line])} {end}", *rest])
+
+
+def fitted(text: str) -> str:
+    """Return text in lines that fit, broken at spaces; the second and later ones are indented."""
+    return textwrap.fill(text, columns(), subsequent_indent="    ", break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units, in at most 6 characters: 1m05s, 2h10m, 3d04h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def progress(batches: Iterable, name: str) -> tqdm:
+    """Return an iterator over batches, a context that shows a bar where stderr is a terminal."""
+    is_shown = rank() == 0 and sys.stderr.isatty()
+    return tqdm(batches, desc=name, unit="batch", leave=False, file=sys.stderr,
+                disable=not is_shown)

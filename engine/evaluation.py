@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dataset.data import DATASETS, Samples
 from dataset.loader import Loader, count_classes
 from engine.arguments import FLAGS, run_name
+from engine.console import progress
 from engine.device import describe
 from engine.distributed import rank, world_size
 from engine.errors import Stopped, StopRequest, UsageError, UserError
@@ -17,8 +18,8 @@ from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
 from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
-from engine.setup import (make_forward_pass, make_train_loader, make_val_loader,
-                          open_data)
+from engine.setup import (check_class_names, describe_images, make_forward_pass,
+                          make_train_loader, make_val_loader, open_data)
 from engine.state import save_checkpoint
 from models import BitWidth, calibrate, check_bit_widths, saved_bit_widths, set_bit_width
 from models.calibration import ENTRY
@@ -37,16 +38,17 @@ def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple
     """
     model.eval()
     metrics = Metrics(bit_widths, device)
-    for images, labels in loader:
-        results = {}
-        with forward_pass.sharing(images):
-            for width in bit_widths:
-                set_bit_width(model, width)
-                with forward_pass.autocast():
-                    results[width] = forward_pass(model, images, labels)
-        metrics.add(results, labels)
-        if stop and stop.signal and world_size() == 1:
-            raise Stopped(stop.signal)
+    with progress(loader, what) as batches:
+        for images, labels in batches:
+            results = {}
+            with forward_pass.sharing(images):
+                for width in bit_widths:
+                    set_bit_width(model, width)
+                    with forward_pass.autocast():
+                        results[width] = forward_pass(model, images, labels)
+            metrics.add(results, labels)
+            if stop and stop.signal and world_size() == 1:
+                raise Stopped(stop.signal)
     metrics.check_finite(what)
     return metrics.averages()
 
@@ -62,8 +64,9 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
 
-    train_set, val_set = open_data(args)
+    train_set, val_set = open_data(args, train=bool(args.calibrate))
     model, added = network_of(content, path, bit_widths)
+    check_class_names(content, path, describe_images(args.dataset, val_set))
     check_classes(model, count_classes(args.dataset, val_set), path, args.dataset)
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
@@ -75,14 +78,15 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     with RunFolder(args.results_dir, name) as run:
         split = DATASETS[args.dataset].val_split[args.train_split]
         log.info(f"evaluating {path}, {args.model} trained at {flag_text(trained)} bits, on "
-                 f"{args.dataset} ({split}) on {describe(device)}")
+                 f"{args.dataset} ({split}) on {describe(device)} in {args.precision}")
         for width, source in added.items():
             message = f"{width}-bit was not trained: using the {source}-bit BatchNorm"
             if copies_quantizers(model):
                 message += " and quantizers"
             if args.calibrate:
-                with forward_pass.autocast():
-                    calibrate(model, width, (images for images, _ in batches))
+                with (forward_pass.autocast(),
+                      progress(batches, f"calibrating {width}-bit") as shown):
+                    calibrate(model, width, (images for images, _ in shown))
                 message += f", statistics re-estimated over {args.calibrate} training batches"
             log.info(message)
 
@@ -92,11 +96,11 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
             run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
                              trained_bit_widths=plain(trained))
             write_json(run.path / "evaluation.json", results)
-            save_evaluation_figure(run.path / "accuracy.png", results, name)
+            save_evaluation_figure(run.path / "accuracy.png", results, name, trained)
             log.info("\n%s\n", evaluation_table(results, trained))
             if args.save_calibrated:
                 save_calibrated(args, checkpoint, model, added)
-            log.info("evaluation.json and accuracy.png are in %s", run.path)
+            log.info(run.contents())
     return run.path
 
 

@@ -48,9 +48,8 @@ class ForwardPass:
                  batch_size: int | None = None, backend: str | Callable = "inductor"):
         check_precision(precision, device)
         self.model = model
-        allow_tf32 = precision == "tf32"  # torch's own default for convolutions
-        torch.backends.cudnn.allow_tf32 = allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default for convolutions
+        torch.backends.cuda.matmul.allow_tf32 = False  # and its default for the classifier
         torch.backends.cudnn.benchmark = True  # chooses the fastest algorithms for fixed shapes
         self.memory_format = torch.contiguous_format
         if device.type == "cuda" and precision != "fp32":  # tensor cores want channels-last

@@ -3,14 +3,15 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dataset.folder import is_folder
 from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
                               check_saved, flag_name, merge_args, names_of)
 from engine.errors import UsageError, UserError
 from engine.state import is_epoch
 from models import BitWidth, check_bit_widths, saved_bit_widths
-from models.checkpoint import (BEST, LATEST, FileError, check_field, network_spec, old_spec,
-                               read_checkpoint)
+from models.checkpoint import (BEST, LATEST, FileError, check_field, is_count, network_spec,
+                               old_spec, read_checkpoint)
 from utils import brief, escaped, flag_text, without_secrets
 
 
@@ -44,7 +45,7 @@ class Checkpoint:
             later = {name: value for name, value in DEFAULTS.items() if FLAGS[name].kind != MACHINE}
             saved = check_saved(self.content["arguments"], path)
             self.check_network(saved)
-            self.arguments = {**later, **saved}
+            self.arguments = {**later, **self.arguments, **saved}
         else:  # a published checkpoint
             self.arguments["dataset"] = published.DATASET.get(self.network["name"],
                                                               DEFAULTS["dataset"])
@@ -119,7 +120,8 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     free = ["resume", "start_epoch"]
     # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.
     free.append("lr_decay" if saved.get("schedule") == "cosine" else "epochs")
-    if not checkpoint.has_arguments:
+    moved = is_folder(saved["dataset"]) and is_folder(given.get("dataset", ""))
+    if moved or not checkpoint.has_arguments:
         free.append("dataset")  # that of the published model is a guess
     changed = differences(saved, given, free)
     if changed:
@@ -142,7 +144,10 @@ def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Name
     if not ours.get("resume"):
         epochs = ours.get("epochs", saved["epochs"])
         ours = {**vars(merge_args(flags)), "epochs": epochs, "resume": saved["resume"]}
-    changed = differences(saved, ours, ["epochs"] if saved["schedule"] != "cosine" else [])
+    free = ["epochs"] if saved["schedule"] != "cosine" else []
+    if is_folder(saved["dataset"]) and is_folder(ours.get("dataset", "")):
+        free.append("dataset")  # moved, or given by another path
+    changed = differences(saved, ours, free)
     if changed:
         raise UserError(f"{folder} holds a run already: cannot change on resume: {changed}: go on "
                         f"with it by --resume {folder}, or choose another folder with "
@@ -180,6 +185,9 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if changed:
         raise UsageError(f"{path} holds another network: {changed}; leave these flags out")
     trained = saved_bit_widths(checkpoint.content["state_dict"])
+    size = (checkpoint.content.get("images") or {}).get("size")
+    if is_count(size):  # for a folder's images, whatever data set the network was trained on
+        saved["image_size"] = saved.get("image_size") or size
     args = merge_args(flags, {**saved, "bit_width_list": plain(trained)})
     if args.save_calibrated:
         refuse_packed(checkpoint.content, path, "save as a checkpoint")

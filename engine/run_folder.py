@@ -6,7 +6,6 @@ import logging
 import platform
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import custom_scalars, scalar, text
 
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
@@ -24,12 +23,15 @@ from engine.errors import UserError
 from engine.state import TrainingState
 from models import BitWidth
 from models.checkpoint import LATEST, is_finite_number, is_whole
-from utils import (WriteError, brief, one_line, with_text_keys, without_secrets, write_json,
-                   write_text, writing)
+from utils import (WriteError, brief, commit, flag_text, one_line, printable, with_text_keys,
+                   without_secrets, write_json, write_text, writing)
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
 log.propagate = False
+LAYOUT = {  # TensorBoard's custom scalars: charts of all tags that begin so
+    name: {part: ["Multiline", [f"{part}_{tag}_"]] for part in ("val", "train")}
+    for name, tag in (("top-1 (%)", "prec_1"), ("loss", "loss"))}
 ANOTHER = "choose another folder with --results-dir"
 
 
@@ -55,15 +57,19 @@ class EventFile:
     """A TensorBoard event file, which is written at once.
 
     tensorboardX's SummaryWriter writes in a thread, and waits for it for ever once a full disk has
-    ended it. purge_step: TensorBoard drops what earlier files hold from that step on.
+    ended it. purge_step: TensorBoard drops what earlier files hold from that step on. arguments:
+    the run's, which it shows as a text.
     """
 
-    def __init__(self, folder: Path, purge_step: int):
+    def __init__(self, folder: Path, purge_step: int, arguments: dict):
         self.folder = folder
         with self.writing():
             folder.mkdir(exist_ok=True)
             self.events = EventsWriter(str(folder / "events"))
             self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            table = text("arguments", printable(markdown(arguments)))
+            for summary in (custom_scalars(LAYOUT), table):
+                self.add(Event(step=purge_step, summary=summary))
             self.events.flush()
 
     def add(self, event: Event) -> None:
@@ -168,6 +174,12 @@ class RunFolder:
         """Return the command that goes on with this run, for a shell."""
         return shlex.join([sys.executable, sys.argv[0], "--resume", str(self.path.resolve())])
 
+    def contents(self) -> str:
+        """Return a line that names what is in the folder."""
+        names = sorted(path.name + "/" * path.is_dir() for path in self.path.iterdir()
+                       if not path.name.startswith("."))
+        return f"in {self.path}: {', '.join(names)}"
+
     def write_config(self, arguments: dict, device: torch.device, **more: object) -> None:
         """Write config.json: arguments, seed, command, versions, commit and device."""
         if rank() > 0:
@@ -188,13 +200,13 @@ class RunFolder:
             "processes": world_size(), **more, "versions": versions, "commit": commit(),
             "device": describe(device)})
 
-    def begin(self, epoch: int) -> None:
+    def begin(self, epoch: int, arguments: dict) -> None:
         """Drop the records after `epoch` epochs, which a resumed run repeats."""
         if rank() == 0:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
             self.history = [record for record in records if record["epoch"] <= epoch]
             write_metrics(self.metrics_file, self.history)
-            self.writer = EventFile(self.path / "summary", epoch)
+            self.writer = EventFile(self.path / "summary", epoch, without_secrets(arguments))
 
     def log_epoch(self, record: dict) -> None:
         """Append an epoch's record to metrics.jsonl and TensorBoard, with the published tags."""
@@ -202,7 +214,7 @@ class RunFolder:
             return
         self.history.append(record)
         write_metrics(self.metrics_file, self.history)
-        scalars = {"lr": record["lr"]}
+        scalars = {"lr": record["lr"], "images_per_second": record["images_per_second"]}
         for part in ("train", "val"):
             for bits, values in record[part].items():
                 for tag, name in (("loss", "loss"), ("prec_1", "top1"), ("prec_5", "top5")):
@@ -218,6 +230,13 @@ class RunFolder:
         """Return whether `save_every` minutes have passed since the last save; rank 0 decides."""
         minutes = (time.monotonic() - self.last_save) / 60
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
+
+
+def markdown(arguments: dict) -> str:
+    """Return arguments as a Markdown table."""
+    texts = {name: flag_text(value).replace("|", r"\|") for name, value in arguments.items()}
+    rows = [f"| {name} | {value} |" for name, value in sorted(texts.items())]
+    return "\n".join(["| argument | value |", "|---|---|", *rows])
 
 
 def write_metrics(path: Path, records: list[dict]) -> None:
@@ -312,11 +331,3 @@ def parse_json(text: str, where: str | Path) -> object:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({one_line(error)}): correct it, or move the file "
                         "away") from None
-
-
-def commit() -> str | None:
-    """Return this project's commit, or None without git or outside a repository."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
-               "--abbrev=40", "--dirty= with local changes"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -19,11 +19,16 @@ from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 
 
-def open_data(args: Namespace) -> list[Samples]:
-    """Return the data sets to train and to validate on, without transforms; downloads them."""
-    splits = (args.train_split, DATASETS[args.dataset].val_split[args.train_split])
+def open_data(args: Namespace, train: bool = True) -> list[Samples | None]:
+    """Return the data sets to train and to validate on, without transforms; downloads them.
+
+    train: False for None in the place of the first.
+    """
+    splits = [args.train_split if train else None,
+              DATASETS[args.dataset].val_split[args.train_split]]
     with one_at_a_time_per_machine():  # the first may have to download them
-        return [get_dataset(args.dataset, split, data_dir=args.data_dir) for split in splits]
+        return [split and get_dataset(args.dataset, split, data_dir=args.data_dir)
+                for split in splits]
 
 
 def describe_images(name: str, dataset: Samples) -> dict:
@@ -34,6 +39,23 @@ def describe_images(name: str, dataset: Samples) -> dict:
         names = [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
     return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std),
             "class_names": names or None}
+
+
+def check_class_names(content: dict, path: str | Path, images: dict) -> None:
+    """Raise UserError where folders of images hold other classes than a checkpoint's network has.
+
+    content, path: of the checkpoint. images: a description from describe_images.
+    """
+    saved = (content.get("images") or {}).get("class_names")
+    names = images["class_names"]
+    if DATASETS[images["dataset"]].num_classes or not (saved and names) or saved == names:
+        return
+    lacking = [name for name in saved if name not in names]
+    besides = [name for name in names if name not in saved]
+    changes = [f"{what} {', '.join(map(str, found[:3]))}{', ...' * (len(found) > 3)}"
+               for what, found in (("lacks", lacking), ("has besides", besides)) if found]
+    raise UserError(f"{images['dataset']} does not have the {len(saved)} class folders that {path} "
+                    f"was trained on: it {' and '.join(changes) or 'has another order'}")
 
 
 def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
@@ -87,7 +109,9 @@ def load_pretrained(model: nn.Module, path: str | Path,
         message += f", a float network: {count} entries, every bit-width's "
         message += "BatchNorm from its one"
         if resized:
-            message += f"; of another size, so left new: {', '.join(resized)}"
+            classes = model.spec["classes"]
+            message += f"; the classifier is new, for {classes} classes, as its own has another "
+            message += f"number ({', '.join(resized)})"
     else:
         try:
             state_dict, added = add_missing_bit_widths(state_dict, model)

@@ -43,8 +43,9 @@ def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = N
 
     path: a checkpoint, a packed file, or a results folder, whose best checkpoint is loaded.
     bit_widths: of the network; None: those of the file. One that the file lacks is a copy of the
-    nearest. The network's attribute `images` describes its images. Raises FileError where the file
-    is missing, damaged, or does not fit its network.
+    nearest. The network's attribute `images` describes its images, and `calibrated` lists the
+    bit-widths that were not trained. Raises FileError where the file is missing, damaged, or does
+    not fit its network.
     """
     path = find_file(path, BEST)
     content = read_checkpoint(path)
@@ -251,6 +252,7 @@ def network_of(content: dict, path: str | Path,
     load_weights(model, state_dict, path)
     set_bit_width(model, max(map(BitWidth.of, bit_widths)))
     model.images = content.get("images")
+    model.calibrated = content.get("calibrated", [])
     return model.eval(), added
 
 

@@ -406,6 +406,7 @@ def read_checkpoint(path: str | Path) -> dict:
         images["dataset"] = arguments.get("dataset")
         return {"model": about["model"], "epoch": None, "arguments": arguments,
                 "network": network, "images": images, "stored": about["stored"],
+                "calibrated": about.get("calibrated", []),
                 "packed": {"groups": groups, "own_bits": about.get("own_bits", {})},
                 "state_dict": tensors}
     except KeyError as error:

@@ -1,26 +1,46 @@
+"""What the tests share. Torch is imported late: xdist's own process reads this, and needs none."""
 import contextlib
 import functools
 import http.server
 import io
 import os
+import subprocess
 import sys
 import threading
 
-# The tests are the CPU's, also where there is a GPU; set before torch looks.
+import pytest
+
+# Before torch looks: the tests are the CPU's, also where there is a GPU; and the networks are
+# tiny, so that more threads only wait for each other.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["COLUMNS"] = "100"  # whatever terminal they are started in
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
 
-import runs  # noqa: E402
-import tiny_data  # noqa: E402
+@pytest.fixture(scope="session", autouse=True)
+def small_models():
+    """Add networks to those that train.py knows."""
+    import small_networks
 
-torch.set_num_threads(1)  # the networks are tiny: more threads only wait for each other
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_networks.register(monkeypatch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Draw pictures for tests marked `pictures` alone."""
+    import runs
+
+    if not request.node.get_closest_marker("pictures"):
+        runs.draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def tiny_cifar10(tmp_path_factory):
     """A data folder with a CIFAR-10 of 20 training and 6 test images. No test changes it."""
+    import tiny_data
+
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny_data.cifar10(folder, monkeypatch)
@@ -30,7 +50,31 @@ def tiny_cifar10(tmp_path_factory):
 @pytest.fixture(scope="session")
 def environment():
     """The environment of programs that tests start."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    return {**os.environ, "PYTHON": sys.executable}
+
+
+@pytest.fixture(scope="session")
+def recipe_argv(tmp_path_factory):
+    """A function that runs a recipe by bash, and returns the words that train.py gets of it."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("recipes")
+    python = folder / "python"  # prints what comes after train.py; all else succeeds
+    python.write_text("""#!/bin/bash
+while [ $# -gt 0 ]; do
+    word=$1
+    shift
+    case "$word" in */train.py) printf '%s\\n' "$@" ;; esac
+done
+""")
+    python.chmod(0o755)
+
+    def argv(script, *more, processes="1"):
+        done = subprocess.run(
+            ["bash", runs.ROOT / script, *more], cwd=folder, capture_output=True, text=True,
+            check=True, env={**os.environ, "PYTHON": str(python), "PROCESSES": processes})
+        return done.stdout.split("\n")[:-1]
+    return argv
 
 
 @pytest.fixture
@@ -59,6 +103,8 @@ def training(tmp_path_factory, tiny_cifar10):
 
     No test changes the folder.
     """
+    import runs
+
     folder = tmp_path_factory.mktemp("trained") / "r"
     with contextlib.redirect_stdout(io.StringIO()) as told:
         assert runs.run(runs.tiny(tiny_cifar10, folder, "--print-freq", 2)) == 0

@@ -2,12 +2,15 @@
 
     python tests/ideas.py [IDEA ...]      # such as b, or f2; prints a line each; exit code 1 where
                                           # a path is wrong
+    python tests/ideas.py --suite         # the paths of SUITE alone, in a third of the time
 """
 import ast
 import contextlib
 import copy
+import functools
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -25,13 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"^## (\w+)\. (.*?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"```python\n# in ([\w/. ]+)\n(.*?)```", re.DOTALL)
 SCRIPT = "your own script"
-COMMON = "--width 1 --batch-size 16 --epochs 2 --device cpu".split()
+COMMON = "--width 1 --batch-size 8 --epochs 2 --device cpu".split()  # of 4 steps
 FEW = """
 
 DATASETS["digits"] = DATASETS["digits"]._replace(
-    open=lambda root, split: open_digits(root, split)[:64])
+    open=lambda root, split: open_digits(root, split)[:32], shapes={})
 """
-REFUSALS = ("packed", "onnx", "openvino")  # formats, which may refuse
+# What run_tests.sh checks: of every idea training, shared gradients and one path more, so that
+# every path is that of an idea which could be wrong there.
+SUITE = {"a": "calibrate", "b": "resume", "c": "bf16", "d": "packed", "e": "its files",
+         "f": "resume", "f2": "bf16", "g": "onnx", "h": "resume", "i": "evaluate",
+         "j": "onnx", "k": "evaluate", "l": "onnx"}
+REFUSALS = ("packed", "onnx")  # formats, which may refuse
 
 
 def ideas():
@@ -101,11 +109,16 @@ class Run:
         return ""
 
     def train(self):
-        """Train two epochs; and stop in the second, and resume: the same weights."""
+        """Train two epochs."""
+        import train
+
+        must(self.program(train, [*self.flags, "--results-dir", self.place / "whole"]))
+
+    def resume(self):
+        """Stop in the second epoch, and resume: the same weights."""
         import train
 
         whole, parts = self.place / "whole", self.place / "parts"
-        must(self.program(train, [*self.flags, "--results-dir", whole]))
         steps = 0
 
         def stop(*args):
@@ -211,12 +224,15 @@ class Run:
         if error:
             assert re.search(r"layer [\w.]+", error) and "\n" not in error, error
             return "refused"
+        if form == "onnx":
+            report = json.loads((self.place / "net_onnx_check.json").read_text())["results"]
+            assert not any(found["falls_short"] for found in report.values()), report
 
     def script_files(self):
         """Compare a changed network's files with it."""
         import numpy
 
-        from deploy import onnx_file, openvino_file
+        from deploy import onnx_file, runtimes
         from models import packed, set_bit_width
 
         model = self.network().eval()
@@ -226,27 +242,25 @@ class Run:
             expected = model(self.images).numpy()
         packed.save(model, [4], self.place / "s", about)
         runs = {"packed": packed.load_runner(self.place / "s")}
-        for form, file in (("onnx", onnx_file), ("openvino", openvino_file)):
-            path = self.place / f"s_{form}.xml"
-            file.export(model, [4], path, 40)
-            runs[form] = file.load(path)
+        onnx_file.export(model, [4], self.place / "s.onnx", 40)
+        runs["onnxruntime"] = runtimes.onnxruntime_run(self.place / "s.onnx")
+        runs["openvino"] = runtimes.openvino_run(self.place / "s.onnx")
         for form, run in runs.items():
             far = numpy.median(numpy.abs(run(self.images.numpy(), 4) - expected).max(1))
             assert far < 1e-3 * numpy.abs(expected).max(), f"{form} is off by {far}"
 
-    def all(self):
-        """Return {path: ok, refused or what is wrong}."""
-        paths = {"train, resume": self.train, "shared": self.shared, "evaluate": self.evaluate,
-                 "calibrate": self.calibrate, "bf16": self.bf16,
+    def check(self, chosen):
+        """Return {path: ok, refused or what is wrong}, of all paths or those chosen."""
+        paths = {"train": self.train, "resume": self.resume, "shared": self.shared,
+                 "evaluate": self.evaluate, "calibrate": self.calibrate, "bf16": self.bf16,
                  "packed": lambda: self.export("packed", ".safetensors"),
-                 "onnx": lambda: self.export("onnx", ".onnx"),
-                 "openvino": lambda: self.export("openvino", ".xml")}
+                 "onnx": lambda: self.export("onnx", ".onnx")}
         if self.script:
             paths["its files"] = self.script_files
         results = {}
-        for name, check in paths.items():
+        for name in chosen or paths:
             try:
-                results[name] = check() or "ok"
+                results[name] = paths[name]() or "ok"
             except Exception as error:
                 results[name] = f"{type(error).__name__}: {error}"
                 if not isinstance(error, AssertionError):
@@ -258,7 +272,7 @@ def must(error):
     assert not error, error
 
 
-def check(name):
+def check(name, in_suite=False):
     """Return the results of one idea; in a process of its own."""
     title, blocks, flags = ideas()[name]
     torch.set_num_threads(1)
@@ -268,18 +282,21 @@ def check(name):
         sys.path[0] = str(place)
         sys.path[:] = [part for part in sys.path if part and Path(part).resolve() != ROOT]
         sys.argv[0] = str(place / "train.py")
-        return Run(flags, blocks, place).all()
+        chosen = ["train", "shared", SUITE[name]] if in_suite else []
+        return Run(flags, blocks, place).check(chosen)
 
 
-def main(names):
+def main(words):
     """Print a line per idea; return whether all paths are right or refused."""
-    chosen = names or list(ideas())
+    in_suite = "--suite" in words
+    chosen = [word for word in words if word != "--suite"] or list(ideas())
     for library in ("matplotlib.figure", "sklearn.datasets", "tensorboardX", "torchvision",
                     "onnxruntime"):  # once for all processes
         importlib.import_module(library)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         right = True
-        for name, results in zip(chosen, pool.imap(check, chosen)):
+        checks = pool.imap(functools.partial(check, in_suite=in_suite), chosen)
+        for name, results in zip(chosen, checks):
             print(f"{name}: " + ", ".join(f"{path} {result}" for path, result in results.items()))
             wrong = [path for path, result in results.items()
                      if result != "ok" and not (result == "refused" and path in REFUSALS)]

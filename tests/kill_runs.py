@@ -2,9 +2,11 @@
 
     python tests/kill_runs.py --kills 20 --signal KILL     # or TERM, INT, HUP, USR1, or several
 
-Trainings are forked from a process that has run no backward pass, so none imports torch anew.
+Trainings are forked from a process that has run no backward pass, so none imports torch anew. A
+training reports a step, after which it is killed: no clock decides whether it is killed midway.
 """
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -18,10 +20,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact on a CPU; set before torch look
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import runs  # noqa: E402
+import small_networks  # noqa: E402
 import tiny_data  # noqa: E402
 from engine.run_folder import read_metrics  # noqa: E402
 
@@ -30,13 +34,14 @@ from engine.run_folder import read_metrics  # noqa: E402
 RUNS = {
     "adam": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,4,32",
              "--optimizer", "adam", "--save-every", "1e-9"],
-    "sgd": ["--dataset", "cifar10", "--model", "resnet20q", "--bit_width_list", "1,32",
+    "sgd": ["--dataset", "cifar10", "--model", "resnet8q", "--bit_width_list", "1,32",
             "--optimizer", "sgd", "--workers", "1", "--save-every", "1e-9"],
     "epochs": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,4,32",
                "--optimizer", "adam", "--workers", "1"],
 }
-SHARED = ["--width", "1", "--epochs", "3", "--lr_decay", "1", "--batch-size", "8",
+SHARED = ["--width", "1", "--epochs", "2", "--lr_decay", "1", "--batch-size", "8",
           "--device", "cpu", "--print-freq", "2"]
+STEPS = 8  # of a run, at least
 PARTS = ("epoch", "step", "best_prec1", "state_dict", "optimizer", "random_states")
 
 
@@ -44,9 +49,22 @@ def start(argv, errors):
     return runs.fork(partial(runs.run, argv), os.devnull, errors)
 
 
-def until_saved(folder):
-    while not (folder / "ckpt" / "model_latest.pth.tar").exists():
-        time.sleep(0.001)
+def start_until(step, argv, errors):
+    """Start a run, and return its process once it has taken a step (0: at once) or has ended."""
+    reader, writer = os.pipe()
+
+    def run():
+        count = itertools.count(1)
+        register_optimizer_step_post_hook(
+            lambda *args: os.write(writer, b".") if next(count) == step else None)
+        return runs.run(argv)
+
+    process = runs.fork(run, os.devnull, errors)
+    os.close(writer)
+    if step:
+        os.read(reader, 1)
+    os.close(reader)
+    return process
 
 
 def outcome(folder):
@@ -70,31 +88,25 @@ class Trials:
     """Killed runs in a folder, and the whole ones that they are compared with."""
 
     def __init__(self, place, seed):
-        self.place, self.errors, self.moments = place, place / "errors", random.Random(seed)
+        self.place = place
+        self.errors = place / "errors"
+        self.moments = random.Random(seed)
         self.shared = [*SHARED, "--data-dir", place / "data"]
-        self.whole, self.seconds, self.saving_after = {}, {}, {}
+        self.whole = {}
         for name, flags in RUNS.items():
             folder = place / name
-            began = time.monotonic()
             process = start([*flags, *self.shared, "--results-dir", folder], self.errors)
-            until_saved(folder)
-            self.saving_after[name] = time.monotonic() - began
             assert runs.wait(process) == 0, self.told()
-            self.seconds[name] = time.monotonic() - began
             self.whole[name] = outcome(folder)
 
     def told(self):
         return self.errors.read_text()
 
-    def kill(self, name, number, folder, before_saving):
-        """Start run `name` and kill it; return its exit code and its command."""
+    def kill(self, name, number, folder, step):
+        """Start run `name` and kill it after a step; return its exit code and its command."""
         command = [*RUNS[name], *self.shared, "--results-dir", folder]
-        process = start(command, self.errors)
-        if before_saving:
-            time.sleep(self.moments.uniform(0, self.seconds[name]))
-        else:
-            until_saved(folder)
-            time.sleep(self.moments.uniform(0, self.seconds[name] - self.saving_after[name]))
+        process = start_until(step, command, self.errors)
+        time.sleep(self.moments.uniform(0, 0.1))  # anywhere in the next steps and saves
         os.kill(process, number)
         return runs.wait(process), command
 
@@ -110,7 +122,8 @@ class Trials:
         name = list(RUNS)[index % len(RUNS)]
         folder = self.place / f"trial{index}"
         # Most kills are to meet a run that has begun to save.
-        code, command = self.kill(name, number, folder, before_saving=index % 5 == 4)
+        step = 0 if index % 5 == 4 else self.moments.randrange(1, STEPS)
+        code, command = self.kill(name, number, folder, step)
         saved = (folder / "ckpt" / "model_latest.pth.tar").exists()
         killed = code in (128 + number, -number)
         if killed:
@@ -134,6 +147,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     numbers = [signal.Signals[f"SIG{name}"] for name in args.signal]
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as monkeypatch:
+        small_networks.register(monkeypatch)
+        runs.draw_nothing(monkeypatch)
         data = Path(place, "data")
         tiny_data.cifar10(data, monkeypatch, per_batch=5)
         tiny_data.svhn(data, monkeypatch)

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import signal
-import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,14 @@ from types import SimpleNamespace
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import reference  # noqa: E402
 import runs  # noqa: E402
+import small_networks  # noqa: E402
 import tiny_data  # noqa: E402
 import train  # noqa: E402
 from dataset.data import DATASETS, DataError, get_dataset  # noqa: E402
@@ -34,7 +35,6 @@ from engine.evaluation import evaluate  # noqa: E402
 from engine.forward_pass import ForwardPass  # noqa: E402
 from engine.metrics import Metrics  # noqa: E402
 from engine.setup import make_val_loader  # noqa: E402
-from models import resnet20q  # noqa: E402
 from models.losses import NEXT_TARGET, any_precision_backward  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -47,12 +47,12 @@ DIGITS = ["--dataset", "digits", "--model", "svhnq", "--width", "1", "--bit_widt
           "--train-fraction", "0.08", "--batch-size", "16", "--epochs", "3", "--optimizer", "adam",
           "--lr", "0.001", "--lr_decay", "2", "--weight-decay", "0", "--workers", "0",
           "--device", "cpu", "--save-every", "1e-9", "--print-freq", "2"]  # 8 steps an epoch
-IMAGENET = ["--dataset", "imagenet", "--model", "resnet20q", "--width", "1", "--bit_width_list",
+IMAGENET = ["--dataset", "imagenet", "--model", "bottlenecks", "--width", "1", "--bit_width_list",
             "2,32", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
 
 
 def model(bit_widths=WIDTHS):
-    return reference.fill(resnet20q(bit_widths, width=1).double(), seed=0)
+    return reference.fill(small_networks.ResNet8(bit_widths, width=1).double(), seed=0)
 
 
 def batch(step, size):
@@ -197,8 +197,8 @@ def evaluation():
     """Evaluate on the images by train.py's loader, of which one process has a batch more."""
     pixels, labels = images()
     dataset = [(Image.fromarray(image.numpy()), int(label)) for image, label in zip(pixels, labels)]
-    args = merge_args(parse_flags(["--dataset", "cifar10", "--model", "resnet20q",
-                               "--batch-size", "50"]))
+    args = merge_args(parse_flags(["--dataset", "cifar10", "--model", "resnet8q",
+                                   "--batch-size", "50"]))
     net = model().float()
     forward_pass = ForwardPass(net, CPU)
     DATASETS["cifar10"] = DATASETS["cifar10"]._replace(image_size=12)
@@ -242,23 +242,26 @@ def check(folder):
 
 def as_rank(rank, port, function):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      TORCHELASTIC_USE_AGENT_STORE="True")
     return function()
 
 
 def in_two_processes(function, folder, name):
-    """Fork two processes, with stdout and stderr in folder/name.RANK.out and .err."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Fork two processes, with stdout and stderr in folder/name.RANK.out and .err.
+
+    They meet at a store of this process, as at torchrun's, whose port is free and stays taken.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        runs.fork(partial(as_rank, rank, port, function), folder / f"{name}.{rank}.out",
+        runs.fork(partial(as_rank, rank, store.port, function), folder / f"{name}.{rank}.out",
                   folder / f"{name}.{rank}.err") for rank in range(2)]
     return [runs.wait(process) for process in processes]
 
 
 def main(folder):
     torch.set_num_threads(1)
+    small_networks.register(pytest.MonkeyPatch())
     # Real JPEG files, grey, CMYK and palette ones among them.
     tiny_data.imagenet(folder / "data", classes=("n01440764", "n01443537"), per_class=4)
     imagenet = [*IMAGENET, "--data-dir", folder / "data"]

@@ -1,7 +1,6 @@
 """The command line and the recipes: what they mean, and what is told of a wrong one."""
 import ast
 import itertools
-import os
 import random
 import subprocess
 import sys
@@ -138,26 +137,10 @@ RECIPES = {  # REFERENCE.md's table, by hand
 DEDICATED_IMAGENET = ("imagenet", "train", "resnet50q", "sgd", 0.1, [30, 60, 85, 95, 105], 120, 256)
 
 
-@pytest.fixture(scope="module")
-def recipe_flags(tmp_path_factory):
+@pytest.fixture
+def recipe_flags(recipe_argv):
     """A function that runs a recipe by bash, and returns the flags that train.py gets of it."""
-    folder = tmp_path_factory.mktemp("recipes")
-    python = folder / "python"  # prints what comes after train.py; all else succeeds
-    python.write_text("""#!/bin/bash
-while [ $# -gt 0 ]; do
-    word=$1
-    shift
-    case "$word" in */train.py) printf '%s\\n' "$@" ;; esac
-done
-""")
-    python.chmod(0o755)
-
-    def flags(script, *more, processes="1"):
-        done = subprocess.run(
-            ["bash", ROOT / script, *more], cwd=folder, capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHON": str(python), "PROCESSES": processes})
-        return parse_flags(done.stdout.split("\n")[:-1])
-    return flags
+    return lambda *words, **options: parse_flags(recipe_argv(*words, **options))
 
 
 @pytest.mark.parametrize("script", RECIPES)
@@ -205,6 +188,8 @@ def test_the_imagenet_recipe_names_its_results_folder(processes, recipe_flags):
     assert results_dir() == "results/imagenet_resnet50q_any"
     assert results_dir("--bit_width_list", "2,32") == "results/imagenet_resnet50q_any"
     assert results_dir("--bit_width_list=4") == "results/imagenet_resnet50q_4"
+    assert results_dir("--precision=bf16") == "results/imagenet_resnet50q_any_bf16"
+    assert results_dir("--precision", "fp32") == "results/imagenet_resnet50q_any"
     assert results_dir("--results-dir", "mine") == "mine"
     for flags in (["--evaluate", "--pretrain", "x"], ["--resume", "x"], ["--resume=x"]):
         assert results_dir(*flags) is None

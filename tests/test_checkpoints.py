@@ -2,11 +2,10 @@
 import json
 import os
 import pickle
-import subprocess
 
 import pytest
 import torch
-from runs import ROOT, assert_one_line, assert_same, evaluation, load, run, snapshot, tiny
+from runs import assert_one_line, assert_same, evaluation, load, run, snapshot, tiny
 
 import reference
 import report
@@ -15,6 +14,7 @@ from engine import published
 from engine.run_folder import read_metrics
 from models import MODELS, add_missing_bit_widths, calibrate, set_bit_width
 from models.quan_ops import SwitchableBatchNorm2d
+from small_networks import Bottlenecks, ResNet8
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def test_a_missing_bit_width_starts_as_the_nearest():
         "bn.bn_dict.3.weight": 4, "bn.bn_dict.8.weight": 4, "bn.bn_dict.32.weight": 32}
 
 
-@pytest.mark.parametrize("name, size", [("resnet20q", 32), ("resnet50q", 64), ("svhnq", 40)])
-def test_calibration_averages_over_the_batches_and_touches_nothing_else(name, size):
-    model = reference.fill(MODELS[name]([2, 3, 32], width=1).double(), seed=0)
+@pytest.mark.parametrize("kind, size", [(ResNet8, 32), (Bottlenecks, 64), (MODELS["svhnq"], 40)])
+def test_calibration_averages_over_the_batches_and_touches_nothing_else(kind, size):
+    model = reference.fill(kind([2, 3, 32], width=1).double(), seed=0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = [reference.values(f"batch{index}", (2, 3, size, size), 0) for index in range(3)]
 
@@ -63,6 +63,7 @@ def test_calibration_averages_over_the_batches_and_touches_nothing_else(name, si
 
 # ---- --evaluate
 
+@pytest.mark.pictures
 def test_evaluation_gives_the_training_s_own_numbers(trained, tiny_cifar10, tmp_path, capsys):
     assert run(["--evaluate", "--pretrain", trained, "--data-dir", tiny_cifar10, "--results-dir",
                 tmp_path / "e"]) == 0
@@ -93,23 +94,22 @@ def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tiny_cifa
     arguments = config["arguments"]
     names = ("bit_width_list", "calibrate", "evaluate", "pretrain", "model", "batch_size")
     assert [arguments[name] for name in names] == [
-        [1, 3, 32], 1, True, str(trained), "resnet20q", 8]
+        [1, 3, 32], 1, True, str(trained), "resnet8q", 8]
     assert config["trained_bit_widths"] == [2, 32]
     assert config["epoch"] == load(trained, "model_best")["epoch"]
-    report.main(report.parse_args([str(folder), "--output", str(tmp_path / "table")]))
-    assert "any, recursive, trained at 2,32, calibrate 1, model_best" in capsys.readouterr().out
+    found = report.load_run(folder)
+    assert (found.name, found.bit_widths) == ("any, recursive", "2,32")
+    assert found.evaluation == {"checkpoint": "best checkpoint evaluated",
+                                "calibrate": "calibrated on 1 batch"}
 
 
-def test_evaluation_through_the_recipe(tmp_path, environment):
-    """A network at its initial weights, through train_digits.sh, as a user would."""
+def test_evaluation_through_the_recipe(tmp_path, recipe_argv):
+    """A network at its initial weights, by the arguments that train_digits.sh makes of a user's."""
     model = MODELS["svhnq"]([2, 32], width=1)
     torch.save({"epoch": 0, "model": "svhnq", "state_dict": model.state_dict(), "best_prec1": 0.0,
                 "optimizer": {}}, tmp_path / "x.pth.tar")
-    done = subprocess.run(
-        [ROOT / "train_digits.sh", "--evaluate", "--pretrain", tmp_path / "x.pth.tar",
-         "--width", "1", "--results-dir", tmp_path / "e"],
-        env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert run(recipe_argv("train_digits.sh", "--evaluate", "--pretrain", tmp_path / "x.pth.tar",
+                           "--width", "1", "--results-dir", tmp_path / "e")) == 0
     assert set(evaluation(tmp_path / "e")) == {"2", "32"}
 
 
@@ -130,7 +130,7 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
     images = torch.rand(2, 3, 32, 32)
     logits = []
     for weights, widths in ((before, [2, 32]), (after, [1, 2, 3, 4, 5, 6, 7, 8, 32])):
-        model = MODELS["resnet20q"](widths, width=1).eval()
+        model = MODELS["resnet8q"](widths, width=1).eval()
         model.load_state_dict(weights)
         for bits in (2, 32):
             set_bit_width(model, bits)
@@ -160,8 +160,8 @@ def test_post_training_quantization_of_a_32_bit_network(tmp_path, tiny_cifar10):
 def test_a_calibrated_checkpoint_keeps_what_the_flags_said(tmp_path, tiny_cifar10):
     """One without arguments, of an ALL CONV network: saved, it evaluates alike by itself."""
     torch.manual_seed(0)
-    model = MODELS["resnet20q"]([2, 32], width=1, all_conv=True)
-    torch.save({"model": "resnet20q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
+    model = MODELS["resnet8q"]([2, 32], width=1, all_conv=True)
+    torch.save({"model": "resnet8q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
     saved = tmp_path / "y.pth.tar"
     assert run(["--evaluate", "--pretrain", tmp_path / "x.pth.tar", "--width", 1, "--all-conv",
                 "--calibrate", 2, "--bit_width_list", "2,3,32", "--data-dir", tiny_cifar10,
@@ -179,7 +179,7 @@ def test_model_is_given_where_the_checkpoint_does_not_name_it(trained, tmp_path,
             tiny_cifar10, "--results-dir", tmp_path / "e"]
     assert run(argv) == 1
     assert_one_line(capsys, "is of model None: choose a checkpoint of resnet20q")
-    assert run([*argv, "--model", "resnet20q"]) == 0
+    assert run([*argv, "--model", "resnet8q"]) == 0
 
 
 def test_other_classes_do_not_fit(trained, tmp_path, monkeypatch, capsys):
@@ -298,7 +298,7 @@ def bad_evaluations(trained):
         "untrained": ([*evaluate, "--bit_width_list", "2,3,5"], 2,
                       "3,5 bits were not trained; choose from 2,32, or pass --calibrate N"),
         "another model": ([*evaluate, "--model", "svhnq"], 2,
-                          "another network: --model is resnet20q, not svhnq"),
+                          "another network: --model is resnet8q, not svhnq"),
         "another width": ([*evaluate, "--width", 2], 2, "--width is 1, not 2"),
         "another variant": ([*evaluate, "--all-conv"], 2,
                             "--all-conv is False, not True"),

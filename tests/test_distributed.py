@@ -1,15 +1,12 @@
 """Several processes as one run, on gloo: the same maths, samples, checkpoints; a death of one."""
 import json
-import os
-import random
 import signal
+import os
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +24,6 @@ from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
 from engine.run_folder import read_metrics
 from engine.setup import synchronize_batch_norm
-from models.checkpoint import read_checkpoint
 from models.losses import NEXT_TARGET
 
 CPU = torch.device("cpu")
@@ -247,7 +243,9 @@ def undisturbed(checks):
 
 def test_one_process_tells_and_the_other_is_silent(checks):
     told, silence = ((checks / f"digits.{rank}.out").read_text() for rank in range(2))
-    assert told.count(" | val ") == 4 and ", 2 processes" in told and silence == ""
+    rows = [line for line in told.splitlines()
+            if line.startswith(("epoch  ", "  1/", "  2/", "  3/"))]
+    assert len(rows) == 4 and ", 2 processes" in told and silence == ""
 
 
 def test_jpeg_files_in_two_processes(checks, tmp_path):
@@ -275,62 +273,53 @@ def test_a_checkpoint_does_not_know_how_many_made_it(undisturbed, tmp_path):
         str(bits): pytest.approx(values, rel=1e-5) for bits, values in record["val"].items()}
 
 
-def until_saved(folder, process, steps):
-    """Wait until a checkpoint with more than `steps` steps is there."""
-    path = folder / "ckpt" / "model_latest.pth.tar"
-    while process.poll() is None:
-        if path.exists():
-            state = read_checkpoint(path)
-            if 8 * state["epoch"] + state["step"] > steps:
-                return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate())
+HOOK = """
+import os
+import signal
+
+starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", {starts}))  # of these workers, before
+if starts < {starts} and int(os.environ["RANK"]) == starts % 2:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    count = 0
+
+    def send(*args):
+        global count
+        count += 1
+        if count == {step}:
+            os.kill({process}, signal.{name})
+
+    register_optimizer_step_post_hook(send)
+"""
 
 
-def start(*command, **kwargs):
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **kwargs)
+def sends(folder, environment, process, name, step, starts=1):
+    """Return an environment in which a worker of torchrun sends a signal in a step of its own.
+
+    process: the expression for whom it is sent to. starts: of the workers, of which the first
+    ones' do, their ranks by turns.
+    """
+    hook = HOOK.format(process=process, name=name, step=step, starts=starts)
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(hook)
+    return {**environment, "PYTHONPATH": str(folder)}
 
 
 def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_path, environment):
     folder = tmp_path / "r"
     assert run([*DIGITS, "--epochs", 1, "--results-dir", folder]) == 0  # one process begins
-    process = start(sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", 2, ROOT / "train.py", "--resume", folder, "--epochs", 100,
-                    env=environment)
-    until_saved(folder, process, 8 + 2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and f"--resume {folder}" in err
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         ROOT / "train.py", "--resume", folder, "--epochs", "100"],
+        env=sends(tmp_path / "hook", environment, "os.getppid()", "SIGTERM", step=3),
+        capture_output=True, text=True)
+    assert done.returncode != 0 and f"--resume {folder}" in done.stderr, done.stderr
     saved = load(folder)
-    assert saved["step"] % 2 == 0  # they look at log points
+    assert saved["epoch"] < 100 and saved["step"] % 2 == 0  # they look at log points
     assert saved["metrics"]["count"] == min(16 * saved["step"], 115)  # all processes' images
     assert run(["--resume", folder, "--epochs", saved["epoch"] + 1]) == 0  # one process ends it
     assert load(folder)["epoch"] == saved["epoch"] + 1 > 1
     assert len(read_metrics(folder / "metrics.jsonl")) == saved["epoch"] + 1
-
-
-def workers(launcher):
-    """Return the ids of the trainings that a launcher has started and that are alive."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return {int(child) for child in children if "train.py" in command_line(child)}
-
-
-def command_line(process_id):
-    """Return a process's command line, or an empty text where it has ended meanwhile."""
-    try:
-        return Path(f"/proc/{process_id}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def until_replaced(launcher, former):
-    """Wait until the launcher has started as many other processes in the place of the former."""
-    while launcher.poll() is None:
-        running = workers(launcher)
-        if len(running) == len(former) and running.isdisjoint(former):
-            return
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("kills", [int(os.environ.get("KILLS", 1))])
@@ -340,19 +329,17 @@ def test_a_killed_worker_is_replaced_and_the_end_is_the_same(kills, undisturbed,
 
     KILLS=5 ./run_tests.sh -k killed_worker is the longer trial.
     """
+    step = 24 // (kills + 1) + 1  # of 24 in all, and every second one is saved
+    done = subprocess.run(
+        [ROOT / "train_imagenet.sh", *DIGITS], cwd=tmp_path, capture_output=True, text=True,
+        env={**sends(tmp_path / "hook", environment, "os.getpid()", "SIGKILL", step, kills),
+             "PROCESSES": "2", "MAX_RESTARTS": str(kills)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 2 processes" in done.stdout
+    assert "done, in results/imagenet_resnet50q_any" in done.stdout
     folder = tmp_path / "results" / "imagenet_resnet50q_any"
-    process = start(ROOT / "train_imagenet.sh", *DIGITS, cwd=tmp_path,
-                    env={**environment, "PROCESSES": "2", "MAX_RESTARTS": str(kills)})
-    moments = random.Random(0)
-    for kill in range(kills):
-        until_saved(folder, process, 20 * kill // kills)
-        time.sleep(moments.uniform(0, 0.1))
-        running = workers(process)
-        os.kill(moments.choice(sorted(running)), signal.SIGKILL)
-        until_replaced(process, running)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    assert ", 2 processes" in out and "done, in results/imagenet_resnet50q_any" in out
+    log = next(folder.glob("log_*.txt")).read_text()
+    assert log.count("resuming: ") == kills and "resuming: 0 of 3 epochs done" not in log
     for name in ("model_latest", "model_best"):
         ours, theirs = load(folder, name), load(undisturbed, name)
         for part in ("state_dict", "optimizer", "best_prec1", "epoch"):

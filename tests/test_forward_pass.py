@@ -18,15 +18,19 @@ from models.float_layers import BatchNorm2d
 from models.losses import NEXT_TARGET, any_precision_backward
 from models.quan_ops import Clamp, Conv2dQ, DoReFaWeight, round_ste
 from models.resnet_quan import BasicBlock, Bottleneck
+from small_networks import Bottlenecks, OneBlock, ResNet8, ShortSVHN
 
 CPU = torch.device("cpu")
 WIDTHS = [1, 2, 4, 8, 32]
-SIZES = {"resnet20q": 16, "resnet50q": 16, "svhnq": 40}
+NETWORKS = {**MODELS, "resnet8q": ResNet8, "one_block": OneBlock, "bottlenecks": Bottlenecks,
+            "short_svhn": ShortSVHN}
+SIZES = {"resnet20q": 16, "svhnq": 40, "resnet8q": 16, "one_block": 16, "bottlenecks": 16,
+         "short_svhn": 40}
 
 
 def network(name, all_conv=False, width=1, widths=WIDTHS, num_classes=5):
     torch.manual_seed(0)
-    model = MODELS[name](widths, num_classes=num_classes, width=width, all_conv=all_conv)
+    model = NETWORKS[name](widths, num_classes=num_classes, width=width, all_conv=all_conv)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0
@@ -59,7 +63,7 @@ def relative(found, expected):
     *(("resnet20q", False, loss) for loss in NEXT_TARGET),
     *(("svhnq", False, loss) for loss in NEXT_TARGET),
     ("resnet20q", True, "recursive"), ("svhnq", True, "recursive"),
-    ("resnet50q", False, "recursive"), ("resnet50q", True, "recursive")])
+    ("bottlenecks", False, "recursive"), ("bottlenecks", True, "recursive")])
 def test_shared_equals_everything_anew(name, all_conv, loss):
     model = reference.fill(network(name, all_conv).double(), seed=0)
     if name == "svhnq":  # low-bit sums are equal, or 0, but for their order: no maximum or clamp
@@ -80,10 +84,10 @@ def test_a_scale_with_a_gradient_has_it_shared_too(monkeypatch):
         t = torch.tanh(w)
         return t / t.abs().amax(), w.abs().mean()
 
-    images, labels = batch("resnet20q")
-    detached = gradients(reference.fill(network("resnet20q").double(), seed=0), images, labels)[1]
+    images, labels = batch("resnet8q")
+    detached = gradients(reference.fill(network("resnet8q").double(), seed=0), images, labels)[1]
     monkeypatch.setattr(DoReFaWeight, "prepare", prepare)
-    found, expected = (gradients(reference.fill(network("resnet20q").double(), seed=0),
+    found, expected = (gradients(reference.fill(network("resnet8q").double(), seed=0),
                                  images, labels, shared=shared)[1] for shared in (True, False))
     assert relative(found, expected) < 1e-9 < relative(found, detached)
 
@@ -222,9 +226,9 @@ def test_bf16_losses_and_gradients_are_near(name, all_conv):
 
 
 def test_convolutions_are_in_low_precision_and_the_classifier_is_not():
-    model = network("resnet20q")  # its only matrix products are the classifier's
+    model = network("resnet8q")  # its only matrix products are the classifier's
     forward = ForwardPass(model, CPU, "bf16")
-    images, labels = batch("resnet20q", dtype=torch.float32)
+    images, labels = batch("resnet8q", dtype=torch.float32)
     with Operands() as operands:
         gradients(model, images, labels, forward=forward, autocast=forward.autocast)
     for name, dtype in (("mm", torch.float32), ("addmm", torch.float32),
@@ -232,7 +236,7 @@ def test_convolutions_are_in_low_precision_and_the_classifier_is_not():
         assert {operand.dtype for operand in operands.of(name)} == {dtype}, name
 
 
-@pytest.mark.parametrize("name", ["resnet20q", "resnet50q"])
+@pytest.mark.parametrize("name", ["resnet8q", "bottlenecks"])
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_residual_sums_have_the_precision_of_the_stem(name, precision, dtype):
     """Shared or not, at every bit-width; and the BatchNorms after them are in float32."""
@@ -296,10 +300,10 @@ class Waiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_in_a_step_waits_for_the_device(precision):
-    model = network("resnet20q")
+    model = network("resnet8q")
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     forward = ForwardPass(model, CPU, precision)
-    images, labels = batch("resnet20q", dtype=torch.float32)
+    images, labels = batch("resnet8q", dtype=torch.float32)
     metrics = Metrics(WIDTHS, CPU)
 
     def step():
@@ -343,7 +347,7 @@ def test_compiled_quantizers_have_their_gradients(function):
     assert expected.any()
 
 
-@pytest.mark.parametrize("name, precision", [("svhnq", "fp32"), ("resnet20q", "bf16")])
+@pytest.mark.parametrize("name, precision", [("short_svhn", "fp32"), ("one_block", "bf16")])
 def test_compiled_equals_eager(name, precision):
     """Logits and each parameter's gradient, at 8 bits, so that 2 bits would not pass for them."""
     if not compiler_works():
@@ -372,9 +376,9 @@ def test_no_recompilation_after_the_first_step():
     uncompiled."""
     torch._dynamo.reset()
     widths = list(BITS)
-    model = network("svhnq", widths=widths)
+    model = network("short_svhn", widths=widths)
     forward = ForwardPass(model, CPU, batch_size=4, backend="eager")
-    images, labels = batch("svhnq", dtype=torch.float32)
+    images, labels = batch("short_svhn", dtype=torch.float32)
 
     def train_and_evaluate(count):
         model.train()

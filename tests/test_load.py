@@ -54,7 +54,7 @@ def assert_refused(path, *parts):
     ("model_latest", "ckpt/model_latest.pth.tar")])
 def test_a_run(name, place, trained):
     content = load(trained, name)
-    by_hand = MODELS["resnet20q"]([2, 32], 10, 1)
+    by_hand = MODELS["resnet8q"]([2, 32], 10, 1)
     by_hand.load_state_dict(content["state_dict"])
     found = models.load(trained / place)
     with torch.no_grad():  # it comes at its highest bit-width
@@ -66,7 +66,7 @@ def test_a_run(name, place, trained):
         "dataset": "cifar10", "size": 32, "mean": list(row.mean), "std": list(row.std),
         "class_names": [f"class {index}" for index in range(10)]}
     assert content["network"] == found.spec == {
-        "model": "resnet20q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
+        "model": "resnet8q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
         "keep": [], "bit_widths": [2, 32]}
 
 
@@ -74,14 +74,14 @@ def test_a_run_of_another_variant(tmp_path, tiny_cifar10):
     """Nothing in its weights says that it is ALL CONV."""
     argv = tiny(tiny_cifar10, tmp_path / "r", "--all-conv", "--quantizer", "lsq", "--epochs", 1)
     assert run(argv) == 0
-    by_hand = MODELS["resnet20q"]([2, 32], 10, 1, True)
+    by_hand = MODELS["resnet8q"]([2, 32], 10, 1, True)
     models.set_quantizers(by_hand, "lsq", [2, 32])
     by_hand.load_state_dict(load(tmp_path / "r", "model_best")["state_dict"])
     assert_logits_equal(models.load(tmp_path / "r"), by_hand, [2, 32])
 
 
 def test_a_bit_width_that_is_asked_for(trained):
-    by_hand = MODELS["resnet20q"]([3, 32], 10, 1)
+    by_hand = MODELS["resnet8q"]([3, 32], 10, 1)
     weights = load(trained, "model_best")["state_dict"]
     by_hand.load_state_dict({key.replace("bn_dict.2.", "bn_dict.3."): value
                              for key, value in weights.items()})
@@ -94,13 +94,13 @@ def test_an_older_run_s_checkpoint(older, trained, tmp_path):
     for name in older:
         del content[name]
     path = tmp_path / "x.pth.tar"
-    by_hand = MODELS["resnet20q"]([2, 32], 10, 1)
+    by_hand = MODELS["resnet8q"]([2, 32], 10, 1)
     by_hand.load_state_dict(content["state_dict"])
     torch.save(content, path)
     assert_logits_equal(models.load(path), by_hand, [2, 32])
     content["arguments"].update(all_conv=True)
     torch.save(content, path)
-    by_hand = MODELS["resnet20q"]([2, 32], 10, 1, True)
+    by_hand = MODELS["resnet8q"]([2, 32], 10, 1, True)
     by_hand.load_state_dict(content["state_dict"])
     assert_logits_equal(models.load(path), by_hand, [2, 32])
 
@@ -333,14 +333,20 @@ class OwnNetwork(SVHNNet):
 
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory):
-    """A run of a network that is registered in MODELS, begun before it had a mistake."""
+    """A run of a network that is registered in MODELS, begun before it had a mistake.
+
+    It and what follows is on 30 images, read once.
+    """
     folder = tmp_path_factory.mktemp("own") / "r"
+    row = DATASETS["digits"]
+    images = {split: row.open(None, split)[:30] for split in ("train", "val")}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(MODELS, "own", OwnNetwork)
+        monkeypatch.setitem(DATASETS, "digits",
+                            row._replace(open=lambda root, split: images[split], shapes={}))
         assert run(["--model", "own", "--dataset", "digits", "--width", 1, "--bit_width_list",
-                    "2,32", "--epochs", 1, "--train-fraction", 0.05, "--device", "cpu",
-                    "--results-dir", folder]) == 0
-    return folder
+                    "2,32", "--epochs", 1, "--device", "cpu", "--results-dir", folder]) == 0
+        yield folder
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
@@ -348,13 +354,11 @@ def own_run(tmp_path_factory):
 def test_a_mistake_in_one_s_own_network_shows_its_traceback(place, kind, own_run, tmp_path,
                                                             monkeypatch):
     """It is no fault of the file: not reported as one that is damaged."""
-    monkeypatch.setitem(MODELS, "own", OwnNetwork)
     assert models.load(own_run).spec["model"] == "own"
     monkeypatch.setattr(OwnNetwork, "place", place)
     monkeypatch.setattr(OwnNetwork, "kind", kind)
     common = ["--device", "cpu", "--results-dir", tmp_path / "r"]
-    training = ["--model", "own", "--width", 1, "--bit_width_list", "2,32", "--epochs", 1,
-                "--train-fraction", 0.05]
+    training = ["--model", "own", "--width", 1, "--bit_width_list", "2,32", "--epochs", 1]
     calls = [lambda: run([*training, *common]),
              lambda: run([*training, "--pretrain", own_run, *common]),
              lambda: run(["--resume", own_run, "--epochs", 2, *common]),

@@ -5,6 +5,7 @@ import torch
 import reference
 from models import DEFAULT_WIDTH, MODELS, set_bit_width, trained_bit_widths
 from models.quan_ops import Conv2dQ, SwitchableBatchNorm2d
+from small_networks import Bottlenecks
 
 SIZE = {"resnet20q": 32, "resnet50q": 64, "svhnq": 40}
 
@@ -21,9 +22,11 @@ def test_a_new_network_stands_at_its_highest_bit_width(name):
     assert model(torch.randn(2, 3, SIZE[name], SIZE[name])).shape == (2, 7)
 
 
-def test_switching_reaches_every_layer_and_changes_the_output(name):
-    model = reference.fill(MODELS[name]([1, 2, 32], width=1).double(), seed=0).eval()
-    images = reference.values("input", (2, 3, SIZE[name], SIZE[name]), seed=0)
+@pytest.mark.parametrize("kind, size", [
+    (MODELS["resnet20q"], 32), (MODELS["svhnq"], 40), (Bottlenecks, 64)])
+def test_switching_reaches_every_layer_and_changes_the_output(kind, size):
+    model = reference.fill(kind([1, 2, 32], width=1).double(), seed=0).eval()
+    images = reference.values("input", (2, 3, size, size), seed=0)
     logits = {}
     for bits in (1, 2, 32):
         set_bit_width(model, bits)

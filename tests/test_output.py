@@ -36,7 +36,7 @@ def test_training_goes_on_and_its_log_has_all(stream, reason, tmp_path, tiny_cif
     assert_one_line(capsys, f"standard output cannot be written ({reason}): training goes on; its "
                             f"log is in {tmp_path}/r")
     log = next((tmp_path / "r").glob("log_*.txt")).read_text()
-    assert " | val " in log and "accuracy.png are in" in log
+    assert "val loss" in log and f"in {tmp_path}/r: accuracy.png, ckpt/, config.json, log_" in log
 
 
 @pytest.mark.parametrize("stream", [None, Full()])

@@ -14,6 +14,7 @@ from models import MODELS, calibrate, quan_ops, set_bit_width
 from models.bit_widths import BITS, BitWidth, check_bit_widths
 from models.losses import any_precision_backward
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from small_networks import Bottlenecks, ResNet8, ShortSVHN
 
 CPU = torch.device("cpu")
 LEVELS = {  # bits: n, and by hand round(n * 0.6), round(n * 0.5) half to even, round(n * 0.75)
@@ -104,6 +105,31 @@ def test_convolution_quantizes_its_weight_and_not_its_bias():
         weight = quantize_weight(conv.weight, bits)
         expected = torch.nn.functional.conv2d(x, weight, conv.bias, padding=1)
         assert_close(conv(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_operands_of_tf32_are_exact(bits, monkeypatch):
+    """Whether levels over n are divided, or multiplied by 1 / n as inductor does on CUDA."""
+    monkeypatch.setattr(quan_ops, "low_precision", lambda x: True)
+    n = 2**bits - 1
+    levels = torch.arange(n + 1, dtype=torch.float32)
+    conv = Conv2dQ(1, 200, 1, bias=False)
+    torch.nn.init.normal_(conv.weight)
+    activation = ActivationQ()
+    object.__setattr__(conv, "input_quantizer", activation.quantizer)
+    for layer in (conv, activation):
+        layer.switch_bit_width(BitWidth(bits))
+    operands = []
+    for x in (levels / n, levels * torch.tensor(1 / n, dtype=torch.float32)):
+        conv.apply_quantized(x.view(-1, 1, 1, 1),
+                             lambda x, w, b: operands.append((x, w)) or x * w[:1, :1])
+    integers = conv.integer_weight()[0].detach()
+    for x, w in operands:
+        assert torch.equal(x.flatten() * 2**bits, levels)
+        assert torch.equal(w * 2**bits, integers)
+    x = (levels / n).view(-1, 1, 1, 1).requires_grad_()
+    conv.apply_quantized(x, lambda x, w, b: x).sum().backward()
+    assert (x.grad > 0).all()
 
 
 def test_activation_layer():
@@ -198,8 +224,8 @@ def assert_every_loss_changes(path, change, also=()):
     losses = []
     for edit in (lambda: None, change):
         edit()
-        model = reference.fill(MODELS["svhnq"](WIDTHS, width=1).double(), seed=0).float()
-        model.layers[19].p = 0  # no dropout
+        model = reference.fill(ShortSVHN(WIDTHS, width=1).double(), seed=0).float()
+        model.layers[6].p = 0  # no dropout
         losses.append(PATHS[path](model, images, labels))
     before, after = losses
     assert (before[32] != after[32]) == (32 in also)
@@ -208,9 +234,9 @@ def assert_every_loss_changes(path, change, also=()):
 
 
 @pytest.mark.parametrize("path", [contextlib.nullcontext, torch.no_grad])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_forward_hook_on_every_module_fires_once_a_forward_pass(name, path):
-    model = MODELS[name](WIDTHS, width=1)
+@pytest.mark.parametrize("kind", [ResNet8, Bottlenecks, MODELS["svhnq"]])
+def test_a_forward_hook_on_every_module_fires_once_a_forward_pass(kind, path):
+    model = kind(WIDTHS, width=1)
     set_bit_width(model, 4)
     fired = []
     expected = []

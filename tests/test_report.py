@@ -5,12 +5,13 @@ import io
 import json
 import os
 import sys
+from argparse import Namespace
 from functools import partial
 
 import pytest
 
 import report
-from engine.arguments import merge_args, parse_flags
+from engine.arguments import merge_args, parse_flags, run_name
 from engine.errors import run_program
 from engine.run_folder import write_metrics
 
@@ -28,6 +29,20 @@ def write_run(folder, top1, *flags):
                for bits, values in top1.items()}
         records.append({"epoch": epoch + 1, "train": val, "val": val})
     write_metrics(folder / "metrics.jsonl", records)
+    return str(folder)
+
+
+def write_evaluation(folder, trained, top1, batches=20):
+    """Make a folder of an evaluation of write_run's folder, with top-1 {bits: %}."""
+    folder.mkdir()
+    arguments = json.loads((trained / "config.json").read_text())["arguments"]
+    (folder / "config.json").write_text(json.dumps({
+        "arguments": {**arguments, "evaluate": True, "calibrate": batches,
+                      "bit_width_list": list(top1)}, "epoch": 3,
+        "trained_bit_widths": arguments["bit_width_list"],
+        "checkpoint": "x/ckpt/model_best.pth.tar"}))
+    (folder / "evaluation.json").write_text(json.dumps(
+        {bits: {"loss": 1.0, "top1": value, "top5": 99.0} for bits, value in top1.items()}))
     return str(folder)
 
 
@@ -50,6 +65,7 @@ def runs(tmp_path):
         write_run(tmp_path / "d32", {32: [95.0, 96.0]}, "--loss", "hard")]
 
 
+@pytest.mark.pictures
 def test_table_in_the_published_form(runs, tmp_path, capsys):
     assert run([*runs, "--output", str(tmp_path / "out" / "table")]) == 0
     out = capsys.readouterr().out
@@ -87,6 +103,50 @@ def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys
     assert "resnet20q on digits" in out and "| any, recursive | 40.00 | 41.00 |" in out
 
 
+def test_names_leave_out_what_most_runs_have(runs, tmp_path, capsys):
+    """Beside four runs of one kind, only what is unlike them is named."""
+    top1 = {1: [40.0, 50.0], 32: [50.0, 60.0]}
+    others = {"sgd": ["--optimizer", "sgd"], "conv": ["--all-conv"], "low": ["--precision", "bf16"],
+              "cosine": ["--schedule", "cosine"]}
+    for seed in range(4):
+        runs.append(write_run(tmp_path / f"b{seed}", top1, "--seed", str(7 + seed)))
+    for name, flags in others.items():
+        runs.append(write_run(tmp_path / name, top1, *flags, "--batch-size", "256"))
+    assert run([*runs, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    names = [row.split(" | ")[0] for row in out.splitlines() if row.startswith("| any")]
+    assert names == [
+        "| any, recursive, batch size 128", "| any, hard, batch size 128",
+        "| any, recursive, batch size 256, optimizer sgd",
+        "| any, recursive, all conv, batch size 256", "| any, recursive, bf16, batch size 256",
+        "| any, recursive, batch size 256, no lr decay, schedule cosine"]
+
+
+def test_a_run_in_bf16_is_named_so_alone_too(tmp_path, capsys):
+    folder = write_run(tmp_path / "low", {4: [50.0]}, "--precision", "bf16")
+    assert run([folder, "--output", str(tmp_path / "t")]) == 0
+    assert "| dedicated, bf16 | 50.00 |" in capsys.readouterr().out
+    arguments = json.loads((tmp_path / "low" / "config.json").read_text())["arguments"]
+    assert run_name(Namespace(**arguments)) == "digits_svhnq_4_bf16_seed0"
+    assert run_name(Namespace(**{**arguments, "precision": "fp32"})) == "digits_svhnq_4_seed0"
+
+
+def test_what_the_figure_draws(runs, tmp_path, monkeypatch, capsys):
+    """Dedicated networks are separate; a network that runs at several bit-widths is one."""
+    drawn = []
+    monkeypatch.setattr(report, "save_comparison_figure", lambda path, panels: drawn.extend(panels))
+    evaluated = write_evaluation(tmp_path / "e", tmp_path / "d32", {1: 20.0, 32: 96.0})
+    assert run([*runs, evaluated, "--output", str(tmp_path / "t")]) == 0
+    (title, found), = drawn
+    assert title == "svhnq on digits"
+    assert {curve.name: (curve.joined, sorted(curve.trained)) for curve in found} == {
+        "any, recursive": (True, [1, 32]), "any, hard": (True, [1, 32]),
+        "dedicated": (False, [1, 32]),
+        "dedicated 32-bit, best checkpoint evaluated, calibrated on 20 batches": (True, [32])}
+    assert found[0].mean == {1: 92.0, 32: 98.0}
+    assert found[0].spread == {1: pytest.approx(2 ** 0.5), 32: 0} and found[2].spread == {}
+
+
 def test_unfinished_runs_have_a_row_of_their_own_and_repeated_seeds_none(runs, tmp_path, capsys):
     half = write_run(tmp_path / "half", {1: [10.0], 32: [11.0]}, "--epochs", "2")
     again = write_run(tmp_path / "again", {1: [1.0, 2.0], 32: [3.0, 4.0]}, "--seed", "1")
@@ -98,18 +158,20 @@ def test_unfinished_runs_have_a_row_of_their_own_and_repeated_seeds_none(runs, t
 
 
 def test_evaluations_say_what_they_are_of(runs, tmp_path, capsys):
-    folder = tmp_path / "e"
-    folder.mkdir()
-    config = json.loads((tmp_path / "d32" / "config.json").read_text())
-    arguments = {**config["arguments"], "evaluate": True, "calibrate": 20}
-    (folder / "config.json").write_text(json.dumps(
-        {"arguments": arguments, "epoch": 3, "checkpoint": "x/ckpt/model_best.pth.tar"}))
-    (folder / "evaluation.json").write_text(
-        json.dumps({"1": {"loss": 1.0, "top1": 20.0, "top5": 50.0}}))
-    assert run([*runs, str(folder), "--output", str(tmp_path / "t")]) == 0
+    folder = write_evaluation(tmp_path / "e", tmp_path / "d32", {1: 20.0})
+    assert run([*runs, folder, "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     assert "of the last epoch, or the checkpoint that was evaluated," in out
-    assert "| dedicated, trained at 32, calibrate 20, model_best evaluated | 20.00 |" in out
+    name = "dedicated 32-bit, best checkpoint evaluated, calibrated on 20 batches"
+    assert f"| {name} | 20.00 |" in out
+
+    other = write_evaluation(tmp_path / "e0", tmp_path / "d32", {1: 15.0}, batches=0)
+    own = write_evaluation(tmp_path / "own", tmp_path / "d32", {32: 96.0}, batches=0)
+    assert run([folder, other, own, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| dedicated 32-bit, calibrated on 20 batches | 20.00 |" in out
+    assert "| dedicated 32-bit, not calibrated | 15.00 |" in out
+    assert "| dedicated, not calibrated |  | 96.00 |" in out
 
 
 def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsys):
@@ -265,4 +327,5 @@ def test_names_reach_the_terminal_without_escape_sequences(tmp_path, capsys):
     edit(folder / "config.json", "arguments", "model", value="m\x1b[2J")
     assert run([str(folder), "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
-    assert "\x1b" not in out and r"m\x1b[2J on digits" in out and r"\x1b[31mred evaluated" in out
+    assert "\x1b" not in out and r"m\x1b[2J on digits" in out
+    assert report.load_run(folder).evaluation["checkpoint"] == r"\x1b[31mred evaluated"

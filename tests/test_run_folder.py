@@ -23,7 +23,7 @@ def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
     with open(path, "a") as file:
         file.write('{"epoch": 4, "tra')  # killed while writing
     with RunFolder(tmp_path, "run", in_place=True) as run_folder:
-        run_folder.begin(2)
+        run_folder.begin(2, {})
         kept = run_folder.history
     assert [record["epoch"] for record in kept] == [1, 2] and kept[0]["val"] == {4: values}
     assert read_metrics(path) == kept
@@ -69,7 +69,7 @@ def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
             if "--results-dir" not in (flag, word)]
     for _ in range(2):
         assert run(argv) == 0
-    name = "cifar10_resnet20q_2-32_recursive_seed0"
+    name = "cifar10_resnet8q_2-32_recursive_seed0"
     assert {path.name for path in Path("results").iterdir()} == {name, f"{name}_2"}
 
 

@@ -5,9 +5,9 @@ import math
 import os
 import pty
 import random
+import re
 import struct
 import subprocess
-import sys
 import termios
 
 import pytest
@@ -15,13 +15,15 @@ import tiny_data
 import torch
 from runs import ROOT, assert_one_line, assert_same, load, run, tiny
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.layout_pb2 import Layout
+from torch._inductor import config as inductor
 
 import report
 import train
 from dataset.data import DATASETS, get_dataset, get_transform
 from engine.errors import UserError
 from engine.metrics import Metrics
-from models import resnet20q, set_bit_width
+from models import MODELS, set_bit_width
 
 # ---- what a run leaves behind
 
@@ -53,7 +55,7 @@ def test_checkpoints_and_configuration(trained):
     for name in ("model_latest", "model_best"):
         checkpoint = load(trained, name)
         assert {"epoch", "model", "state_dict", "best_prec1", "optimizer"} <= set(checkpoint)
-        assert checkpoint["model"] == "resnet20q"
+        assert checkpoint["model"] == "resnet8q"
     config = json.loads((trained / "config.json").read_text())
     assert config["arguments"]["lr"] == 0.001 and config["seed"] == 0
     assert config["device"].startswith("cpu")
@@ -64,17 +66,21 @@ def test_checkpoints_and_configuration(trained):
 
 def test_console(training):
     folder, out = training
-    header, *rows = [line for line in out.splitlines() if " | val " in line]
+    header, *rows = [line for line in out.splitlines()
+                     if line.startswith(("epoch  ", "  1/3", "  2/3", "  3/3"))]
     assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
-    assert header.split()[-1] == "eta" and rows[-1].split()[-1] == "0:00:00"
-    assert "epoch 1/3  step 2/3" in out
+    assert header.split()[-1] == "eta" and rows[-1].split()[-1] == "0s"
+    assert "epoch 1/3  step 1/3  loss " in out and "epoch 1/3  step 2/3  loss " in out
+    assert ("epochs 3, steps an epoch 3, batch size 8, adam, lr 0.001 (/ 10 after 2), weight decay "
+            "0, width 1, quantizer dorefa, precision fp32, seed 0") in out.replace("\n   ", "")
+    assert out.splitlines()[-1].startswith(f"in {folder}: accuracy.png, ckpt/, config.json, log_")
     assert "best checkpoint (epoch" in out and "last (epoch 3)" in out
     log = next(folder.glob("log_*.txt")).read_text()
     assert all(row in log for row in rows)
 
 
 def summary_values(folder):
-    """Return {(tag, step): value} of TensorBoard's event files.
+    """Return {(tag, step): number or bytes} of TensorBoard's event files.
 
     A record is its length, a checksum of that, an Event, and a checksum of it.
     """
@@ -85,7 +91,8 @@ def summary_values(folder):
             (length,) = struct.unpack("<Q", content[:8])
             event = Event.FromString(content[12:12 + length])
             content = content[16 + length:]
-            values.update({(value.tag, event.step): value.simple_value
+            values.update({(value.tag, event.step): value.tensor.string_val[0]
+                           if value.HasField("tensor") else value.simple_value
                            for value in event.summary.value})
     return values
 
@@ -95,7 +102,18 @@ def test_tensorboard_tags_and_values(trained):
     values = summary_values(trained / "summary")
     tags = {f"{part}_{what}_{bits}" for part in ("train", "val")
             for what in ("loss", "prec_1", "prec_5") for bits in (2, 32)}
-    assert {tag for tag, _ in values} == {"lr", *tags} and {step for _, step in values} == {0, 1, 2}
+    more = {"lr", "images_per_second", "arguments/text_summary", "custom_scalars__config__"}
+    assert {tag for tag, _ in values} == {*more, *tags}
+    assert {step for _, step in values} == {0, 1, 2}
+    assert values["images_per_second", 0] > 0
+    assert b"| bit_width_list | 2,32 |" in values["arguments/text_summary", 0]
+    layout = Layout.FromString(values["custom_scalars__config__", 0])
+    charts = {(category.title, chart.title): {
+        tag for tag in tags if re.match(chart.multiline.tag[0], tag)}  # as TensorBoard does
+        for category in layout.category for chart in category.chart}
+    assert charts == {(title, part): {f"{part}_{what}_{bits}" for bits in (2, 32)}
+                      for title, what in (("top-1 (%)", "prec_1"), ("loss", "loss"))
+                      for part in ("train", "val")}
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert values["val_prec_1_2", 2] == pytest.approx(last["val"]["2"]["top1"])
     assert values["train_loss_32", 2] == pytest.approx(last["train"]["32"]["loss"])
@@ -104,7 +122,7 @@ def test_tensorboard_tags_and_values(trained):
 def test_metrics_are_those_of_the_saved_network(trained, tiny_cifar10):
     """Recomputes val loss and top-k from the checkpoint, one image at a time."""
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    model = resnet20q([2, 32], width=1)
+    model = MODELS["resnet8q"]([2, 32], width=1)
     model.load_state_dict(load(trained)["state_dict"])
     model.eval()
     images = get_dataset("cifar10", "test", get_transform("cifar10", False), tiny_cifar10)
@@ -175,12 +193,10 @@ def test_training_on_every_data_set(dataset, tmp_path, monkeypatch):
     getattr(tiny_data, dataset.replace("-", "_"))(tmp_path / "data", monkeypatch)
     model = "svhnq" if DATASETS[dataset].image_size == 40 else "resnet20q"
     if dataset == "imagenet":
-        model = "resnet50q"
+        model = "bottlenecks"
     argv = ["--dataset", dataset, "--model", model, "--width", 1, "--data-dir", tmp_path / "data",
             "--epochs", 1, "--bit_width_list", "1,32", "--batch-size", 4, "--device", "cpu",
             "--results-dir", tmp_path / "r"]
-    if model == "resnet50q":
-        argv += ["--train-fraction", 0.5, "--optimizer", "sgd"]  # steps and saves take seconds
     assert run(argv) == 0
     assert load(tmp_path / "r")["epoch"] == 1
 
@@ -301,8 +317,8 @@ def test_a_run_whose_steps_leave_bit_widths_out(tmp_path, tiny_cifar10, monkeypa
     assert run(tiny(tiny_cifar10, folder, "--bit_width_list", "1,2,4,32", "--widths-per-step", 3,
                     "--print-freq", 2, "--epochs", 1)) == 0
     out = capsys.readouterr().out
-    header, row = [line for line in out.splitlines() if " | val " in line]
-    assert len(header) == len(row) and row.split("train")[1].split()[1] == "-"
+    header, row = [line for line in out.splitlines() if line.startswith(("epoch  ", "  1/1"))]
+    assert len(header) == len(row)
     text = (folder / "metrics.jsonl").read_text()
     record = json.loads(text, parse_constant=pytest.fail)
     assert list(record["train"]) == ["1", "4", "32"]
@@ -326,43 +342,42 @@ DIGITS = ["--width", "1", "--bit_width_list", "2,32", "--epochs", "1", "--device
           "--train-fraction", "0.2"]
 
 
-def test_digits_recipe_with_data_workers(tmp_path, environment):
-    done = subprocess.run(
-        [ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r", "--workers", "2"],
-        env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "best checkpoint (epoch 1)" in done.stdout
-    assert load(tmp_path / "r")["epoch"] == 1
-
-
-def test_digits_recipe_on_a_terminal_shows_a_bar(tmp_path, environment):
+def test_digits_recipe_with_data_workers_on_a_terminal_shows_a_bar(tmp_path, environment):
     outer, inner = pty.openpty()
     size = struct.pack("HHHH", 40, 140, 0, 0)  # rows, columns
     fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
-    process = subprocess.Popen([ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r"],
-                               env=environment, stdout=inner, stderr=subprocess.PIPE, text=True)
-    os.close(inner)
-    shown = b""
-    try:
-        while part := os.read(outer, 4096):
-            shown += part
-    except OSError:  # the other end is closed
-        pass
-    _, err = process.communicate()
-    assert process.returncode == 0 and err == "", err
-    for part in ("epoch 1/1:", "step/s", " | val ", "best checkpoint (epoch 1)"):
+    with open(tmp_path / "errors", "w+") as errors:
+        process = subprocess.Popen(
+            [ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r", "--workers", "2"],
+            env=environment, stdout=inner, stderr=errors)
+        os.close(inner)
+        shown = b""
+        try:
+            while part := os.read(outer, 4096):
+                shown += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(outer)
+        code = process.wait()
+        errors.seek(0)
+        err = errors.read()
+    assert code == 0 and err == "", err
+    for part in ("epoch 1/1:", "step/s", ", loss ", "val loss", "best checkpoint (epoch 1)"):
         assert part in shown.decode()
     assert load(tmp_path / "r")["epoch"] == 1
 
 
-def test_compile_without_a_compiler_is_one_line_and_the_run_goes_on_without(tmp_path, environment):
-    command = [sys.executable, ROOT / "train.py", *DIGITS, "--results-dir", tmp_path / "r"]
-    done = subprocess.run(
-        [*command, "--compile"], capture_output=True, text=True,
-        env={**environment, "PATH": str(tmp_path), "CC": "cc", "CXX": str(tmp_path / "none"),
-             "XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("train.py: error: --compile needs a compiler that works here (")
-    assert "leave it out, or where a run goes on, pass --no-compile" in done.stderr
-    assert run([*command[2:], "--no-compile"]) == 0
+def test_compile_without_a_compiler_is_one_line_and_the_run_goes_on_without(
+        tmp_path, tiny_cifar10, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "none"))}):
+        assert run([*argv, "--compile"]) == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1, err
+    assert ": error: --compile needs a compiler that works here (" in err
+    assert "leave it out, or where a run goes on, pass --no-compile" in err
+    assert run([*argv, "--no-compile"]) == 0
     assert load(tmp_path / "r")["arguments"]["compile"] is False

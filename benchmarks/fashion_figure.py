@@ -1,0 +1,60 @@
+"""Draw docs/fashion.png from the tables of docs/results.md.
+
+    python benchmarks/fashion_figure.py
+"""
+import re
+
+from reference_way import ROOT  # first: it adds the project to the path
+
+from engine.arguments import OneLineParser
+from engine.errors import run_program
+from engine.figures import Curve, save_comparison_figure
+from models import BitWidth
+
+NAMES = {  # in the tables: in the figure
+    "any, recursive": "any, recursive", "any, hard": "any, hard", "any, soft": "any, soft",
+    "dedicated": "dedicated: a network for each bit-width",
+    "dedicated 32-bit, calibrated on 20 batches": "these quantizers without training"}
+
+
+def rows(text):
+    """Return {name: {bit-width: (mean, standard deviation)}} of the first rows of each name."""
+    found = {}
+    for line in text.splitlines():
+        first, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if first == "model":
+            widths = [BitWidth.of(cell) for cell in cells]
+        elif first in NAMES and first not in found:
+            numbers = [re.fullmatch(r"([\d.]+) ± ([\d.]+)", cell) for cell in cells]
+            found[first] = {bits: (float(number[1]), float(number[2]))
+                            for bits, number in zip(widths, numbers) if number}
+    return found
+
+
+def curves(table):
+    """Return the Curve of each name, of a table by rows()."""
+    return [Curve(NAMES[name], {bits: mean for bits, (mean, _) in cells.items()},
+                  {bits: spread for bits, (_, spread) in cells.items()},
+                  {BitWidth(32)} if name.startswith("dedicated 32") else set(cells),
+                  joined=name != "dedicated")
+            for name, cells in table.items()]
+
+
+def main(options):
+    text = (ROOT / "docs" / "results.md").read_text()
+    fashion = text.split("## Fashion-MNIST")[1].split("\n## ")[0]
+    save_comparison_figure(
+        options.output,
+        [("svhnq on Fashion-MNIST: mean and standard deviation over three seeds, last epoch",
+          curves(rows(fashion)))], split="test")
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(__doc__.splitlines()[0])
+    parser.add_argument("--output", default=ROOT / "docs" / "fashion.png", metavar="FILE",
+                        help="the figure")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_program(main, parse_args)

@@ -1,0 +1,199 @@
+"""Export of a network: files are written, compared with the network, and then published."""
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import nn
+
+from deploy import check, runtimes
+from deploy.graph import Run, image_shape
+from models import packed, trained_bit_widths
+from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from utils import commit, writing
+
+FORMATS = ("packed", "onnx")
+INPUTS = ("float32", "uint8")
+IMAGES = 16  # random ones, on which a file is compared where there are no others
+
+
+class Exported(NamedTuple):
+    """files: {bit-width: path}, several of one file. results: of the comparison, as check.row."""
+    files: dict[BitWidth, Path]
+    results: check.Results
+
+
+def export(model: nn.Module, path: str | Path,
+           bit_widths: Iterable[BitWidth | int | str] | str | None = None, format: str = "onnx", *,
+           input: str = "float32", about_images: dict | None = None,
+           images: numpy.ndarray | None = None, labels: numpy.ndarray | None = None,
+           arguments: dict | None = None) -> Exported:
+    """Write a network to a file, or to one per bit-width, once each gives the network's logits.
+
+    model: as models.load returns it: on the CPU, in evaluation mode, with `spec`. path: of the
+    file; of several ONNX files net.onnx becomes net_1.onnx, net_2.onnx. bit_widths: with BatchNorms
+    in the network; None for all of its integer ones; "any" for one file of all of them. format:
+    packed or onnx. input: "uint8" for an ONNX file whose input is images of 0 to 255,
+    (N, H, W, 3), which it normalizes. about_images: their size, mean, std, and where known dataset
+    and class_names; None for model.images. images, labels: normalized (N, 3, H, W) float32 and
+    (N,) to compare on; None for random images. arguments: of the run, for a packed file.
+
+    Raises ValueError where the format cannot represent the network or a file falls short of it, and
+    OSError where a file exists or cannot be written. Then nothing is left behind.
+    """
+    path = Path(path)
+    if format not in FORMATS or input not in INPUTS:
+        raise ValueError(f"format {format!r} and input {input!r}: choose from {FORMATS} and "
+                         f"{INPUTS}")
+    about = about_images or getattr(model, "images", None)
+    if not about or not about.get("size"):
+        raise ValueError("nothing says of what images the network is: give about_images, a dict "
+                         "of size, mean and std")
+    widths = exported_widths(model, bit_widths)
+    files = file_names(path, widths, bit_widths == "any" or format == "packed")
+    with temporary_folder(path) as folder:
+        written = {width: folder / file.name for width, file in files.items()}
+        with writing(path):
+            if format == "packed":
+                write_packed(model, widths, written[widths[0]], bit_widths == "any", about,
+                             arguments)
+            else:
+                write_onnx(model, written, bit_widths == "any", about, input)
+
+        images, run = images_and_run(written, format, input, about, images)
+        results = check.compare(model, run, images, labels, widths)
+        missed = check.shortfall(results)
+        if missed:
+            raise ValueError(f"the file falls short of the network: {missed}; a layer may compute "
+                             "something that this format does not hold" +
+                             ("; take the packed format" if format != "packed" else ""))
+        if format == "onnx" and labels is not None:
+            with writing(path):
+                add_accuracy(written, results)
+        publish(written, files)
+    return Exported(files, results)
+
+
+def exported_widths(model: nn.Module,
+                    wanted: Iterable[BitWidth | int | str] | str | None) -> list[BitWidth]:
+    """Return the bit-widths to export, lowest first; raises ValueError where there are none."""
+    present = trained_bit_widths(model)
+    if wanted in (None, "any"):
+        wanted = [width for width in present
+                  if FULL_PRECISION not in (width.weights, width.activations)]
+    wanted = sorted(check_bit_widths(wanted)) if wanted else []
+    absent = [width for width in wanted if present and width not in present]
+    if absent or not wanted:
+        raise ValueError(f"the network has no BatchNorm for {absent[0] if absent else 'integer'} "
+                         f"bits, but for {', '.join(map(str, present))}: calibrate first")
+    return wanted
+
+
+def file_names(path: Path, widths: list[BitWidth], is_one: bool) -> dict[BitWidth, Path]:
+    """Return {bit-width: path of its file}; raises FileExistsError where one exists."""
+    files = dict.fromkeys(widths, path)
+    if len(widths) > 1 and not is_one:
+        files = {width: path.with_name(f"{path.stem}_{width}{path.suffix}") for width in widths}
+    check_absent(files.values())
+    return files
+
+
+def check_absent(files: Iterable[Path]) -> None:
+    """Raise FileExistsError where a file exists."""
+    for file in files:
+        if file.exists():
+            raise FileExistsError(f"{file} exists: remove it, or give another name")
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a path."""
+    with tempfile.TemporaryDirectory(prefix=".export_", dir=path.parent) as folder:
+        yield Path(folder)
+
+
+def publish(written: dict[BitWidth, Path], files: dict[BitWidth, Path]) -> None:
+    """Move files to their names, each whole; raises FileExistsError, and moves none, if one exists.
+    """
+    pairs = dict(zip(written.values(), files.values()))
+    check_absent(pairs.values())
+    for source, file in pairs.items():
+        with open(source, "rb") as content:
+            os.fsync(content.fileno())
+        os.rename(source, file)
+
+
+def write_packed(model: nn.Module, widths: list[BitWidth], path: Path, is_any: bool, about: dict,
+                 arguments: dict | None) -> None:
+    """Write a packed file, of all of 1 to 8 bits where is_any."""
+    spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
+    packed.save(model, widths, path, {
+        **spec, "image_size": about["size"], "mean": about.get("mean"), "std": about.get("std"),
+        "class_names": about.get("class_names"), "calibrated": getattr(model, "calibrated", []),
+        "arguments": {**(arguments or {}), "dataset": about.get("dataset")}},
+        packed.ANY if is_any else widths)
+
+
+def write_onnx(model: nn.Module, written: dict[BitWidth, Path], is_any: bool, about: dict,
+               input: str) -> None:
+    """Write ONNX files, with what is known of the network in their metadata."""
+    from deploy import onnx_file  # its package is optional
+
+    pixels = None
+    if input == "uint8":
+        pixels = about["mean"], about["std"]
+    metadata = {"model": model.spec["model"] if hasattr(model, "spec") else type(model).__name__,
+                "dataset": about.get("dataset") or "", "size": about["size"], "input": input,
+                "mean": about.get("mean"), "std": about.get("std"),
+                "class_names": about.get("class_names"), "commit": commit() or ""}
+    for path in dict.fromkeys(written.values()):
+        widths = [width for width, file in written.items() if file == path]
+        more = {"bits": ",".join(map(str, widths)), **metadata}
+        onnx_file.export(model, widths, path, about["size"], is_any, {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in more.items()}, pixels)
+
+
+def add_accuracy(written: dict[BitWidth, Path], results: check.Results) -> None:
+    """Add the top-1 that was found to the metadata of ONNX files."""
+    from deploy import onnx_file
+
+    for path in dict.fromkeys(written.values()):
+        accuracy = {str(width): results[width]["top1"] for width, file in written.items()
+                    if file == path}
+        count = next(iter(results.values()))["images"]
+        onnx_file.add_metadata(path, {"top1": json.dumps(accuracy), "top1_images": str(count)})
+
+
+def images_and_run(written: dict[BitWidth, Path], format: str, input: str, about: dict,
+                   images: numpy.ndarray | None) -> tuple[numpy.ndarray, Run]:
+    """Return the images to compare on, and the files' run, which takes them.
+
+    With uint8 input these are what remains of the images when they are rounded to 0 to 255.
+    """
+    open_file = runtimes.packed_run if format == "packed" else runtimes.onnxruntime_run
+    runs = {path: open_file(path) for path in dict.fromkeys(written.values())}
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(IMAGES, *image_shape(about["size"]), generator=generator).numpy()
+    if input == "float32":
+        return images, lambda batch, width: runs[written[width]](batch, width)
+    images = from_pixels(to_pixels(images, about), about)
+    return images, lambda batch, width: runs[written[width]](to_pixels(batch, about), width)
+
+
+def to_pixels(images: numpy.ndarray, about: dict) -> numpy.ndarray:
+    """Return normalized images (N, C, H, W) as uint8 (N, H, W, C)."""
+    values = images.transpose(0, 2, 3, 1) * numpy.array(about["std"]) + numpy.array(about["mean"])
+    return numpy.rint(255 * values).clip(0, 255).astype(numpy.uint8)
+
+
+def from_pixels(pixels: numpy.ndarray, about: dict) -> numpy.ndarray:
+    """Return uint8 images (N, H, W, C) as normalized ones, (N, C, H, W) float32."""
+    values = (pixels / 255 - numpy.array(about["mean"])) / numpy.array(about["std"])
+    return numpy.ascontiguousarray(values.transpose(0, 3, 1, 2), numpy.float32)

@@ -1,0 +1,78 @@
+"""Exported files in the runtimes that read them, as functions of images."""
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+
+from deploy.graph import Run
+from models import packed
+from utils import one_line
+
+
+def packed_run(path: str | Path, **options: object) -> Run:
+    """Return run(images, bits) of a packed file, in torch; options: of packed.load_runner."""
+    return packed.load_runner(path, **options)
+
+
+def onnxruntime_run(path: str | Path, threads: int = 1) -> Run:
+    """Return run(images, bits) of an ONNX file in ONNX Runtime, on the CPU.
+
+    Raises ValueError where the file cannot be run, and for bits that it does not have.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # failures are raised
+    with runtime_errors("ONNX Runtime", path):
+        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    widths = session.get_modelmeta().custom_metadata_map.get("bits", "").split(",")
+    takes_bits = len(session.get_inputs()) > 1
+
+    def run(images, bits):
+        if not takes_bits and widths != [""] and str(bits) not in widths:
+            raise ValueError(f"{path} has no {bits} bits: choose from {', '.join(widths)}")
+        inputs = {"images": images}
+        if takes_bits:
+            inputs["bits"] = numpy.array(int(str(bits)))
+        with runtime_errors("ONNX Runtime", path):
+            return session.run(["logits"], inputs)[0]
+    return run
+
+
+def openvino_run(path: str | Path, threads: int = 1) -> Run:
+    """Return run(images, bits) of an ONNX or OpenVINO file of one bit-width, on the CPU."""
+    import openvino
+
+    with runtime_errors("OpenVINO", path):
+        request = openvino_core().compile_model(path, "CPU", {  # bfloat16 would be its default
+            openvino.properties.hint.inference_precision(): openvino.Type.f32,
+            openvino.properties.inference_num_threads(): threads}).create_infer_request()
+
+    def run(images, bits):
+        with runtime_errors("OpenVINO", path):
+            return request.infer([images])[0].copy()
+    return run
+
+
+@functools.cache
+def openvino_core() -> "openvino.Core":  # noqa: F821  which is imported where it is needed
+    """Return OpenVINO's core, one for the whole process.
+
+    After the end of a core, signals would meet a stack that its CPU plugin has freed.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+@contextlib.contextmanager
+def runtime_errors(name: str, path: str | Path) -> Iterator[None]:
+    """Raise ValueError in the place of a runtime's own errors, which have no common class."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name} cannot run {path} ({type(error).__name__}: "
+                         f"{one_line(error)})") from None

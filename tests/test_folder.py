@@ -1,0 +1,261 @@
+"""--dataset folder:PATH: images of one's own, from their folder to training and export."""
+import shutil
+import warnings
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import export
+import models
+import tiny_data
+from dataset.data import DATASETS, DataError, get_dataset, row_of
+from dataset.files import load_image
+from dataset.folder import place_of
+from dataset.loader import make_loader
+from engine.arguments import merge_args, parse_flags, run_name
+from engine.errors import UsageError, run_program
+from runs import assert_one_line, evaluation, load, run
+
+CLASSES = ("ant", "bee", "cow")
+
+
+@pytest.fixture(autouse=True)
+def rows():
+    """Remove the rows of a test's folders from DATASETS."""
+    before = dict(DATASETS)
+    yield
+    DATASETS.clear()
+    DATASETS.update(before)
+
+
+def picture(*shape):
+    return Image.fromarray(tiny_data.pixels(*shape))
+
+
+def write_images(folder):
+    """Write six images: large, small, grey, CMYK, with an alpha channel, of a palette."""
+    folder.mkdir(parents=True)
+    picture(200, 300, 3).save(folder / "large.jpg")
+    picture(7, 5, 3).save(folder / "small.JPG")
+    picture(40, 50).save(folder / "grey.jpeg")
+    picture(40, 50, 3).convert("CMYK").save(folder / "cmyk.jpg")
+    picture(40, 50, 4).save(folder / "alpha.png")
+    picture(40, 50, 3).convert("P").save(folder / "palette.png", transparency=b"\0\x7f" * 20)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with a folder of six images for each of three classes."""
+    for name in CLASSES:
+        write_images(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def names_in(folder, split):
+    """Return the class and name of each image of a split."""
+    name = f"folder:{folder}"
+    row_of(name)
+    return {"/".join(Path(path).parts[-2:]) for path, _ in get_dataset(name, split).samples}
+
+
+# ---- the split
+
+def test_each_class_is_split(photos):
+    train, val = names_in(photos, "train"), names_in(photos, "val")
+    every = {f"{path.parent.name}/{path.name}" for path in photos.glob("*/*")}
+    assert train | val == every and not train & val
+    assert {name.split("/")[0] for name in val} == set(CLASSES)
+    assert {name.split("/")[0] for name in train} == set(CLASSES)
+
+
+def test_an_image_stays_in_its_split(photos, tmp_path):
+    train = names_in(photos, "train")
+    for folder in photos.iterdir():
+        for index in range(40):
+            shutil.copy(folder / "small.JPG", folder / f"{index}.jpg")
+    moved = shutil.move(photos, tmp_path / "elsewhere")
+    later, val_later = names_in(moved, "train"), names_in(moved, "val")
+    assert train <= later and len(later | val_later) == 3 * 46
+    assert not val_later & train and 10 < len(val_later) < 50
+
+
+def test_a_fifth_is_for_validation():
+    places = numpy.array([place_of(f"cat/{index}.jpg") for index in range(4000)])
+    counts, _ = numpy.histogram(places, 5, (0, 1))
+    assert (abs(counts - 800) < 100).all()
+
+
+def test_given_splits_are_taken(photos, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "both" / part)
+    shutil.copytree(photos, tmp_path / "both" / "test")
+    assert len(names_in(tmp_path / "both", "train")) == 18
+    assert len(names_in(tmp_path / "both", "val")) == 18
+    shutil.rmtree(tmp_path / "both" / "train")
+    assert len(names_in(tmp_path / "both", "val")) == 18  # which is all that an evaluation needs
+
+
+# ---- folders that are none
+
+def only(folder, *names):
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path)
+
+
+def nest(folder):
+    (folder / "ant" / "red").mkdir()
+    (folder / "ant" / "grey.jpeg").rename(folder / "ant" / "red" / "grey.jpeg")
+
+
+def one_image(folder):
+    for path in (folder / "ant").iterdir():
+        if path.name != "alpha.png":
+            path.unlink()
+
+
+@pytest.mark.parametrize("change, parts", [
+    (shutil.rmtree, ["photos is no folder of images (", "No such file"]),
+    (only, ["photos holds no folders"]),
+    (lambda folder: only(folder, "ant"), ["the folder ant alone", "give folder:", "photos/ant"]),
+    (lambda folder: (folder / "dog").mkdir(), ["photos is no folder of", "without an image: dog"]),
+    (lambda folder: shutil.copy(folder / "ant" / "alpha.png", folder),
+     ["photos/alpha.png is in no class folder"]),
+    (lambda folder: (folder / "ant").rename(folder / "train"),
+     ["photos has train/ but no val/", "if train is a class, rename"]),
+    (nest, ["photos/ant/red holds images within the class folder", "give folder:", "photos/ant"]),
+    (one_image, ["photos/ant holds one image alone"])])
+def test_other_folders_are_refused(change, parts, photos):
+    change(photos)
+    with pytest.raises(DataError) as error:
+        names_in(photos, "train")
+        names_in(photos, "val")
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_hidden_folders_are_no_classes(photos):
+    (photos / ".thumbnails").mkdir()
+    shutil.copy(photos / "ant" / "alpha.png", photos / "._alpha.png")
+    assert len(names_in(photos, "train") | names_in(photos, "val")) == 18
+
+
+# ---- images
+
+@pytest.mark.parametrize("train", [True, False])
+def test_images_of_any_size_and_mode(photos, train):
+    name = f"folder:{photos}"
+    row_of(name, 24)
+    dataset = get_dataset(name, "train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = list(make_loader(dataset, name, torch.device("cpu"), 64, train))
+    images, labels = batches[0]
+    assert images.shape == (len(dataset), 3, 24, 24) and images.isfinite().all()
+    assert sorted(labels.tolist()) == sorted(dataset.targets)
+
+
+def test_an_image_with_16_bits_is_refused(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(numpy.full((4, 4), 4000, numpy.uint16)).save(path)
+    with pytest.raises(DataError, match="deep.png is not a readable .*more than 8 bits a pixel"):
+        load_image(path)
+
+
+# ---- arguments
+
+def test_the_size_is_the_row_s():
+    args = merge_args(Namespace(dataset="folder:x", model="resnet20q"))
+    assert args.image_size == DATASETS["folder:x"].image_size == 224
+    args = merge_args(Namespace(dataset="folder:x", image_size=40))
+    assert args.image_size == DATASETS["folder:x"].image_size == 40
+    train, val = DATASETS["folder:x"].train[0], DATASETS["folder:x"].eval[0]
+    assert train.size == (40, 40) and val.size == round(40 * 256 / 224)
+    with pytest.raises(UsageError, match="--image-size 40 is of --dataset folder:PATH"):
+        merge_args(Namespace(dataset="cifar10", model="resnet20q", image_size=40))
+    assert merge_args(Namespace(), {"dataset": "digits", "image_size": 40}).image_size is None
+
+
+def test_wrong_names(capsys):
+    for name, part in (("folder: ", "'folder: ' names no folder"), ("folders:x", "or folder:PATH")):
+        with pytest.raises(SystemExit):
+            parse_flags(["--dataset", name])
+        assert_one_line(capsys, part)
+    with pytest.raises(SystemExit):
+        parse_flags(["--dataset", "folder:x"])
+    assert_one_line(capsys, "folder:x has 224 x 224", "--image-size 40")
+
+
+def test_a_home_is_known(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["--dataset", "folder:~/photos", "--model", "resnet20q"]
+    assert parse_flags(argv).dataset == "folder:/home/me/photos"
+
+
+@pytest.mark.parametrize("path", ["a/b/photos", "a/photos/", "./photos", "a/../photos"])
+def test_a_run_s_name_is_of_the_last_folder(path):
+    args = merge_args(Namespace(dataset=f"folder:{path}", model="resnet20q"))
+    assert run_name(args) == "folder-photos_resnet20q_1-2-4-8-32_recursive_seed0"
+
+
+# ---- from training to export
+
+def run_export(*argv):
+    try:
+        run_program(export.main, partial(export.parse_args, [str(word) for word in argv]))
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_train_resume_evaluate_export(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--bit_width_list", "2,8", "--batch-size", 8, "--device", "cpu", "--lr_decay", ""]
+    assert run(["--dataset", "folder:photos", "--image-size", 16, "--model", "resnet20q", "--width",
+                1, "--epochs", 1, *quick]) == 0
+    results = Path("results", "folder-photos_resnet20q_2-8_recursive_seed0")
+    images = load(results)["images"]
+    assert images["size"] == 16 and images["class_names"] == list(CLASSES)
+    assert load(results)["network"]["classes"] == 3
+
+    moved = f"folder:{shutil.move(photos, tmp_path / 'elsewhere')}"
+    capsys.readouterr()
+    assert run(["--resume", results, "--epochs", 2]) == 1
+    assert_one_line(capsys, "photos is no folder of images", "give --dataset folder:PATH")
+    assert run(["--resume", results, "--epochs", 2, "--dataset", moved]) == 0
+    assert load(results)["epoch"] == 2 and load(results)["arguments"]["dataset"] == moved
+
+    packed = tmp_path / "net.safetensors"
+    shutil.move("elsewhere", "again")
+    assert run_export(results, "--format", "packed", "--output", packed) == 0
+    assert models.load(packed).images["class_names"] == list(CLASSES)
+    again = ["--dataset", "folder:again"]
+    assert run_export(results, "--format", "packed", "--output", tmp_path / "other", *again,
+                      "--check", 4) == 0
+    assert models.load(tmp_path / "other").images["size"] == 16
+    assert run(["--evaluate", "--pretrain", packed, *again, "--results-dir", "e"]) == 0
+    assert run(["--evaluate", "--pretrain", results / "ckpt" / "model_latest.pth.tar", *again,
+                "--bit_width_list", "2,4,8", "--calibrate", 1, "--results-dir", "e4"]) == 0
+    assert evaluation(Path("e4")).keys() == {"2", "4", "8"}
+
+    shutil.move("again/bee", "again/wasp")
+    capsys.readouterr()
+    assert run(["--evaluate", "--pretrain", packed, *again, "--results-dir", "e5"]) == 1
+    assert_one_line(capsys, "folder:again does not have the 3 class folders that", "net.safeten",
+                    "it lacks bee and has besides wasp")
+    assert run(["--resume", results, "--epochs", 3, *again]) == 1
+    assert_one_line(capsys, "folder:again does not have the 3 class folders", "has besides wasp")
+
+
+def test_a_class_that_val_lacks(photos, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "both" / part)
+    shutil.rmtree(tmp_path / "both" / "val" / "cow")
+    assert run(["--dataset", f"folder:{tmp_path / 'both'}", "--image-size", 16, "--model",
+                "resnet20q", "--device", "cpu", "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "both/val must hold the same class folders", "cow for one")
