@@ -102,7 +102,7 @@ def brief(value: object, most: int = 80) -> str:
     """Return a value of a file for a message: its repr in one line, of `most` characters."""
     try:
         text = escaped(" ".join(repr(value).split()))
-    except (ValueError, RuntimeError):  # an integer of thousands of digits, a broken tensor
+    except RuntimeError:  # lists in lists without end
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."
 

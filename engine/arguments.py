@@ -314,7 +314,7 @@ def check_saved(arguments: dict, path: str | Path) -> dict:
                 right = isinstance(value, bool)
             else:
                 right = action.type is None or action.type(flag_text(value)) == value
-        except (ArgumentTypeError, AttributeError, ValueError):  # digits by the thousand, too
+        except (ArgumentTypeError, AttributeError, ValueError):  # a path that is none, too
             right = False
         if action.type is None and not isinstance(action.default, bool):
             right = isinstance(value, str)

@@ -81,6 +81,7 @@ class PackedWeight(WeightQuantizer):
         """Return whether all values are of columns of these bits: rows, grids, levels."""
         numbers = row_numbers(Codes(weight.flatten(), self.high_bits))
         fits = bool((numbers < len(self.rows)).all())
+        fits = fits and (self.high_bits is not None or len(self.rows) <= 256)
         for b, grid in zip(bits, self.grid.tolist()):
             fits = fits and grid in ([1 - 2**b, 2], [-2**(b - 1), 1])
         if self.exceptions is not None:

@@ -882,9 +882,13 @@ def main():
         workers = [Worker(base, args.seed, cases[index::args.processes], Path(place, f"{index}"))
                    for index in range(min(args.processes, len(cases)))]
         waiting = list(workers)
-        while waiting:
-            time.sleep(0.2)
-            waiting = [worker for worker in waiting if not worker.poll()]
+        try:
+            while waiting:
+                time.sleep(0.2)
+                waiting = [worker for worker in waiting if not worker.poll()]
+        finally:
+            for worker in waiting:
+                os.kill(worker.process, signal.SIGKILL)
         rows = [row for worker in workers for row in worker.done]
     for row in rows if args.case else ():
         print(f"---- {row[0]}:{row[1]} {row[2]}\n{row[5]}")
