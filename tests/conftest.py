@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,10 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["COLUMNS"] = "100"  # whatever terminal they are started in
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# nohup, and a shell that starts something in the background, have signals ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

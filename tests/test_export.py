@@ -196,7 +196,7 @@ def test_onnx(bits, source, more, arguments, tmp_path, capsys):
     assert (tmp_path / "net_onnx_check.md").exists()
     assert "check passed in ONNX Runtime: 6 of 6 answers agree" in capsys.readouterr().out
     found = onnxruntime.InferenceSession(output).get_modelmeta().custom_metadata_map
-    assert found["model"] == "resnet20q" and found["dataset"] == "cifar10" and found["bits"] == "2"
+    assert found["model"] == "resnet8q" and found["dataset"] == "cifar10" and found["bits"] == "2"
     assert json.loads(found["size"]) == 32 and found["top1_images"] == "6"
     assert list(json.loads(found["top1"])) == ["2"] and len(json.loads(found["mean"])) == 3
 
@@ -239,7 +239,7 @@ def test_an_edit_that_tracing_follows_wrongly_is_not_published(edit, arguments, 
         if edit == "alpha":
             x = torch.add(x, y, alpha=2)
         if edit == "mean":
-            return self.fc(x.mean(1).flatten(1))  # 8 x 8: as many as channels
+            return self.fc(x.mean((2, 3), keepdim=True).flatten(1))
         if edit == "scaled":
             x = 3 * x
         return self.fc(x.mean((2, 3)))

@@ -70,11 +70,11 @@ def test_a_file_without_weights_is_not_a_checkpoint(content, tmp_path):
 
 @pytest.fixture(scope="module")
 def state():
-    """A run of resnet20q, 20 images and 8 a step, that has done nothing yet."""
-    arguments = vars(merge_args(Namespace(model="resnet20q", dataset="cifar10", width=1,
+    """A run of resnet8q, 20 images and 8 a step, that has done nothing yet."""
+    arguments = vars(merge_args(Namespace(model="resnet8q", dataset="cifar10", width=1,
                                           bit_width_list=[2, 32], batch_size=8,
                                           epochs=3, lr_decay=[2])))
-    model = MODELS["resnet20q"]([2, 32], 10, 1)
+    model = MODELS["resnet8q"]([2, 32], 10, 1)
     optimizer = make_optimizer(Namespace(**arguments), model.parameters())
     return TrainingState(model, optimizer, [BitWidth(2), BitWidth(32)], torch.device("cpu"),
                          arguments, 20)
