@@ -296,13 +296,14 @@ if starts < {starts} and int(os.environ["RANK"]) == starts % 2:
 def sends(folder, environment, process, name, step, starts=1):
     """Return an environment in which a worker of torchrun sends a signal in a step of its own.
 
-    process: the expression for whom it is sent to. starts: of the workers, of which the first
-    ones' do, their ranks by turns.
+    process: an expression for the process that gets it. starts: in how many starts of the workers;
+    rank 0 sends in the first, then rank 1, and so on by turns. torchrun gives the workers as long
+    as they need to save.
     """
     hook = HOOK.format(process=process, name=name, step=step, starts=starts)
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(hook)
-    return {**environment, "PYTHONPATH": str(folder)}
+    return {**environment, "PYTHONPATH": str(folder), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 
 
 def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_path, environment):
