@@ -285,7 +285,7 @@ def test_weights_that_are_no_dense_numbers(kind, trained, tmp_path):
     ("module.fc.bias", torch.ones(10), "has a key twice, with and without module."),
     ("bn.bn_dict.99.weight", torch.ones(10), "bit-width '99' does not exist"),
     ("fc.quantizer.step_dict.99", torch.ones(1), "bit-width '99' does not exist"),
-    ("bn.bn_dict.2.running_var", -torch.ones(64), "bn.bn_dict.2.running_var has variances below")])
+    ("bn.bn_dict.2.running_var", -torch.ones(16), "bn.bn_dict.2.running_var has variances below")])
 def test_weights_that_do_not_fit(key, value, told, trained, tmp_path, tiny_cifar10, capsys):
     content = load(trained)
     content["state_dict"][key] = value
