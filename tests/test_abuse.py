@@ -1,4 +1,8 @@
 """A sample of tests/abuse.py, which runs many more cases beside the suite."""
+import os
+import signal
+import time
+
 import abuse
 import pytest
 
@@ -46,3 +50,21 @@ def test_a_mistake_is_found(base, monkeypatch):
         patch.setitem(abuse.MAKE, "bits", lambda rng, base, place: abuse.Case(
             "", lambda: abuse.Outcome(0, str(base.packed.touch()), ""), (), lambda outcome: None))
         assert abuse.run_case(base, 0, "bits", 0)[2] == "something saved before is changed"
+
+
+def test_a_case_that_ends_its_worker(tmp_path, monkeypatch):
+    """It is a crash or a hang, and those after it are run all the same."""
+    def run_case(base, seed, kind, number):
+        if number == 1:
+            os._exit(9)
+        if number == 2:
+            signal.pause()
+        return f"case {number}", 0, None, ""
+
+    monkeypatch.setattr(abuse, "run_case", run_case)
+    worker = abuse.Worker(None, 0, [("bits", number) for number in range(4)], tmp_path / "0")
+    while not worker.poll():
+        time.sleep(0.01)
+        if len(worker.done) == 2:
+            worker.since = -abuse.LIMIT  # as if the time had passed
+    assert [row[4] for row in worker.done] == [None, "crash: 9", "hang", None]
