@@ -263,7 +263,8 @@ def add_running(add: Callable[..., None]) -> None:
         help="folder of the run; the same command resumes what is there; default: a new folder "
         "under results/, named after the run")
     add("--data-dir", kind=MACHINE, type=path_text,
-        help="folder that holds the data sets' folders; default: data")
+        help="folder that holds the data sets' folders, in an evaluation too, which takes none "
+        "from its checkpoint; default: data")
     add("--device", kind=MACHINE, default="auto",
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
     add("--compile", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,

@@ -22,7 +22,7 @@ def test_a_sample_of_hostile_cases(base):
     assert codes >= {0, 1, 2}
 
 
-def test_what_counts_as_mishandled(base, monkeypatch):
+def test_what_counts_as_mishandled():
     def judged(code, out="", err="", problem=None):
         outcome = abuse.Outcome(code, out, err)
         return abuse.judge(abuse.Case("", lambda: outcome, ("x.pth",), lambda _: problem), outcome)
