@@ -2,10 +2,11 @@
 
     python benchmarks/post_training.py results/fashion_table/dedicated_32_seed?
 
-Each is a results folder, or a checkpoint, with a 32-bit network. It becomes an ONNX file in float32,
-and int8 by ONNX Runtime's quantize_static and by NNCF (pip install nncf), calibrated on 300 training
-images. Prints top-1 on the whole validation split of each, and mean and standard deviation of all.
-Writes post_training.json into each folder; the same command again measures only those without one.
+Each is a results folder, or a checkpoint, with a 32-bit network. It becomes an ONNX file in
+float32, and int8 by ONNX Runtime's quantize_static and by NNCF (pip install nncf), calibrated on
+300 training images. Prints top-1 on the whole validation split of each, and mean and standard
+deviation of all. Writes post_training.json into each folder; the same command again measures only
+those without one.
 """
 import json
 import statistics
@@ -18,13 +19,12 @@ import reference_way  # noqa: F401  first: it adds the project to the path
 import export
 from deploy import benchmark
 from engine.arguments import OneLineParser
-from engine.console import progress
 from engine.errors import run_program
 from engine.resume import Checkpoint
 from engine.setup import open_data
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import LATEST, find_file, network_of
-from utils import write_json
+from utils import progress, write_json
 
 
 def measure(path):
@@ -60,7 +60,8 @@ def main(options):
               flush=True)
         results.append(found)
 
-    print(f"\n| top-1 (%) on {results[0]['images']} images | mean ± standard deviation |\n|---|---|")
+    print(f"\n| top-1 (%) on {results[0]['images']} images | mean ± standard deviation |")
+    print("|---|---|")
     for name in results[0]["top1"]:
         values = [found["top1"][name] for found in results if name in found["top1"]]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
