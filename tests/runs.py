@@ -41,6 +41,8 @@ def fork(function, out, err):
         with open(out, "w") as out_file, open(err, "w") as err_file:
             os.dup2(out_file.fileno(), 1)
             os.dup2(err_file.fileno(), 2)
+            sys.stdout = open(1, "w", closefd=False)  # not what pytest has put in their place
+            sys.stderr = open(2, "w", closefd=False)
             try:
                 code = function()
             except BaseException as error:
