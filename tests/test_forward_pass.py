@@ -336,8 +336,8 @@ def compiler_works():
 
 @pytest.fixture
 def cheap_compiler():
-    """Let inductor start no processes that import torch anew: to compile, and to probe the CPU."""
-    with inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": True}):
+    """Let inductor compile for any CPU, and start no processes that import torch anew."""
+    with inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
         yield
 
 
