@@ -37,6 +37,7 @@ from engine.forward_pass import PRECISIONS
 from models import BITS, check_bit_widths
 from utils import flag_text
 
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 SETTINGS = {"svhnq": ("svhn", 64), "resnet20q": ("cifar10", 128), "resnet50q": ("imagenet", 64)}
 
 
@@ -94,7 +95,7 @@ def flops_of_a_step(options):
 
 def peak_flops(precision, device):
     """Return the FLOP/s of a large matrix product in `precision`, the best of 5."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = MATMUL_SIZE[device.type]
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)

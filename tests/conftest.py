@@ -22,6 +22,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Fork what forks others, before any test has run a backward pass or changed anything."""
+    if not session.config.pluginmanager.hasplugin("dsession"):  # but not in xdist's own process
+        import forks
+
+        session.config.forks = forks.Forks()
+        session.config.add_cleanup(session.config.forks.close)
+
+
+@pytest.fixture(scope="session")
+def forks(pytestconfig):
+    """See forks.py."""
+    return pytestconfig.forks
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_models():
     """Add networks to those that train.py knows."""
@@ -60,25 +76,29 @@ def environment():
 
 @pytest.fixture(scope="session")
 def recipe_argv(tmp_path_factory):
-    """A function that runs a recipe by bash, and returns the words that train.py gets of it."""
+    """A function that runs a recipe by bash, and returns the words that train.py gets of it.
+
+    whole=True: those that Python gets.
+    """
     import runs
 
     folder = tmp_path_factory.mktemp("recipes")
-    python = folder / "python"  # prints what comes after train.py; all else succeeds
+    python = folder / "python"  # prints its words where train.py is among them; all else succeeds
     python.write_text("""#!/bin/bash
-while [ $# -gt 0 ]; do
-    word=$1
-    shift
+for word in "$@"; do
     case "$word" in */train.py) printf '%s\\n' "$@" ;; esac
 done
 """)
     python.chmod(0o755)
 
-    def argv(script, *more, processes="1"):
+    def argv(script, *more, processes="1", restarts="3", whole=False):
         done = subprocess.run(
             ["bash", runs.ROOT / script, *more], cwd=folder, capture_output=True, text=True,
-            check=True, env={**os.environ, "PYTHON": str(python), "PROCESSES": processes})
-        return done.stdout.split("\n")[:-1]
+            check=True, env={**os.environ, "PYTHON": str(python), "PROCESSES": processes,
+                             "MAX_RESTARTS": restarts})
+        words = done.stdout.split("\n")[:-1]
+        program = str(runs.ROOT / "train.py")
+        return words if whole else words[words.index(program) + 1:]
     return argv
 
 

@@ -32,11 +32,11 @@ from engine.run_folder import read_metrics  # noqa: E402
 # Dropout on one side, random crops and data workers on the other; two save after every step, so
 # that kills meet saves.
 RUNS = {
-    "adam": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,4,32",
+    "adam": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,32",
              "--optimizer", "adam", "--save-every", "1e-9"],
     "sgd": ["--dataset", "cifar10", "--model", "resnet8q", "--bit_width_list", "1,32",
             "--optimizer", "sgd", "--workers", "1", "--save-every", "1e-9"],
-    "epochs": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,4,32",
+    "epochs": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,32",
                "--optimizer", "adam", "--workers", "1"],
 }
 SHARED = ["--width", "1", "--epochs", "2", "--lr_decay", "1", "--batch-size", "8",

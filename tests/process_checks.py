@@ -1,9 +1,6 @@
 """What test_distributed.py has two processes do, as torchrun would start them but forked.
 
-    python tests/process_checks.py FOLDER
-
-Writes what it found to FOLDER/found.pt, and trains FOLDER/digits and FOLDER/imagenet. Importing
-torch once for all of them saves most of the time.
+main(folder) writes what it found to found.pt there, and trains into digits and imagenet there.
 """
 import copy
 import json
@@ -11,31 +8,27 @@ import os
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import reference  # noqa: E402
-import runs  # noqa: E402
-import small_networks  # noqa: E402
-import tiny_data  # noqa: E402
-import train  # noqa: E402
-from dataset.data import DATASETS, DataError, get_dataset  # noqa: E402
-from engine import distributed  # noqa: E402
-from engine.arguments import merge_args, parse_flags  # noqa: E402
-from engine.errors import StopRequest  # noqa: E402
-from engine.evaluation import evaluate  # noqa: E402
-from engine.forward_pass import ForwardPass  # noqa: E402
-from engine.metrics import Metrics  # noqa: E402
-from engine.setup import make_val_loader  # noqa: E402
-from models.losses import NEXT_TARGET, any_precision_backward  # noqa: E402
+import reference
+import runs
+import small_networks
+import tiny_data
+import train
+from dataset.data import DATASETS, DataError, get_dataset
+from engine import distributed
+from engine.arguments import merge_args, parse_flags
+from engine.errors import StopRequest
+from engine.evaluation import evaluate
+from engine.forward_pass import ForwardPass
+from engine.metrics import Metrics
+from engine.setup import make_val_loader
+from models.losses import NEXT_TARGET, any_precision_backward
 
 CPU = torch.device("cpu")
 WIDTHS = [2, 8, 32]
@@ -277,7 +270,3 @@ def main(folder):
     for path in folder.glob("*.err"):
         print(path.read_text(), end="", file=sys.stderr)
     return any(codes)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -5,11 +5,13 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 from matplotlib.figure import Figure
 
 import train
+from engine import figures
 from engine.arguments import parse_flags
 from engine.errors import run_program
 
@@ -28,6 +30,8 @@ def run(argv):
 def draw_nothing(monkeypatch):
     """Save pictures as empty files: drawing takes half of a tiny training's time."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.touch())
+    monkeypatch.setattr(figures, "new_figure", lambda columns, *args, **options: (
+        Figure(), [MagicMock() for _ in range(columns)]))
 
 
 def fork(function, out, err):
@@ -41,6 +45,8 @@ def fork(function, out, err):
         with open(out, "w") as out_file, open(err, "w") as err_file:
             os.dup2(out_file.fileno(), 1)
             os.dup2(err_file.fileno(), 2)
+            sys.stdout = open(1, "w", closefd=False)  # not what pytest has put in their place
+            sys.stderr = open(2, "w", closefd=False)
             try:
                 code = function()
             except BaseException as error:

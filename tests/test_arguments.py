@@ -2,7 +2,7 @@
 import ast
 import itertools
 import random
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -275,9 +275,18 @@ def test_wrong_argument(argv, value, allowed, capsys, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_wrong_argument_as_a_program(environment):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--lr", "fast"], env=environment,
-                          capture_output=True, text=True)
+def as_program(*words):
+    """Run a program as Python does; return its exit code."""
+    sys.argv = list(words)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_wrong_argument_as_a_program(forks):
+    done = forks.run(as_program, f"{ROOT}/train.py", "--lr", "fast")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         "train.py: error: argument --lr: 'fast' is not allowed: give a number above 0, at most "

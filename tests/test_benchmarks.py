@@ -1,10 +1,12 @@
 """The benchmarks: the reference way trains as train.py does; the speed benchmark runs."""
+import multiprocessing
 import sys
 
 import pytest
 import torch
 
 import models
+import small_networks
 import train
 from dataset.loader import InMemoryLoader, WorkerLoader
 from engine import setup
@@ -21,19 +23,21 @@ import reference_way  # noqa: E402
 import speed  # noqa: E402
 from trainings import Run  # noqa: E402
 
-OPTIONS = speed.parse_args(["step", "--batch-size", "4", "--images", "6", "--repeats", "1",
-                            "--steps", "1", "--device", "cpu"])
+WORDS = ["step", "--batch-size", "4", "--images", "6", "--repeats", "1", "--steps", "1",
+         "--device", "cpu"]
+OPTIONS = speed.parse_args(WORDS)
 
 
 def test_the_reference_way_trains_as_the_default(tmp_path, monkeypatch):
-    """resnet20q on digits draws weights and order alone: losses agree, before a step and after."""
+    """A ResNet on digits draws weights and order alone: losses agree, before a step and after."""
     get_dataset, losses = setup.get_dataset, {}
     monkeypatch.setattr(setup, "get_dataset",
                         lambda *args, **kwargs: get_dataset(*args, **kwargs)[:14])
     for way in (train, reference_way):
         way.main(parse_flags([
-            "--model", "resnet20q", "--width", "1", "--bit_width_list", "8,32", "--device", "cpu",
-            "--epochs", "2", "--results-dir", str(tmp_path / way.__name__)]))
+            "--model", "resnet8q", "--dataset", "digits", "--width", "1", "--bit_width_list",
+            "8,32", "--lr", "0.02", "--device", "cpu", "--epochs", "2",
+            "--results-dir", str(tmp_path / way.__name__)]))
         records = read_metrics(tmp_path / way.__name__ / "metrics.jsonl")
         losses[way] = [record["train"][bits]["loss"] for record in records for bits in (8, 32)]
     assert losses[train] == pytest.approx(losses[reference_way], rel=1e-3)
@@ -69,16 +73,30 @@ def test_the_reference_way_has_one_precision():
         setup.ForwardPass(torch.nn.ReLU(), torch.device("cpu"), "bf16")
 
 
-@pytest.mark.parametrize("measure", [speed.measure_step, speed.measure_epoch, speed.measure_loader])
-def test_speed_benchmark(measure, monkeypatch, capsys):
-    spawned = speed.memory_of_a_step  # of one way: another process would import torch once more
-    monkeypatch.setattr(speed, "memory_of_a_step", lambda options, way: (
-        spawned if way == "default" else speed.own_memory_of_a_step)(options, way))
-    columns = measure(OPTIONS)
-    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows if len(row) > len(columns)] == ["reference", "default, fp32"]
+def measure(measurement):
+    """Run a measurement, whose own process is forked."""
+    contexts = multiprocessing.get_context
+    with pytest.MonkeyPatch.context() as patch:
+        small_networks.register(patch)
+        patch.setitem(speed.SETTINGS, "resnet8q", ("cifar10", 4))
+        patch.setitem(speed.MATMUL_SIZE, "cpu", 64)
+        patch.setattr(multiprocessing, "get_context", lambda method: contexts("fork"))
+        columns = measurement(speed.parse_args([*WORDS, "--model", "resnet8q"]))
     assert all(value > 0 for name, values in columns.items() if name != "MiB" for value in values)
-    assert columns.get("ratio", [1])[0] == 1 or measure is speed.measure_loader
+    assert columns.get("ratio", [1])[0] == 1 or measurement is speed.measure_loader
+    print(" | ".join(columns))
+    return 0
+
+
+@pytest.mark.parametrize("measurement", [
+    speed.measure_step, speed.measure_epoch, speed.measure_loader])
+def test_speed_benchmark(measurement, forks):
+    done = forks.run(measure, measurement)
+    assert done.returncode == 0, done.stderr
+    *table, columns = done.stdout.splitlines()
+    rows = [row.strip("| ").split(" | ") for row in table]
+    rows = [row for row in rows if len(row) == 1 + len(columns.split(" | "))]
+    assert [row[0] for row in rows] == ["reference", "default, fp32"]
 
 
 def test_a_bit_width_computed_as_another_is_seen():
@@ -93,14 +111,15 @@ def test_a_bit_width_computed_as_another_is_seen():
 
 
 def test_accuracy_fails_by_chance_as_rarely_as_said():
-    draws = 0.5 * torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) - 0.3
+    draws = 0.5 * torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) - 0.3
     alarms = sum(gpu_checks.shown_below(row, -0.3, 0.05) for row in draws.tolist())
-    assert 0.03 < alarms / 4000 < 0.07
+    assert 0.03 < alarms / 2000 < 0.07
     assert gpu_checks.shown_below([-1.0, -1.1, -0.9], -0.3, 0.01)
 
 
 @pytest.mark.parametrize("name", ["levels", "integer_operands", "shared_is_not_shared"])
-def test_gpu_checks_on_a_cpu(name):
+def test_gpu_checks_on_a_cpu(name, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "COUNT", 4)  # images
     assert gpu.passes(name, torch.device("cpu"))
 
 

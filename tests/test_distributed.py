@@ -1,17 +1,18 @@
 """Several processes as one run, on gloo: the same maths, samples, checkpoints; a death of one."""
+import itertools
 import json
-import signal
 import os
-import subprocess
-import sys
+import signal
 import threading
 from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed.run
 from process_checks import DIGITS
 from runs import ROOT, assert_same, evaluation, load, run
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
 import process_checks
@@ -30,11 +31,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def checks(tmp_path_factory, environment):
+def checks(tmp_path_factory, forks, environment):
     """The folder that process_checks.py has written to."""
     folder = tmp_path_factory.mktemp("checks")
-    done = subprocess.run([sys.executable, ROOT / "tests" / "process_checks.py", folder],
-                          env=environment, capture_output=True, text=True)
+    done = forks.run(process_checks.main, folder, env=environment)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return folder
 
@@ -273,47 +273,36 @@ def test_a_checkpoint_does_not_know_how_many_made_it(undisturbed, tmp_path):
         str(bits): pytest.approx(values, rel=1e-5) for bits, values in record["val"].items()}
 
 
-HOOK = """
-import os
-import signal
+def send_in_a_step(to_launcher, number, step, starts):
+    """Let each worker of torchrun send a signal in a step of its own, to itself or the launcher.
 
-starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", {starts}))  # of these workers, before
-if starts < {starts} and int(os.environ["RANK"]) == starts % 2:
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    count = 0
+    starts: in how many starts of the workers; rank 0 sends in the first, then rank 1, and so on by
+    turns.
+    """
+    count = itertools.count(1)
 
     def send(*args):
-        global count
-        count += 1
-        if count == {step}:
-            os.kill({process}, signal.{name})
+        start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if start < starts and int(os.environ["RANK"]) == start % 2 and next(count) == step:
+            os.kill(os.getppid() if to_launcher else os.getpid(), number)
 
     register_optimizer_step_post_hook(send)
-"""
 
 
-def sends(folder, environment, process, name, step, starts=1):
-    """Return an environment in which a worker of torchrun sends a signal in a step of its own.
-
-    process: an expression for the process that gets it. starts: in how many starts of the workers;
-    rank 0 sends in the first, then rank 1, and so on by turns. torchrun gives the workers as long
-    as they need to save.
-    """
-    hook = HOOK.format(process=process, name=name, step=step, starts=starts)
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(hook)
-    return {**environment, "PYTHONPATH": str(folder), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+def launch(words, *sends):
+    """Be torchrun, whose workers are forked; it gives them as long as they need to save."""
+    send_in_a_step(*sends)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
+    torch.distributed.run.main(["--start-method", "fork", "--run-path", *words])
+    return 0
 
 
-def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_path, environment):
+def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_path, forks):
     folder = tmp_path / "r"
     assert run([*DIGITS, "--epochs", 1, "--results-dir", folder]) == 0  # one process begins
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         ROOT / "train.py", "--resume", folder, "--epochs", "100"],
-        env=sends(tmp_path / "hook", environment, "os.getppid()", "SIGTERM", step=3),
-        capture_output=True, text=True)
+    words = ["--standalone", "--nproc-per-node", "2", f"{ROOT}/train.py", "--resume", f"{folder}",
+             "--epochs", "100"]
+    done = forks.run(launch, words, True, signal.SIGTERM, 3, 1)
     assert done.returncode != 0 and f"--resume {folder}" in done.stderr, done.stderr
     saved = load(folder)
     assert saved["epoch"] < 100 and saved["step"] % 2 == 0  # they look at log points
@@ -324,17 +313,17 @@ def test_sigterm_to_the_launcher_saves_and_other_numbers_of_processes_go_on(tmp_
 
 
 @pytest.mark.parametrize("kills", [int(os.environ.get("KILLS", 1))])
-def test_a_killed_worker_is_replaced_and_the_end_is_the_same(kills, undisturbed, tmp_path,
-                                                             environment):
+def test_a_killed_worker_is_replaced_and_the_end_is_the_same(kills, undisturbed, tmp_path, forks,
+                                                             recipe_argv):
     """By the ImageNet recipe, with other data: it starts processes anew, in a folder of its own.
 
     KILLS=5 ./run_tests.sh -k killed_worker is the longer trial.
     """
     step = 24 // (kills + 1) + 1  # of 24 in all, and every second one is saved
-    done = subprocess.run(
-        [ROOT / "train_imagenet.sh", *DIGITS], cwd=tmp_path, capture_output=True, text=True,
-        env={**sends(tmp_path / "hook", environment, "os.getpid()", "SIGKILL", step, kills),
-             "PROCESSES": "2", "MAX_RESTARTS": str(kills)})
+    module, name, *words = recipe_argv(
+        "train_imagenet.sh", *DIGITS, processes="2", restarts=str(kills), whole=True)
+    assert (module, name) == ("-m", "torch.distributed.run")
+    done = forks.run(launch, words, False, signal.SIGKILL, step, kills, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 2 processes" in done.stdout
     assert "done, in results/imagenet_resnet50q_any" in done.stdout

@@ -2,15 +2,11 @@
 
 python tests/ideas.py is the longer trial, of each on every path.
 """
-import subprocess
-import sys
-
 import ideas
 
 
-def test_paths_are_right_or_refused(environment):
-    found = subprocess.run([sys.executable, ideas.__file__, "--suite"], env=environment, text=True,
-                           capture_output=True)
+def test_paths_are_right_or_refused(forks):
+    found = forks.run(ideas.main, ["--suite"])
     assert found.returncode == 0, found.stdout + found.stderr
     lines = [line.split(": ") for line in found.stdout.splitlines()]
     assert [name for name, _ in lines] == list(ideas.ideas()) == list(ideas.SUITE)
