@@ -14,7 +14,10 @@ from models import BitWidth
 NAMES = {  # in the tables: in the figure
     "any, recursive": "any, recursive", "any, hard": "any, hard", "any, soft": "any, soft",
     "dedicated": "dedicated: a network for each bit-width",
-    "dedicated 32-bit, calibrated on 20 batches": "these quantizers without training"}
+    "dedicated 32-bit, int8 by NNCF": "32-bit, then int8 by NNCF",
+    "dedicated 32-bit, int8 by ONNX Runtime": "32-bit, then int8 by ONNX Runtime",
+    "these quantizers without training, calibrated on 20 batches":
+        "32-bit, then these quantizers"}
 
 
 def rows(text):
@@ -35,8 +38,8 @@ def curves(table):
     """Return the Curve of each name, of a table by rows()."""
     return [Curve(NAMES[name], {bits: mean for bits, (mean, _) in cells.items()},
                   {bits: spread for bits, (_, spread) in cells.items()},
-                  {BitWidth(32)} if name.startswith("dedicated 32") else set(cells),
-                  joined=name != "dedicated")
+                  {BitWidth(32)} if NAMES[name].startswith("32-bit") else set(cells),
+                  joined=not name.startswith("dedicated"))
             for name, cells in table.items()]
 
 
