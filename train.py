@@ -36,7 +36,7 @@ from engine.distributed import (any_process, broadcast_buffers, broadcast_parame
 from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
-from engine.forward_pass import ForwardPass
+from engine.forward_pass import ForwardPass, choose_precision
 from engine.output import go_on_without_output
 from engine.resume import Checkpoint, refuse_packed, resolve
 from engine.run_folder import RunFolder, log
@@ -58,6 +58,7 @@ def main(flags: Namespace) -> Path:
     with processes(device, getattr(flags, "timeout", 600)):
         with one_at_a_time_per_machine():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
+        args.precision = choose_precision(args.precision, device)
 
         torch.manual_seed(args.seed)
         if args.evaluate:

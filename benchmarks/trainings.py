@@ -101,10 +101,12 @@ class Run:
 
 def flags(options, way, bit_widths=BITS):
     """Return train.py's flags for one of WAYS."""
-    default = ["--precision", options.precision, *(["--compile"] if options.compile else [])]
+    own = ["--precision", "fp32"]
+    if way == "default":
+        own = ["--precision", options.precision, *(["--compile"] if options.compile else [])]
     return ["--model", options.model, "--dataset", options.dataset, "--device", options.device,
             "--batch-size", str(options.batch_size), "--workers", str(options.workers),
-            "--bit_width_list", flag_text(bit_widths), *(default if way == "default" else [])]
+            "--bit_width_list", flag_text(bit_widths), *own]
 
 
 def synchronize(device):

@@ -12,7 +12,7 @@ from dataset.data import DATASETS, row_of
 from dataset.folder import PREFIX, is_folder
 from engine.distributed import rank, world_size
 from engine.errors import UsageError, UserError
-from engine.forward_pass import PRECISIONS
+from engine.forward_pass import AUTO, PRECISIONS
 from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
 from models.losses import NEXT_TARGET
 from utils import brief, flag_text, one_line, without_secrets
@@ -238,8 +238,9 @@ def add_training(add: Callable[..., None]) -> None:
     add("--best-by", kind=RUN, default="highest", **choice(
         ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
         "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))
-    add("--precision", kind=RUN, evaluated=True, in_name=True, default="fp32",
-        **choice(PRECISIONS, ": of the convolutions' operands"))
+    add("--precision", kind=RUN, evaluated=True, in_name=True, default=AUTO,
+        **choice((AUTO, *PRECISIONS), ": of the convolutions' operands; auto is tf32 on GPUs that "
+                 "have it and fp32 elsewhere, and a resumed run keeps its own"))
     add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
         help="seed of weights, data and dropout")
     add("--sync-bn", kind=RUN, action="store_true", help="with several processes: BatchNorm uses "
@@ -377,7 +378,7 @@ def check_settings(args: Namespace) -> None:
         flag = "--all-conv" if args.all_conv else f"--width {args.width}"
         raise UsageError(f"{flag} is of {', '.join(MODELS)}: leave it out with --model "
                          f"{args.model}")
-    if args.precision not in PRECISIONS:  # an older run's
+    if args.precision not in (AUTO, *PRECISIONS):  # an older run's
         raise UsageError(f"--precision {args.precision} does not exist: choose from "
                          f"{', '.join(PRECISIONS)}, to train on with --pretrain")
     if args.compile and args.sync_bn:
@@ -420,6 +421,6 @@ def run_name(args: Namespace) -> str:
         parts.append(args.quantizer)
     if args.widths_per_step:
         parts.append(f"{args.widths_per_step}perstep")
-    if args.precision != DEFAULTS["precision"]:
+    if args.precision not in (AUTO, "fp32"):
         parts.append(args.precision)
     return "_".join([*parts, f"seed{args.seed}"])

@@ -12,7 +12,7 @@ from dataset.data import DATASETS, Samples, get_dataset
 from dataset.loader import Loader, make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
-from engine.forward_pass import ForwardPass
+from engine.forward_pass import ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, build, initialize_quantizers,
                     layers_to_initialize, saved_bit_widths, zoo)
 from models.checkpoint import load_weights
@@ -152,7 +152,7 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -> ForwardPass:
     """Return the ForwardPass of --precision and --compile."""
-    return ForwardPass(model, device, args.precision,
+    return ForwardPass(model, device, choose_precision(args.precision, device),
                        images_per_process(args) if args.compile else None)
 
 
