@@ -1,6 +1,7 @@
 """Training on random images as train.py does it, in the default way or the reference way."""
 import contextlib
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +15,7 @@ from dataset.loader import ShuffledBatches
 from engine import setup
 from engine.arguments import merge_args, parse_flags
 from engine.console import Console
+from engine.cuda_graph import GraphStep
 from engine.device import choose_device
 from engine.errors import StopRequest
 from engine.state import TrainingState
@@ -69,6 +71,10 @@ class Run:
             self.state = TrainingState(
                 model, train.make_optimizer(self.args, model.parameters()),
                 bit_widths, self.device, vars(self.args), options.images)
+            self.step = partial(train.take_step, self.state, self.forward_pass, self.args.loss)
+            if self.args.cuda_graph:
+                self.step = GraphStep(self.step, self.state.optimizer, self.args.batch_size,
+                                      self.device)
         self.console = Console(bit_widths, 1, 1, self.args.print_freq, bar=False)
 
     def loader(self):
@@ -88,8 +94,8 @@ class Run:
         synchronize(self.device)
         start = time.perf_counter()
         with WAYS[self.way]():
-            train.train_one_epoch(self.state, loader, self.forward_pass, self.args.loss,
-                                  self.console, NEVER_SAVES, StopRequest())
+            train.train_one_epoch(self.state, loader, self.step, self.console, NEVER_SAVES,
+                                  StopRequest())
         synchronize(self.device)
         return time.perf_counter() - start
 
@@ -103,7 +109,8 @@ def flags(options, way, bit_widths=BITS):
     """Return train.py's flags for one of WAYS."""
     own = ["--precision", "fp32"]
     if way == "default":
-        own = ["--precision", options.precision, *(["--compile"] if options.compile else [])]
+        own = ["--precision", options.precision, *(["--compile"] if options.compile else []),
+               *(["--cuda-graph"] if options.cuda_graph else [])]
     return ["--model", options.model, "--dataset", options.dataset, "--device", options.device,
             "--batch-size", str(options.batch_size), "--workers", str(options.workers),
             "--bit_width_list", flag_text(bit_widths), *own]

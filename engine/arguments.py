@@ -270,6 +270,9 @@ def add_running(add: Callable[..., None]) -> None:
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
     add("--compile", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; takes minutes at the start")
+    add("--cuda-graph", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,
+        help="on a GPU: record the step as one CUDA graph and replay it, at all bit-widths in one "
+        "process; what a layer of your own computes in Python is recorded with it")
     add("--workers", kind=MACHINE, type=number(int, 0), default=0,
         help="processes that load data; 0: the training process")
     add("--timeout", kind=MACHINE, type=number(int, 1), default=600,
@@ -386,6 +389,12 @@ def check_settings(args: Namespace) -> None:
                          "cannot: give one of them")
     if args.evaluate:
         return
+    if args.cuda_graph and count > 1:
+        raise UsageError(f"--cuda-graph is of one process, and these are {count}: give "
+                         "--no-cuda-graph")
+    if args.cuda_graph and (args.widths_per_step or math.inf) < len(args.bit_width_list):
+        raise UsageError(f"--widths-per-step {args.widths_per_step} draws other bit-widths at each "
+                         "step, and --cuda-graph replays one: give one of them")
     if args.batch_size % count:
         raise UsageError(f"--batch-size {args.batch_size} is that of all {count} processes: give "
                          f"a multiple of {count}")
