@@ -84,11 +84,36 @@ class Run:
             return setup.make_train_loader(
                 self.args, images, self.forward_pass.memory_format, self.device)
 
+    def set_options(self):
+        """Set torch's options for the process, which another run may have set otherwise."""
+        is_tf32 = self.args.precision == "tf32" or self.way == "reference"
+        torch.backends.cudnn.allow_tf32 = is_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def time_steps(self, count):
+        """Return the seconds of a step, and those of the CPU until it is launched, means."""
+        images, labels = next(iter(OneBatch(
+            self.args.batch_size, self.data.image_size, 1, self.device,
+            self.forward_pass.memory_format)))
+        bit_widths = list(self.state.bit_widths)
+        self.set_options()
+        self.state.model.train()
+        synchronize(self.device)
+        start = time.perf_counter()
+        cpu_start = time.process_time()
+        with WAYS[self.way]():
+            for _ in range(count):
+                results = self.step(images, labels, bit_widths, 1.0)
+                self.state.metrics.add(results, labels)
+        cpu_seconds = time.process_time() - cpu_start
+        synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.state.metrics.unread.clear()
+        return seconds / count, cpu_seconds / count
+
     def seconds(self, loader):
         """Return the seconds of an epoch with this loader."""
-        tf32 = self.args.precision == "tf32"  # global: the other run sets it too
-        torch.backends.cudnn.allow_tf32 = tf32 or self.way == "reference"
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        self.set_options()
         self.state.metrics = type(self.state.metrics)(self.state.bit_widths, self.device)
         self.state.epoch += 1
         synchronize(self.device)
