@@ -110,11 +110,15 @@ class Call:
         self.note(f"{name}: {outcome}")
 
     def failure(self, name, code):
-        """Return what a failed process printed last, in one line."""
-        last = [line for line in self.log(name).splitlines() if line.strip()][-1:]
+        """Return in one line the checks that failed, or what a process printed last."""
+        lines = [line for line in self.log(name).splitlines() if line.strip()]
+        failed = [line for line in lines if "FAILED: " in line]
+        if failed:
+            return "; ".join(failed)[:400]
+        last = lines[-1:]
         if code < 0:
             last.insert(0, signal.Signals(-code).name)
-        return f"FAILED: {' '.join(last)[:200]}"
+        return f"FAILED: {' '.join(last)[:400]}"
 
     # ---- what is run
 
@@ -280,4 +284,4 @@ def run_call(name, options, device):
     with Call(name, options, device) as call:
         CALLS[name](call)
         call.print_tables()
-        return not any(outcome.startswith("FAILED") for outcome in call.outcomes.values())
+        return not any("FAILED: " in outcome for outcome in call.outcomes.values())

@@ -69,6 +69,7 @@ def main(options):
         run = None
         gc.collect()
         if torch.cuda.is_available():
+            torch._C._cuda_clearCublasWorkspaces()  # of each stream, some 32 MiB
             torch.cuda.empty_cache()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
