@@ -29,7 +29,7 @@ from engine.setup import open_data
 from models import saved_bit_widths
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.checkpoint import BEST, network_of
-from utils import WriteError, flag_text, one_line, printable
+from utils import WriteError, flag_text, one_line, printable, progress
 
 IMAGES = 500  # for a benchmark's accuracy, without --check
 CALIBRATION = 300  # training images for the runtimes' own quantization
@@ -151,7 +151,8 @@ def read_images(dataset: Samples, settings: Namespace,
     wanted = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     loader = make_loader(Subset(dataset, wanted), settings.dataset, torch.device("cpu"),
                          check.BATCH, train=False, memory_format=torch.contiguous_format)
-    images, labels = zip(*loader)
+    with progress(loader, "reading images") as shown:
+        images, labels = zip(*shown)
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
 
 

@@ -1,12 +1,15 @@
-"""File and text helpers."""
+"""Helpers for files, texts and progress bars."""
 import contextlib
 import errno
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a full disk
 
@@ -126,3 +129,13 @@ def commit() -> str | None:
                "--abbrev=40", "--dirty= with local changes"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def progress(batches: Iterable, name: str) -> tqdm:
+    """Return an iterator over batches, a context that shows a bar where stderr is a terminal.
+
+    Of several processes that torchrun started, the first shows it.
+    """
+    is_shown = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
+    return tqdm(batches, desc=name, unit="batch", leave=False, file=sys.stderr,
+                disable=not is_shown)

@@ -22,9 +22,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dataset.files import DataError, list_images, load_image
 from engine.arguments import OneLineParser, number
-from engine.console import progress
 from engine.errors import UserError, run_program
-from utils import replacing, write_json
+from utils import progress, replacing, write_json
 
 SETTINGS = "resized.json"  # what the copy was made with
 

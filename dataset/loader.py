@@ -21,6 +21,7 @@ from torchvision import datasets, transforms
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
 from dataset.kept import kept_arrays
+from utils import progress
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
 
@@ -306,9 +307,10 @@ def read_arrays(dataset: Samples, workers: int = 0,
     labels = torch.empty(len(dataset), dtype=torch.int64)
     batches = DataLoader(dataset, 256, num_workers=workers, generator=torch.Generator(),
                          collate_fn=collate_fn)
-    for batch, image_part, label_part in zip(batches, images.split(256), labels.split(256)):
-        image_part.copy_(batch[0].permute(0, 2, 3, 1))
-        label_part.copy_(batch[1])
+    with progress(batches, "reading images") as shown:
+        for batch, image_part, label_part in zip(shown, images.split(256), labels.split(256)):
+            image_part.copy_(batch[0].permute(0, 2, 3, 1))
+            label_part.copy_(batch[1])
     return images, labels
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deploy.graph import Run, is_rounding, step_of
 from models import BitWidth, set_bit_width
 from models.quan_ops import ActivationQ
-from utils import write_json, write_text
+from utils import progress, write_json, write_text
 
 AGREE = 99.5  # % of the answers that must agree
 POINTS = 0.1  # largest difference of top-1 in %, or one image where that is more
@@ -38,7 +38,7 @@ def compare(model: nn.Module, run: Run, images: numpy.ndarray, labels: numpy.nda
     results = {}
     for bits in bit_widths:
         parts = []
-        for start in range(0, len(images), BATCH):
+        for start in progress(range(0, len(images), BATCH), f"comparing at {bits} bits"):
             batch = images[start:start + BATCH]
             ours, levels = forward(model, batch, bits)
             theirs, exact_levels = forward(exact, batch.astype(numpy.float64), bits)

@@ -3,11 +3,9 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from engine.distributed import rank
 from engine.metrics import Metrics, mean_loss
 from engine.run_folder import log
 from models import BitWidth
@@ -114,10 +112,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def progress(batches: Iterable, name: str) -> tqdm:
-    """Return an iterator over batches, a context that shows a bar where stderr is a terminal."""
-    is_shown = rank() == 0 and sys.stderr.isatty()
-    return tqdm(batches, desc=name, unit="batch", leave=False, file=sys.stderr,
-                disable=not is_shown)

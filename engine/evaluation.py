@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dataset.data import DATASETS, Samples
 from dataset.loader import Loader, count_classes
 from engine.arguments import FLAGS, run_name
-from engine.console import progress
 from engine.device import describe
 from engine.distributed import rank, world_size
 from engine.errors import Stopped, StopRequest, UsageError, UserError
@@ -24,7 +23,7 @@ from engine.state import save_checkpoint
 from models import BitWidth, calibrate, check_bit_widths, saved_bit_widths, set_bit_width
 from models.calibration import ENTRY
 from models.checkpoint import network_of
-from utils import flag_text, write_json
+from utils import flag_text, progress, write_json
 
 
 @torch.no_grad()

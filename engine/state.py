@@ -12,8 +12,8 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth
-from models.checkpoint import (FileError, check_field, is_count, is_dense, is_finite_number,
-                               is_named_values, is_whole, load_weights, take)
+from models.checkpoint import (FileError, add_hash, check_field, is_count, is_dense,
+                               is_finite_number, is_named_values, is_whole, load_weights, take)
 from utils import WriteError, brief, one_line, escaped, replacing, writing
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -219,6 +219,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
             torch.save(content, temporary)
         except RuntimeError as error:
             raise WriteError(path, f"{one_line(error)}, as on a full disk") from None
+        add_hash(temporary)
 
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.

@@ -5,6 +5,8 @@ network: model, width, classes, all_conv, quantizer, bit_widths, keep; and `imag
 of the images that it was trained on: dataset, size, mean, std, class_names (or None). Older and
 published checkpoints lack both: what is missing is inferred from the shapes of their weights.
 """
+import hashlib
+import os
 import struct
 import warnings
 import zipfile
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 import torch
@@ -32,6 +35,11 @@ NUMPY_NUMBERS = [
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BEST = "model_best.pth.tar"
 LATEST = "model_latest.pth.tar"
+ZIP_START = b"PK\3\4"
+ZIP_END = b"PK\5\6"  # of the last record, of ZIP_END_LENGTH bytes where it has no comment
+ZIP_END_LENGTH = 22
+HASH_NAME = b"SHA-256 "
+COMMENT_LENGTH = len(HASH_NAME) + 64
 
 
 class FileError(ValueError):
@@ -97,9 +105,7 @@ def read_archive(path: str | Path) -> dict:
             warnings.simplefilter("ignore")  # torch warns of unusual files, not of unsafe ones
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text would advise to run the file's code
-        raise FileError(f"{path} is not a checkpoint that can be read safely "
-                        f"({type(error).__name__}): it is cut short, not a checkpoint, or holds "
-                        "code") from None
+        raise FileError(unreadable(path, type(error).__name__)) from None
     if isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
         content = {"state_dict": content}  # as torchvision saves it
     weights = content.get("state_dict") if isinstance(content, dict) else None
@@ -107,6 +113,12 @@ def read_archive(path: str | Path) -> dict:
         raise FileError(f"{path} is not a checkpoint of this kind: it must be a dict with a "
                         "state_dict")
     return content
+
+
+def unreadable(path: str | Path, reason: str) -> str:
+    """Return the message about a file that is no checkpoint, or not a whole one."""
+    return (f"{path} is not a checkpoint that can be read safely ({reason}): it is cut short, not "
+            "a checkpoint, or holds code")
 
 
 def check_field(path: str | Path, name: str, value: object, is_right: Callable[[object], bool],
@@ -199,19 +211,54 @@ def check_images(images: dict, path: str | Path) -> None:
         check_field(path, f"images' {field}", images.get(field), is_right, what)
 
 
+def add_hash(path: str | Path) -> None:
+    """Append to a file of torch.save, a zip file, the SHA-256 of all before it, as its comment."""
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the last field: the length of the comment
+        file.write(struct.pack("<H", COMMENT_LENGTH))
+        file.write(HASH_NAME + sha256(file, file.tell()))
+
+
+def sha256(file: BinaryIO, length: int) -> bytes:
+    """Return the SHA-256 of the first `length` bytes of a file, as 64 digits."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0:
+        part = file.read(min(length, 2**20))
+        digest.update(part)
+        length -= len(part)
+    return digest.hexdigest().encode()
+
+
 def check_archive(path: str | Path) -> None:
-    """Raise FileError where an entry of a zip file, as torch writes, lacks its own CRC-32."""
-    if not zipfile.is_zipfile(path):
-        return
+    """Raise FileError for a damaged zip file: by its SHA-256, or without one by each CRC-32."""
+    with open(path, "rb") as file:
+        if file.read(len(ZIP_START)) != ZIP_START:
+            return  # of a torch before 1.6, without checksums
+        length = max(0, file.seek(0, os.SEEK_END) - COMMENT_LENGTH)
+        file.seek(length)
+        comment = file.read()
+        damaged = None
+        if comment.startswith(HASH_NAME):
+            if comment != HASH_NAME + sha256(file, length):
+                damaged = "it does not have its SHA-256"
+        elif not comment[-ZIP_END_LENGTH:].startswith(ZIP_END):
+            raise FileError(unreadable(path, "no end of a zip file"))
+        else:
+            damaged = wrong_entry(path)
+    if damaged:
+        raise FileError(f"{path} is damaged: {damaged}: copy or download it again")
+
+
+def wrong_entry(path: str | Path) -> str | None:
+    """Return what is wrong with the entries of a zip file, or None where each has its CRC-32."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            name = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError,
             struct.error, UnicodeDecodeError) as error:
-        damaged = f"its archive ({type(error).__name__})"
-    if damaged:
-        raise FileError(f"{path} is damaged: {damaged} does not have its CRC-32: copy or download "
-                        "it again")
+        name = f"its archive ({type(error).__name__})"
+    return name and f"{name} does not have its CRC-32"
 
 
 def check_finite(state_dict: dict[str, Tensor], path: str | Path) -> None:

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from engine.console import Console, duration, log, progress
+from engine.console import Console, duration, log
 from engine.metrics import Metrics
 from models import BitWidth
+from utils import progress
 
 NINE = (1, 2, 3, 4, 5, 6, 7, 8, 32)
 

@@ -21,7 +21,7 @@ from utils import write_json
 
 FOLDER = Path(__file__).parent.parent / "examples"
 FILES = sorted(FOLDER.glob("*.safetensors"))
-IMAGES = 60
+IMAGES = 120
 
 
 def measure(path, count=IMAGES):
