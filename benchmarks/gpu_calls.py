@@ -281,6 +281,7 @@ CALLS = {function.__name__: function for function in (first, second, third)}
 
 def run_call(name, options, device):
     """Run a call and print its tables; return whether all that it ran went well."""
+    signal.signal(signal.SIGTERM, lambda *received: sys.exit(143))  # ends its processes, too
     with Call(name, options, device) as call:
         CALLS[name](call)
         call.print_tables()

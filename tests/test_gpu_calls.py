@@ -54,6 +54,7 @@ def test_the_commands_and_tables_of_a_call(name, tiny, tmp_path, monkeypatch, ca
         return real(call, name, "-c", "pass")
 
     real = gpu_calls.Call.start
+    monkeypatch.setattr(gpu_calls.signal, "signal", lambda *args: None)
     monkeypatch.setattr(gpu_calls.Call, "start", start)
     assert gpu_calls.run_call(name, options(tmp_path, *tiny), CUDA)
     out = capsys.readouterr().out
