@@ -21,6 +21,7 @@ from typing import NamedTuple
 from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
 from engine.errors import UserError, run_program
 from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
+from engine.forward_pass import AUTO
 from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
 from models import BitWidth, check_bit_widths
 from models.bit_widths import FULL_PRECISION
@@ -87,7 +88,7 @@ def load_run(folder: str | Path) -> Run:
         evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
     elif history[-1]["epoch"] < arguments["epochs"]:
         name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
-    if arguments["precision"] != DEFAULTS["precision"]:
+    if arguments["precision"] not in (AUTO, "fp32"):
         name += f", {arguments['precision']}"
     settings = {argument: escaped(setting_words(argument, value))
                 for argument, value in sorted(arguments.items())

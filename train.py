@@ -19,16 +19,18 @@ import random
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dataset.loader import Loader, count_classes, fingerprint
 from engine import published
 from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
 from engine.console import Console, fitted
+from engine.cuda_graph import GraphStep
 from engine.device import choose_device, describe
 from engine.distributed import (any_process, broadcast_buffers, broadcast_parameters,
                                 exchange_gradients, one_at_a_time_per_machine, processes, rank,
@@ -36,7 +38,7 @@ from engine.distributed import (any_process, broadcast_buffers, broadcast_parame
 from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
-from engine.forward_pass import ForwardPass
+from engine.forward_pass import ForwardPass, choose_precision
 from engine.output import go_on_without_output
 from engine.resume import Checkpoint, refuse_packed, resolve
 from engine.run_folder import RunFolder, log
@@ -58,6 +60,7 @@ def main(flags: Namespace) -> Path:
     with processes(device, getattr(flags, "timeout", 600)):
         with one_at_a_time_per_machine():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
+        args.precision = choose_precision(args.precision, device)
 
         torch.manual_seed(args.seed)
         if args.evaluate:
@@ -76,6 +79,9 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     """
     state, forward_pass, train_loader, val_loader = prepare(args, device)
     message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
+    step = partial(take_step, state, forward_pass, args.loss)
+    if args.cuda_graph:
+        step = GraphStep(step, state.optimizer, args.batch_size, device)
     in_place = checkpoint is not None and checkpoint.in_place
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
@@ -94,7 +100,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
                     for group in state.optimizer.param_groups:
                         group["lr"] = group["initial_lr"] * factor
                     train_metrics, speed = train_one_epoch(
-                        state, train_loader, forward_pass, args.loss, console, run, stop)
+                        state, train_loader, step, console, run, stop)
                     broadcast_buffers(state.model)
                     if world_size() > 1:
                         run.save(state)  # several processes do not stop within the validation
@@ -119,18 +125,28 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     return run.path
 
 
-def train_one_epoch(state: TrainingState, loader: Loader, forward_pass: ForwardPass, loss: str,
-                    console: Console, run: RunFolder,
+def take_step(state: TrainingState, forward_pass: ForwardPass, loss: str, images: Tensor,
+              labels: Tensor, bit_widths: Sequence[BitWidth],
+              loss_scale: float) -> dict[BitWidth, tuple[Tensor, Tensor]]:
+    """Train on a batch; return what forward_pass.backward does."""
+    state.optimizer.zero_grad()
+    results = forward_pass.backward(images, labels, bit_widths, loss, loss_scale)
+    exchange_gradients(list(state.model.parameters()))
+    state.optimizer.step()
+    return results
+
+
+def train_one_epoch(state: TrainingState, loader: Loader, step: Callable, console: Console,
+                    run: RunFolder,
                     stop: StopRequest) -> tuple[dict[BitWidth, dict[str, float]], float]:
     """Train the rest of an epoch; return its metrics per bit-width, and images/s.
 
-    Raises Stopped between two steps, with several processes at log points alone.
+    step: (images, labels, bit_widths, loss_scale) -> results. Raises Stopped between two steps,
+    with several processes at log points alone.
     """
     model = state.model
-    optimizer = state.optimizer
     metrics = state.metrics
     settings = state.arguments
-    parameters = list(model.parameters())
 
     model.train()
     batches = loader.batch_sampler
@@ -139,12 +155,9 @@ def train_one_epoch(state: TrainingState, loader: Loader, forward_pass: ForwardP
     began = time.perf_counter()
     for images, labels in loader:
         fraction = len(labels) / batches.size(metrics.steps)  # of the batch of all processes
-        optimizer.zero_grad()
         bit_widths = choose_bit_widths(state.bit_widths, settings["widths_per_step"],
                                        settings["seed"], state.epoch, metrics.steps)
-        results = forward_pass.backward(images, labels, bit_widths, loss, fraction)
-        exchange_gradients(parameters)
-        optimizer.step()
+        results = step(images, labels, bit_widths, fraction)
         metrics.add(results, labels)
 
         log_point = metrics.steps % console.print_freq == 0 or metrics.steps == len(batches)

@@ -11,7 +11,8 @@
 # The results folder, which all machines must see, is results/imagenet_resnet50q_any, or
 # results/imagenet_resnet50q_2 and so on of a dedicated model, with _bf16 or _tf32 at the end where
 # --precision says so (--results-dir for another). The same command again goes on from its latest
-# checkpoint, and so does a run of which a process died (MAX_RESTARTS, 3 times).
+# checkpoint, and so does a run of which a process died (MAX_RESTARTS, 3 times). Where decoding is
+# what the GPUs wait for, benchmarks/resize_imagenet.py makes a smaller copy (docs/speed.md).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 

@@ -1,10 +1,12 @@
 """Check on a GPU what only a GPU can show: correct numbers first, then speed.
 
-    python benchmarks/gpu.py                      # all, on one NVIDIA GPU
+    python benchmarks/gpu.py first --folder results/gpu     # without compiling; then second, third
     python benchmarks/gpu.py levels compiled_is_eager cifar
-    python benchmarks/gpu.py --help               # the names; each takes minutes
+    python benchmarks/gpu.py --help                         # the names; each takes minutes
 
-Exits with 1 where a check fails or a goal is missed. Downloads nothing; prints Markdown tables.
+The calls first, second and third are cut for a quarter of an hour on a GPU: each takes four minutes
+at most, prints its tables last, and writes everything to a folder. Exits with 1 where a check fails
+or a goal is missed. Downloads nothing; prints Markdown tables.
 """
 import sys
 import time
@@ -13,18 +15,21 @@ import traceback
 import torch
 
 from gpu_checks import CHECKS  # first: it adds the project to the path
+from gpu_calls import CALLS, run_call
 from gpu_speeds import MEASUREMENTS
-from engine.arguments import OneLineParser
+from engine.arguments import OneLineParser, number
 from engine.device import choose_device, describe
 from engine.errors import run_program
 
 ALL = {**CHECKS, **MEASUREMENTS}
+LIMIT = 225  # seconds of a call
 
 
 def passes(name, device):
     """Run a check or measurement and print its outcome; return whether it passed."""
     print(f"\n## {name}: {' '.join(ALL[name].__doc__.split())}", flush=True)
     began = time.perf_counter()
+    torch._dynamo.reset()  # it counts all graphs of a function in the process, and has a limit
     try:
         ALL[name](device)
         outcome = "ok"
@@ -47,14 +52,24 @@ def main(options):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     versions(device)
-    sys.exit(0 if all([passes(name, device) for name in options.names or ALL]) else 1)
+    good = [run_call(name, options, device) if name in CALLS else passes(name, device)
+            for name in options.names or ALL]
+    sys.exit(0 if all(good) else 1)
 
 
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*ALL, []], metavar="NAME",
-                        help=f"checks to run, of {', '.join(ALL)}; default: all")
-    parser.add_argument("--device", default="cuda", help="cuda:1, or cpu to try the checks")
+    parser.add_argument("names", nargs="*", choices=[*CALLS, *ALL, []], metavar="NAME",
+                        help=f"calls, of {', '.join(CALLS)}, or checks, of {', '.join(ALL)}; "
+                        "default: all checks")
+    add = parser.add_argument
+    add("--device", default="cuda", help="cuda:1, or cpu to try the checks")
+    add("--folder", default="results/gpu", help="that gets all that a call finds")
+    add("--limit", type=number(int, 1), default=LIMIT, help="seconds of a call")
+    add("--fastest", default="--precision tf32 --cuda-graph",
+        help="train.py's flags of the fastest way, in third")
+    add("--data-dir", help="folder that holds fashion-mnist, for third")
+    add("--tiny", action="store_true", help="try a call with little data and small batches")
     return parser.parse_args(argv)
 
 

@@ -16,6 +16,7 @@ import train
 from dataset.loader import InMemoryLoader, ShuffledBatches
 from engine import setup
 from engine.arguments import parse_flags
+from engine.cuda_graph import GraphStep
 from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
@@ -60,14 +61,16 @@ class Steps:
     """Training steps of a narrow network on one batch; seed: of its weights and dropout."""
 
     def __init__(self, device, name="resnet20q", precision="fp32", compiles=False, bit_widths=BITS,
-                 optimizer=torch.optim.Adam, seed=0):
+                 optimizer=torch.optim.Adam, seed=0, lr=0.01):
+        torch._dynamo.reset()  # it counts all graphs of a function in the process, and has a limit
         torch.manual_seed(seed)
         self.device = device
         self.bit_widths = bit_widths
         self.model = MODELS[name](bit_widths, num_classes=10, width=1).to(device).train()
         self.forward_pass = setup.ForwardPass(
             self.model, device, precision, COUNT if compiles else None)
-        self.optimizer = optimizer(self.model.parameters(), lr=0.01, fused=True)
+        self.optimizer = optimizer(self.model.parameters(), lr=lr, fused=True)
+        self.take = self.take_step
         self.metrics = Metrics(bit_widths, device)
         size = 40 if name == "svhnq" else 32
         self.images = random(COUNT, 3, size, size).to(device).contiguous(
@@ -79,11 +82,21 @@ class Steps:
         return self.forward_pass.backward(
             self.images[:count], self.labels[:count], bit_widths or self.bit_widths, "recursive")
 
-    def step(self, count=COUNT):
+    def take_step(self, images, labels, bit_widths, loss_scale):
         self.optimizer.zero_grad()
-        results = self.backward(count=count)
+        results = self.forward_pass.backward(images, labels, bit_widths, "recursive", loss_scale)
         self.optimizer.step()
+        return results
+
+    def step(self, count=COUNT):
+        """Take a step, and add it to the metrics; return its results."""
+        results = self.take(self.images[:count], self.labels[:count], self.bit_widths, 1.0)
         self.metrics.add(results, self.labels[:count])
+        return results
+
+    def use_graph(self):
+        """Replay the following steps from a CUDA graph."""
+        self.take = GraphStep(self.take_step, self.optimizer, COUNT, self.device)
 
     def evaluate(self):
         batches = [(self.images, self.labels)]
@@ -212,18 +225,40 @@ def shared_is_not_shared(device):
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-def nothing_waits(device):
-    """No step, metric or in-memory batch makes the CPU wait for the GPU."""
+def graph_is_eager(device):
+    """Steps replayed from a CUDA graph equal eager ones bit for bit, odd batches too."""
+    with deterministic():
+        for name in ("resnet20q", "svhnq"):
+            for optimizer in (torch.optim.Adam, torch.optim.SGD):
+                for precision in precisions(device):
+                    found = []
+                    for is_graph in (False, True):
+                        steps = Steps(device, name, precision, optimizer=optimizer, lr=2**-7)
+                        if is_graph:
+                            steps.use_graph()
+                        losses = [steps.step(count)[bits][0].clone() for count in
+                                  (COUNT, COUNT, COUNT, COUNT, 5, COUNT) for bits in (1, 32)]
+                        weights = [parameter.flatten() for parameter in steps.model.parameters()]
+                        found.append(torch.cat([torch.stack(losses), *weights]).detach())
+                    case = name, optimizer.__name__, precision
+                    assert found[0].isfinite().all() and torch.equal(*found), case
+
+
+def nothing_waits(device, compiled=False):
+    """No step, eager or a CUDA graph, metric or in-memory batch makes the CPU wait for the GPU."""
     images = torch.zeros(4 * COUNT, 40, 40, 3, dtype=torch.uint8, device=device)
     loader = InMemoryLoader(images, torch.zeros(4 * COUNT, dtype=torch.int64, device=device),
                             "digits", ShuffledBatches(4 * COUNT, COUNT, seed=0))
     for name in ("resnet20q", "svhnq"):
         for precision in precisions(device):
-            for compiles in (False, True):
-                steps = Steps(device, name, precision, compiles)
+            for is_graph in (False, True) if device.type == "cuda" else (False,):
+                steps = Steps(device, name, precision, compiled)
+                if is_graph:
+                    steps.use_graph()
                 batches = iter(loader)
-                steps.step()  # the first may wait, and so may an epoch's first batch
-                next(batches)
+                for _ in range(3 if is_graph else 1):  # the first ones may wait, as may
+                    steps.step()
+                next(batches)  # an epoch's first batch
                 torch.cuda.set_sync_debug_mode("error")
                 try:
                     steps.step()
@@ -231,6 +266,11 @@ def nothing_waits(device):
                         pass
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
+
+
+def nothing_waits_compiled(device):
+    """No compiled step makes the CPU wait for the GPU."""
+    nothing_waits(device, compiled=True)
 
 
 def compiles_once(device):
@@ -281,4 +321,5 @@ def shown_below(differences, limit, false_alarms):
 
 CHECKS = {check.__name__: check for check in (
     levels, integer_operands, compiled_is_eager, steps_repeat, dropout_differs,
-    shared_is_not_shared, nothing_waits, compiles_once, resumed_is_whole, accuracy_is_kept)}
+    shared_is_not_shared, graph_is_eager, nothing_waits, nothing_waits_compiled, compiles_once,
+    resumed_is_whole, accuracy_is_kept)}

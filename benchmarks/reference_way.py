@@ -24,7 +24,7 @@ from dataset.loader import make_loader  # noqa: E402
 from engine import setup, state  # noqa: E402
 from engine.arguments import parse_flags  # noqa: E402
 from engine.errors import UsageError, run_program  # noqa: E402
-from engine.forward_pass import ForwardPass  # noqa: E402
+from engine.forward_pass import AUTO, ForwardPass  # noqa: E402
 from engine.metrics import Metrics  # noqa: E402
 from models import quan_ops  # noqa: E402
 
@@ -60,11 +60,17 @@ def make_optimizer(args, parameters):
     return optimizer
 
 
+def reference_precision(precision, device):
+    """Return a precision: fp32 unless the user names one, which is then refused."""
+    return "fp32" if precision == AUTO else precision
+
+
 @contextlib.contextmanager
 def patched():
     """Make train.py train the reference way within the context."""
     with (patch.object(setup, "ForwardPass", ReferenceForwardPass),
           patch.object(quan_ops, "low_precision", lambda x: False),
+          patch.object(train, "choose_precision", reference_precision),
           patch.object(setup, "make_loader", partial(make_loader, in_memory=False)),
           patch.object(train, "make_optimizer", make_optimizer),
           patch.object(state, "Metrics", MetricsReadEveryStep)):

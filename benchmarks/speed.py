@@ -86,7 +86,7 @@ def own_memory_of_a_step(options, way):
 
 def flops_of_a_step(options):
     """Count the FLOPs of a step's convolutions and matrix products."""
-    eager = {**vars(options), "compile": False, "precision": "fp32"}
+    eager = {**vars(options), "compile": False, "cuda_graph": False, "precision": "fp32"}
     run = Run(argparse.Namespace(**eager), "default")
     with FlopCounterMode(display=False) as counter:
         run.steps(1)
@@ -181,7 +181,9 @@ def measure_job(options):
 
 def names(options):
     """Return the names of both ways in tables."""
-    return "reference", f"default, {options.precision}{', compiled' if options.compile else ''}"
+    return "reference", " ".join([
+        f"default, {options.precision}{', compiled' if options.compile else ''}",
+        *(["as a CUDA graph"] if options.cuda_graph else [])])
 
 
 def table(options, title, columns, firsts=None):
@@ -215,6 +217,7 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 1), help="default: the recipe's, for resnet50q 64")
     add("--precision", choices=PRECISIONS, default="fp32")
     add("--compile", action="store_true")
+    add("--cuda-graph", action="store_true")
     add("--device", default="auto")
     add("--workers", type=number(int, 0), default=0)
     add("--images", type=number(int, 1), default=1280, help="images per epoch")

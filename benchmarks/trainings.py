@@ -1,6 +1,7 @@
 """Training on random images as train.py does it, in the default way or the reference way."""
 import contextlib
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +15,7 @@ from dataset.loader import ShuffledBatches
 from engine import setup
 from engine.arguments import merge_args, parse_flags
 from engine.console import Console
+from engine.cuda_graph import GraphStep
 from engine.device import choose_device
 from engine.errors import StopRequest
 from engine.state import TrainingState
@@ -69,6 +71,10 @@ class Run:
             self.state = TrainingState(
                 model, train.make_optimizer(self.args, model.parameters()),
                 bit_widths, self.device, vars(self.args), options.images)
+            self.step = partial(train.take_step, self.state, self.forward_pass, self.args.loss)
+            if self.args.cuda_graph:
+                self.step = GraphStep(self.step, self.state.optimizer, self.args.batch_size,
+                                      self.device)
         self.console = Console(bit_widths, 1, 1, self.args.print_freq, bar=False)
 
     def loader(self):
@@ -78,18 +84,43 @@ class Run:
             return setup.make_train_loader(
                 self.args, images, self.forward_pass.memory_format, self.device)
 
+    def set_options(self):
+        """Set torch's options for the process, which another run may have set otherwise."""
+        is_tf32 = self.args.precision == "tf32" or self.way == "reference"
+        torch.backends.cudnn.allow_tf32 = is_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def time_steps(self, count):
+        """Return the seconds of a step, and those of the CPU until it is launched, means."""
+        images, labels = next(iter(OneBatch(
+            self.args.batch_size, self.data.image_size, 1, self.device,
+            self.forward_pass.memory_format)))
+        bit_widths = list(self.state.bit_widths)
+        self.set_options()
+        self.state.model.train()
+        synchronize(self.device)
+        start = time.perf_counter()
+        cpu_start = time.process_time()
+        with WAYS[self.way]():
+            for _ in range(count):
+                results = self.step(images, labels, bit_widths, 1.0)
+                self.state.metrics.add(results, labels)
+        cpu_seconds = time.process_time() - cpu_start
+        synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.state.metrics.unread.clear()
+        return seconds / count, cpu_seconds / count
+
     def seconds(self, loader):
         """Return the seconds of an epoch with this loader."""
-        tf32 = self.args.precision == "tf32"  # global: the other run sets it too
-        torch.backends.cudnn.allow_tf32 = tf32 or self.way == "reference"
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        self.set_options()
         self.state.metrics = type(self.state.metrics)(self.state.bit_widths, self.device)
         self.state.epoch += 1
         synchronize(self.device)
         start = time.perf_counter()
         with WAYS[self.way]():
-            train.train_one_epoch(self.state, loader, self.forward_pass, self.args.loss,
-                                  self.console, NEVER_SAVES, StopRequest())
+            train.train_one_epoch(self.state, loader, self.step, self.console, NEVER_SAVES,
+                                  StopRequest())
         synchronize(self.device)
         return time.perf_counter() - start
 
@@ -101,10 +132,13 @@ class Run:
 
 def flags(options, way, bit_widths=BITS):
     """Return train.py's flags for one of WAYS."""
-    default = ["--precision", options.precision, *(["--compile"] if options.compile else [])]
+    own = ["--precision", "fp32"]
+    if way == "default":
+        own = ["--precision", options.precision, *(["--compile"] if options.compile else []),
+               *(["--cuda-graph"] if options.cuda_graph else [])]
     return ["--model", options.model, "--dataset", options.dataset, "--device", options.device,
             "--batch-size", str(options.batch_size), "--workers", str(options.workers),
-            "--bit_width_list", flag_text(bit_widths), *(default if way == "default" else [])]
+            "--bit_width_list", flag_text(bit_widths), *own]
 
 
 def synchronize(device):

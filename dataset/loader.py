@@ -20,6 +20,7 @@ from torchvision import datasets, transforms
 
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
+from dataset.kept import kept_arrays
 from utils import progress
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
@@ -128,8 +129,13 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
     if known is None:
         return None
     fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
+    source = DATASETS[name].source
+
+    def read(part: Samples) -> tuple[Tensor, Tensor]:
+        return read_arrays(Transformed(part, fixed), workers, collate_of(name, train))
+
     try:
-        return read_arrays(Transformed(dataset, fixed), workers, collate_of(name, train))
+        return kept_arrays(dataset, fixed, source, read) if source else read(dataset)
     except ImageSizeError:
         if known.padding:  # then the crop is not of the image's own size
             return None

@@ -12,7 +12,7 @@ from dataset.data import DATASETS, row_of
 from dataset.folder import PREFIX, is_folder
 from engine.distributed import rank, world_size
 from engine.errors import UsageError, UserError
-from engine.forward_pass import PRECISIONS
+from engine.forward_pass import AUTO, PRECISIONS
 from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
 from models.losses import NEXT_TARGET
 from utils import brief, flag_text, one_line, without_secrets
@@ -238,8 +238,9 @@ def add_training(add: Callable[..., None]) -> None:
     add("--best-by", kind=RUN, default="highest", **choice(
         ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
         "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))
-    add("--precision", kind=RUN, evaluated=True, in_name=True, default="fp32",
-        **choice(PRECISIONS, ": of the convolutions' operands"))
+    add("--precision", kind=RUN, evaluated=True, in_name=True, default=AUTO,
+        **choice((AUTO, *PRECISIONS), ": of the convolutions' operands; auto is tf32 on GPUs that "
+                 "have it and fp32 elsewhere, and a resumed run keeps its own"))
     add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
         help="seed of weights, data and dropout")
     add("--sync-bn", kind=RUN, action="store_true", help="with several processes: BatchNorm uses "
@@ -269,6 +270,9 @@ def add_running(add: Callable[..., None]) -> None:
         help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
     add("--compile", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile, a graph per bit-width; takes minutes at the start")
+    add("--cuda-graph", kind=MACHINE, action=argparse.BooleanOptionalAction, default=False,
+        help="on a GPU: record the step as one CUDA graph and replay it, at all bit-widths in one "
+        "process; what a layer of your own computes in Python is recorded with it")
     add("--workers", kind=MACHINE, type=number(int, 0), default=0,
         help="processes that load data; 0: the training process")
     add("--timeout", kind=MACHINE, type=number(int, 1), default=600,
@@ -377,7 +381,7 @@ def check_settings(args: Namespace) -> None:
         flag = "--all-conv" if args.all_conv else f"--width {args.width}"
         raise UsageError(f"{flag} is of {', '.join(MODELS)}: leave it out with --model "
                          f"{args.model}")
-    if args.precision not in PRECISIONS:  # an older run's
+    if args.precision not in (AUTO, *PRECISIONS):  # an older run's
         raise UsageError(f"--precision {args.precision} does not exist: choose from "
                          f"{', '.join(PRECISIONS)}, to train on with --pretrain")
     if args.compile and args.sync_bn:
@@ -385,6 +389,12 @@ def check_settings(args: Namespace) -> None:
                          "cannot: give one of them")
     if args.evaluate:
         return
+    if args.cuda_graph and count > 1:
+        raise UsageError(f"--cuda-graph is of one process, and these are {count}: give "
+                         "--no-cuda-graph")
+    if args.cuda_graph and (args.widths_per_step or math.inf) < len(args.bit_width_list):
+        raise UsageError(f"--widths-per-step {args.widths_per_step} draws other bit-widths at each "
+                         "step, and --cuda-graph replays one: give one of them")
     if args.batch_size % count:
         raise UsageError(f"--batch-size {args.batch_size} is that of all {count} processes: give "
                          f"a multiple of {count}")
@@ -420,6 +430,6 @@ def run_name(args: Namespace) -> str:
         parts.append(args.quantizer)
     if args.widths_per_step:
         parts.append(f"{args.widths_per_step}perstep")
-    if args.precision != DEFAULTS["precision"]:
+    if args.precision not in (AUTO, "fp32"):
         parts.append(args.precision)
     return "_".join([*parts, f"seed{args.seed}"])

@@ -32,12 +32,12 @@ def freest_gpu() -> int:
     """Return the index, as torch counts, of the GPU with the most free memory."""
     if torch.cuda.device_count() == 1:
         return 0
-    import gpustat
-
     try:
+        import gpustat
+
         free = {gpu.uuid.removeprefix("GPU-"): gpu.memory_total - gpu.memory_used
                 for gpu in gpustat.new_query()}
-    except Exception as error:  # the driver's library may be missing or refuse
+    except Exception as error:  # it, or the driver's library, may be missing or refuse
         print(f"gpustat could not tell which GPU is free ({error}): taking cuda:0", file=sys.stderr)
         return 0
     return max(range(torch.cuda.device_count()), key=lambda index: free.get(

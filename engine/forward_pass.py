@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from engine.distributed import any_process
 from engine.errors import UserError
 from models import BitWidth
 from models.graph import link_inputs
@@ -15,6 +16,16 @@ from models.losses import (any_precision_backward, forward_loss, prepare_weights
                            shared_computation)
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+AUTO = "auto"  # tf32 where all processes have it, else fp32
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Return a precision of PRECISIONS: what AUTO is on the devices of all processes, or itself."""
+    if precision != AUTO:
+        return precision
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    lacking, = any_process([not has_tf32])
+    return "fp32" if lacking else "tf32"
 
 
 def check_precision(precision: str, device: torch.device) -> None:

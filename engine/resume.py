@@ -8,6 +8,7 @@ from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
                               check_saved, flag_name, merge_args, names_of)
 from engine.errors import UsageError, UserError
+from engine.forward_pass import AUTO
 from engine.state import is_epoch
 from models import BitWidth, check_bit_widths, saved_bit_widths
 from models.checkpoint import (BEST, LATEST, FileError, check_field, is_count, network_spec,
@@ -102,6 +103,8 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     those that flags set.
     """
     given = dict(vars(flags))
+    if given.get("precision") == AUTO:  # its own
+        del given["precision"]
     refuse_packed(checkpoint.content, checkpoint.path, "go on training with")
     for name, kind in (("epoch", int), ("optimizer", dict)):
         if not isinstance(checkpoint.content.get(name), kind):
@@ -163,7 +166,8 @@ def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     return "; ".join(
         f"{flag_name(name)} is {escaped(flag_text(saved[name]))}, not {flag_text(value)}"
         for name, value in ours.items()
-        if name in saved and name not in (*machine, *free) and saved[name] != value)
+        if name in saved and name not in (*machine, *free) and saved[name] != value
+        and (name, value) != ("precision", AUTO))
 
 
 def refuse_packed(content: dict, path: str | Path, purpose: str) -> None:
@@ -180,6 +184,8 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     checkpoint = Checkpoint(path, flags=flags)
     saved = {name: value for name, value in checkpoint.arguments.items()
              if name in FLAGS and FLAGS[name].evaluated}
+    if saved.get("precision") == "tf32":
+        saved["precision"] = AUTO  # fp32, which is finer, where the device has no TF32
     network = {name: saved[name] for name in names_of(NETWORK) if name in saved}
     changed = differences(network, vars(flags))
     if changed:

@@ -8,14 +8,10 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import custom_scalars, scalar, text
 
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
@@ -23,15 +19,12 @@ from engine.errors import UserError
 from engine.state import TrainingState
 from models import BitWidth
 from models.checkpoint import LATEST, is_finite_number, is_whole
-from utils import (WriteError, brief, commit, flag_text, one_line, printable, with_text_keys,
-                   without_secrets, write_json, write_text, writing)
+from utils import (WriteError, brief, commit, one_line, with_text_keys,
+                   without_secrets, write_json, write_text)
 
 log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in the folder
 log.setLevel(logging.INFO)
 log.propagate = False
-LAYOUT = {  # TensorBoard's custom scalars: charts of all tags that begin so
-    name: {part: ["Multiline", [f"{part}_{tag}_"]] for part in ("val", "train")}
-    for name, tag in (("top-1 (%)", "prec_1"), ("loss", "loss"))}
 ANOTHER = "choose another folder with --results-dir"
 
 
@@ -51,53 +44,6 @@ class LogFile(logging.FileHandler):
         if not isinstance(error, OSError):
             raise error
         raise WriteError(self.baseFilename, error) from None
-
-
-class EventFile:
-    """A TensorBoard event file, which is written at once.
-
-    tensorboardX's SummaryWriter writes in a thread, and waits for it for ever once a full disk has
-    ended it. purge_step: TensorBoard drops what earlier files hold from that step on. arguments:
-    the run's, which it shows as a text.
-    """
-
-    def __init__(self, folder: Path, purge_step: int, arguments: dict):
-        self.folder = folder
-        with self.writing():
-            folder.mkdir(exist_ok=True)
-            self.events = EventsWriter(str(folder / "events"))
-            self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-            table = text("arguments", printable(markdown(arguments)))
-            for summary in (custom_scalars(LAYOUT), table):
-                self.add(Event(step=purge_step, summary=summary))
-            self.events.flush()
-
-    def add(self, event: Event) -> None:
-        """Add an event, at the present time."""
-        event.wall_time = time.time()
-        self.events.write_event(event)
-
-    def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Write a point of each curve, {tag: value}; raises WriteError where they cannot be."""
-        with self.writing():
-            for tag, value in values.items():
-                self.add(Event(step=step, summary=scalar(tag, value)))
-            self.events.flush()
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn an error of writing into WriteError, and close the file then."""
-        try:
-            with writing(self.folder):
-                yield
-        except WriteError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file, of which all is written."""
-        with contextlib.suppress(OSError, AttributeError):
-            self.events.close()
 
 
 class RunFolder:
@@ -186,7 +132,9 @@ class RunFolder:
             return
         packages = ("torch", "torchvision", "numpy", "tensorboardX", "scikit-learn")
         versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-        versions.update((name, version(name)) for name in packages)
+        for name in packages:
+            with contextlib.suppress(PackageNotFoundError):  # some go on without one
+                versions[name] = version(name)
 
         path = self.path / "config.json"
         first = {}
@@ -206,7 +154,7 @@ class RunFolder:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
             self.history = [record for record in records if record["epoch"] <= epoch]
             write_metrics(self.metrics_file, self.history)
-            self.writer = EventFile(self.path / "summary", epoch, without_secrets(arguments))
+            self.writer = open_event_file(self.path / "summary", epoch, without_secrets(arguments))
 
     def log_epoch(self, record: dict) -> None:
         """Append an epoch's record to metrics.jsonl and TensorBoard, with the published tags."""
@@ -214,6 +162,8 @@ class RunFolder:
             return
         self.history.append(record)
         write_metrics(self.metrics_file, self.history)
+        if self.writer is None:
+            return
         scalars = {"lr": record["lr"], "images_per_second": record["images_per_second"]}
         for part in ("train", "val"):
             for bits, values in record[part].items():
@@ -232,11 +182,14 @@ class RunFolder:
         return rank() == 0 and self.save_every is not None and minutes > self.save_every
 
 
-def markdown(arguments: dict) -> str:
-    """Return arguments as a Markdown table."""
-    texts = {name: flag_text(value).replace("|", r"\|") for name, value in arguments.items()}
-    rows = [f"| {name} | {value} |" for name, value in sorted(texts.items())]
-    return "\n".join(["| argument | value |", "|---|---|", *rows])
+def open_event_file(folder: Path, epoch: int, arguments: dict) -> object | None:
+    """Return a new EventFile; None, with a line in the log, where tensorboardX is missing."""
+    try:
+        from engine.event_file import EventFile
+    except ImportError as error:
+        log.info(f"no curves for TensorBoard ({one_line(error)}): pip install tensorboardX")
+        return None
+    return EventFile(folder, epoch, arguments)
 
 
 def write_metrics(path: Path, records: list[dict]) -> None:

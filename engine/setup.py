@@ -1,7 +1,9 @@
 """The parts of a run, made from its arguments."""
+import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from dataset.data import DATASETS, Samples, get_dataset
 from dataset.loader import Loader, make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
-from engine.forward_pass import ForwardPass
+from engine.forward_pass import ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, build, initialize_quantizers,
                     layers_to_initialize, saved_bit_widths, zoo)
 from models.checkpoint import load_weights
@@ -65,8 +67,9 @@ def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.me
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
         count = max(1, round(args.train_fraction * len(dataset)))
         dataset = Subset(dataset, order[:count].tolist())
-    return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
-                       world_size(), args.workers, memory_format)
+    with decoding_once(args.dataset):
+        return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
+                           world_size(), args.workers, memory_format)
 
 
 def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
@@ -75,8 +78,14 @@ def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memo
     batch_size = images_per_process(args)
     if DATASETS[args.dataset].in_memory and not args.compile:  # compiled batches have one size
         batch_size *= 4  # without a backward pass there is room
-    return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
-                       world_size(), args.workers, memory_format)
+    with decoding_once(args.dataset):
+        return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
+                           world_size(), args.workers, memory_format)
+
+
+def decoding_once(name: str) -> AbstractContextManager:
+    """Return a context in which one process decodes images that are kept for the others."""
+    return one_at_a_time_per_machine() if DATASETS[name].source else contextlib.nullcontext()
 
 
 def images_per_process(args: Namespace) -> int:
@@ -152,7 +161,7 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -> ForwardPass:
     """Return the ForwardPass of --precision and --compile."""
-    return ForwardPass(model, device, args.precision,
+    return ForwardPass(model, device, choose_precision(args.precision, device),
                        images_per_process(args) if args.compile else None)
 
 

@@ -1,5 +1,6 @@
 """The state of a run, as checkpoints hold it: saved and restored as a whole."""
 import math
+from collections import defaultdict
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -70,11 +71,17 @@ class TrainingState:
                             "finite: lower --lr; the last good checkpoint is kept")
 
         on_gpu = self.device.type == "cuda"
+        weights = self.model.state_dict()
+        optimizer = self.optimizer.state_dict()
+        if on_gpu:
+            kept = {number: dict(values) for number, values in optimizer["state"].items()}
+            optimizer["state"] = kept
+            copy_to_cpu([weights, *kept.values()], "cuda")
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
             "best": list(self.best), "network": self.model.spec, "images": self.images,
             "data": self.data,
-            "state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "state_dict": weights, "optimizer": optimizer,
             "arguments": self.arguments, "num_samples": self.num_samples,
             "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
             "random_states": gather({
@@ -183,6 +190,24 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
                if tensor.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all() for tensor in entries.values()]).tolist()
     return next((name for name, good in zip(entries, finite) if not good), None)
+
+
+def copy_to_cpu(dicts: list[dict], device: str) -> None:
+    """Replace the tensors in dicts that are on a type of device by copies on the CPU.
+
+    They are copied together, those of one type of number at once: each copy waits for the device.
+    """
+    places = defaultdict(list)
+    for each in dicts:
+        for key, value in each.items():
+            if torch.is_tensor(value) and value.device.type == device:
+                places[value.dtype].append((each, key))
+    for found in places.values():
+        tensors = [each[key].detach() for each, key in found]
+        flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for (each, key), tensor, part in zip(found, tensors, parts):
+            each[key] = part.view(tensor.shape).clone()  # a file would hold all of `flat`
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -75,10 +75,11 @@ def calibrate(model: nn.Module, bit_width: BitWidth | int | str,
     momentum = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average, in torch's convention
         layer.train()
 
-    for images in batches:
+    for count, images in enumerate(batches, start=1):
+        for layer in layers:
+            layer.momentum = 1 / count  # a cumulative average; torch's own waits for the count
         model(images)
 
     for layer, value in zip(layers, momentum, strict=True):

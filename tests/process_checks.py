@@ -105,8 +105,8 @@ def together(net, loss, size, bit_widths=WIDTHS, per_step=None):
                             arguments={"widths_per_step": per_step, "seed": 0})
     console = SimpleNamespace(print_freq=50, step=lambda epoch, metrics: None)
     run = SimpleNamespace(save_is_due=lambda: False)
-    train.train_one_epoch(state, Batches(size), ForwardPass(net, CPU), loss, console, run,
-                          StopRequest())
+    step = partial(train.take_step, state, ForwardPass(net, CPU), loss)
+    train.train_one_epoch(state, Batches(size), step, console, run, StopRequest())
     return parameters_of(net)
 
 

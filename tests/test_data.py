@@ -1,4 +1,5 @@
 """Every data set from small files in its real format; seeded batches, in memory or not."""
+import errno
 import gzip
 import json
 import math
@@ -6,17 +7,21 @@ import os
 import random
 import shutil
 import struct
+from collections import Counter
 
 import numpy
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
+from runs import assert_one_line
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
 import tiny_data
 from dataset import data as data_room
+from dataset import kept
+from dataset import loader as loader_room
 from dataset.data import DATASETS, data_paths, get_dataset, get_transform
 from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
@@ -161,6 +166,65 @@ def test_svhn_joins_train_and_extra_and_counts_ten_as_zero(tmp_path, monkeypatch
     assert [label for _, label in joined] == [label for part in (train, extra) for _, label in part]
     assert [label for _, label in train] == tiny_data.labels(12)
     assert joined[12][0].tobytes() == extra[0][0].tobytes()
+
+
+@pytest.fixture
+def svhn_arrays(tmp_path, monkeypatch):
+    """A function that reads SVHN's images in memory; {part: times that it was decoded}; a file."""
+    tiny_data.svhn(tmp_path, monkeypatch)
+    decoded = Counter()
+
+    def read(dataset, workers, collate_fn):
+        decoded[len(dataset)] += 1
+        return read_arrays(dataset, workers, collate_fn)
+
+    monkeypatch.setattr(loader_room, "read_arrays", read)
+
+    def arrays(split="train_extra"):
+        dataset = get_dataset("svhn", split, data_dir=tmp_path)
+        loader = make_loader(dataset, "svhn", CPU, 4, train=False)
+        expected = [(get_transform("svhn", False, normalized=False)(image), label)
+                    for image, label in dataset]
+        assert torch.equal(loader.images.permute(0, 3, 1, 2), torch.stack([x for x, _ in expected]))
+        assert loader.labels.tolist() == [label for _, label in expected]
+    return arrays, decoded, tmp_path / "svhn" / "extra_32x32.mat.arrays"
+
+
+def test_svhn_is_decoded_once(svhn_arrays):
+    arrays, decoded, path = svhn_arrays
+    for split in ("train_extra", "train_extra", "extra", "train_extra_auto_quan"):
+        arrays(split)
+    assert decoded == {12: 1, 28: 1}
+    arrays("val_auto_quan")
+    assert decoded == {12: 1, 28: 1, 2: 1}  # a small part alone
+    assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("change", [
+    lambda path, content: content[:-1] + bytes([content[-1] ^ 1]),
+    lambda path, content: content[:-100], lambda path, content: b"",
+    lambda path, content: content.replace(b"Resize(size=40", b"Resize(size=41"),
+    lambda path, content: (path.parent / "train_32x32.mat.arrays").read_bytes()])
+def test_svhn_is_decoded_anew_where_what_is_kept_is_not_of_it(change, svhn_arrays, capsys):
+    arrays, decoded, path = svhn_arrays
+    arrays()
+    path.write_bytes(change(path, path.read_bytes()))
+    arrays()
+    arrays()
+    assert decoded == {12: 1, 28: 2}
+    assert_one_line(capsys, f"{path} is made anew: ")
+
+
+def test_svhn_in_a_folder_that_cannot_be_written(svhn_arrays, monkeypatch, capsys):
+    arrays, decoded, path = svhn_arrays
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(kept, "save_file", refuse)
+    arrays("extra")
+    assert_one_line(capsys, f"not kept for the next start: {path}", "Read-only file system")
+    assert decoded == {28: 1} and not path.exists()
 
 
 def test_mnist_is_given_as_three_equal_channels(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reference
 from engine.errors import UserError
 from engine.evaluation import evaluate
-from engine.forward_pass import PRECISIONS, ForwardPass, check_precision
+from engine.forward_pass import PRECISIONS, ForwardPass, check_precision, choose_precision
 from engine.metrics import Metrics
-from models import BITS, MODELS, BitWidth
+from models import BITS, MODELS, BitWidth, calibrate
 from models.float_layers import BatchNorm2d
 from models.losses import NEXT_TARGET, any_precision_backward
 from models.quan_ops import Clamp, Conv2dQ, DoReFaWeight, round_ste
@@ -271,6 +271,15 @@ def test_a_precision_that_is_not_in_the_hardware(monkeypatch):
         check_precision(precision, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("device, capability, chosen", [
+    ("cpu", None, "fp32"), ("cuda", (7, 5), "fp32"), ("cuda", (8, 0), "tf32"),
+    ("cuda", (12, 0), "tf32")])
+def test_the_precision_that_auto_is(device, capability, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device(device)) == chosen
+    assert choose_precision("bf16", torch.device(device)) == "bf16"
+
+
 def test_memory_format_is_channels_last_where_the_hardware_takes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = network("svhnq")
@@ -320,6 +329,23 @@ def test_nothing_in_a_step_waits_for_the_device(precision):
         assert waiting.found == []
         metrics.averages()
     assert waiting.found  # the counter counts: a log point does wait
+
+
+def test_calibration_does_not_wait_and_averages_over_batches():
+    model = network("resnet8q")
+    batches = batch("resnet8q", count=12, dtype=torch.float32)[0].split(4)
+    calibrate(model, 2, batches[:1])
+    with Waiting() as waiting:
+        calibrate(model, 2, batches)
+    assert waiting.found == []
+    layer = model.bn.bn_dict["2"]
+    assert layer.momentum == 0.1 and layer.num_batches_tracked == 3
+    found = layer.running_mean.clone()
+    alone = []
+    for images in batches:
+        calibrate(model, 2, [images])
+        alone.append(layer.running_mean.clone())
+    torch.testing.assert_close(found, torch.stack(alone).mean(0))
 
 
 # ---- compiled

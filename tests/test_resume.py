@@ -16,6 +16,9 @@ import tiny_data
 import train
 from dataset.data import DATASETS, Transformed, get_dataset
 from dataset.loader import fingerprint
+from engine.arguments import parse_flags
+from engine.errors import UserError
+from engine.resume import resolve
 from engine.run_folder import read_metrics
 from models import MODELS
 
@@ -224,6 +227,22 @@ def test_other_groups_than_were_saved_are_refused(groups, told, tmp_path, tiny_c
 def test_resume_with_other_flags_is_refused(flags, told, trained, capsys):
     assert run(["--resume", trained, *flags]) == 2
     assert_one_line(capsys, "cannot change on resume: ", told, "leave that out")
+
+
+def test_a_run_keeps_its_own_precision_whatever_the_default_would_be(copied, tiny_cifar10):
+    path = copied / "ckpt" / "model_latest.pth.tar"
+    content = load(copied)
+    assert content["arguments"]["precision"] == "fp32"  # not auto
+    torch.save({**content, "arguments": {**content["arguments"], "precision": "tf32"}}, path)
+    command = [str(word) for word in tiny(tiny_cifar10, copied)]
+    for argv in (["--resume", str(copied)], ["--resume", str(copied), "--precision", "auto"],
+                 command, [*command, "--precision", "auto"]):
+        args, _ = resolve(parse_flags(argv))
+        assert args.precision == "tf32", argv
+    with pytest.raises(UserError, match="--precision is tf32, not fp32"):
+        resolve(parse_flags([*command, "--precision", "fp32"]))
+    evaluated, _ = resolve(parse_flags(["--evaluate", "--resume", str(copied)]))
+    assert evaluated.precision == "auto"  # a CPU's is fp32
 
 
 def test_resume_of_a_finished_run_tells_its_results_again(copied, capsys):

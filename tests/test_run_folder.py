@@ -10,7 +10,7 @@ import pytest
 from runs import assert_one_line, assert_same, load, run, snapshot, tiny
 from tensorboardX.event_file_writer import EventsWriter
 
-from engine import run_folder
+from engine import event_file
 from engine.errors import UserError
 from engine.run_folder import RunFolder, read_metrics, write_metrics
 
@@ -84,6 +84,18 @@ def full_events(prefix):
     return events
 
 
+def test_a_run_without_tensorboard_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    monkeypatch.delitem(sys.modules, "engine.event_file")
+    with RunFolder(tmp_path / "r", "run") as folder:
+        folder.begin(0, {})
+        folder.log_epoch({"epoch": 1, "lr": 0.1, "images_per_second": 1,
+                          "train": {4: VALUES}, "val": {4: VALUES}})
+    assert "pip install tensorboardX" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "r" / "metrics.jsonl")) == 1
+    assert not (tmp_path / "r" / "summary").exists()
+
+
 @pytest.mark.parametrize("name", [
     "config.json", "metrics.jsonl", "accuracy.png", "ckpt/model_latest.pth.tar", "log", "summary"])
 def test_a_full_disk_names_the_file_and_the_way_on_and_loses_nothing(
@@ -95,7 +107,7 @@ def test_a_full_disk_names_the_file_and_the_way_on_and_loses_nothing(
         path.unlink()
         path.symlink_to(FULL)
     elif name == "summary":
-        monkeypatch.setattr(run_folder, "EventsWriter", full_events)
+        monkeypatch.setattr(event_file, "EventsWriter", full_events)
     else:
         path.with_name(f".{path.name}.tmp").symlink_to(FULL)
 

@@ -30,6 +30,14 @@ def test_ctrl_c_during_the_imports(program, tmp_path):
     assert (process.returncode, out, err) == (130, "", f"{program}: interrupted\n")
 
 
+def test_what_a_run_can_do_without_is_imported_where_it_is_used(tmp_path):
+    for name in ("tensorboardX", "gpustat"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('missing')")
+    process = start([ROOT / "benchmarks" / "gpu.py", "--help"], tmp_path, text=True,
+                    stdout=subprocess.PIPE)
+    assert "levels" in process.communicate(timeout=120)[0] and process.returncode == 0
+
+
 def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
     """As of a program that a script starts in the background."""
     script = ("import signal; from engine.startup import prepare_process; prepare_process(); "

@@ -13,7 +13,7 @@ from runs import assert_same, load
 from engine.arguments import merge_args
 from engine.errors import UserError
 from engine.setup import make_optimizer
-from engine.state import TrainingState, save_checkpoint
+from engine.state import TrainingState, copy_to_cpu, save_checkpoint
 from models import MODELS, BitWidth
 from models.checkpoint import FileError, read_checkpoint
 from utils import WriteError
@@ -64,6 +64,20 @@ def test_a_file_without_weights_is_not_a_checkpoint(content, tmp_path):
     torch.save(content, tmp_path / "x.pth.tar")
     with pytest.raises(FileError, match="must be a dict with a state_dict"):
         read_checkpoint(tmp_path / "x.pth.tar")
+
+
+def test_tensors_copied_together_are_the_same_apart():
+    model = MODELS["resnet8q"]([2, 32], 10, 1).to(memory_format=torch.channels_last)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = model.state_dict()
+    others = {"step": torch.tensor(3.0), "rate": 0.5, "none": torch.zeros(0)}
+    copy_to_cpu([weights, others], "cpu")
+    assert_same(dict(weights), expected)
+    assert_same(others, {"step": torch.tensor(3.0), "rate": 0.5, "none": torch.zeros(0)})
+    for value in weights.values():
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    weights["fc.weight"].zero_()
+    assert model.fc.weight.any()
 
 
 # ---- what a run takes from a checkpoint
