@@ -20,7 +20,7 @@ from torchvision import datasets, transforms
 
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
-from dataset.kept import kept_arrays
+from dataset.cached_arrays import cached_arrays
 from utils import progress
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
@@ -135,7 +135,7 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
         return read_arrays(Transformed(part, fixed), workers, collate_of(name, train))
 
     try:
-        return kept_arrays(dataset, fixed, source, read) if source else read(dataset)
+        return cached_arrays(dataset, fixed, source, read) if source else read(dataset)
     except ImageSizeError:
         if known.padding:  # then the crop is not of the image's own size
             return None

@@ -1,4 +1,4 @@
-"""Arrays of decoded images, kept in a file of the data folder: SVHN's take minutes to make."""
+"""Arrays of decoded images, cached in the data folder: those of SVHN take minutes to make."""
 import sys
 import zlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from utils import WriteError, one_line, replacing
 Arrays = tuple[Tensor, Tensor]  # images (N, H, W, 3) uint8, labels (N,) int64
 
 
-def kept_arrays(dataset: Dataset, transform: Callable,
+def cached_arrays(dataset: Dataset, transform: Callable,
                 source: Callable[[datasets.VisionDataset], tuple[str, str]],
                 read: Callable[[Dataset], Arrays]) -> Arrays:
     """Return read(dataset), from the files where that is kept; else keep it.
@@ -27,13 +27,13 @@ def kept_arrays(dataset: Dataset, transform: Callable,
     transform: what `read` applies. source: returns a data set's raw file and that file's checksum.
     """
     if isinstance(dataset, ConcatDataset):
-        parts = [kept_arrays(part, transform, source, read) for part in dataset.datasets]
+        parts = [cached_arrays(part, transform, source, read) for part in dataset.datasets]
         images, labels = zip(*parts)
         return torch.cat(images), torch.cat(labels)
     if isinstance(dataset, Subset):
         if 2 * len(dataset) < len(dataset.dataset):
             return read(dataset)
-        images, labels = kept_arrays(dataset.dataset, transform, source, read)
+        images, labels = cached_arrays(dataset.dataset, transform, source, read)
         return images[dataset.indices], labels[dataset.indices]
 
     if not isinstance(dataset, datasets.VisionDataset):
