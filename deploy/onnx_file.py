@@ -21,7 +21,7 @@ from torch import nn
 from deploy.graph import (ImageSize, Operation, affine_of, float_weight, image_shape,
                           integer_weight, is_rounding, pool_settings, step_of, takes_levels, trace)
 from deploy.thresholds import LARGEST, requantization
-from models.assignment import Assignment
+from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.quan_ops import width_of
 from utils import one_line
@@ -313,7 +313,7 @@ def column(values: numpy.ndarray) -> numpy.ndarray:
     return values[:, None, None]
 
 
-def export(model: nn.Module, bit_widths: Iterable[BitWidth | Assignment | int | str],
+def export(model: nn.Module, bit_widths: Iterable[Width | int | str],
            path: str | Path, image_size: ImageSize, any_width: bool = False,
            metadata: dict[str, str] | None = None,
            pixels: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
@@ -321,9 +321,9 @@ def export(model: nn.Module, bit_widths: Iterable[BitWidth | Assignment | int | 
 
     The input `images` is (N, C, H, W) float32, normalized; the output `logits` is (N, classes).
     any_width: one file for all bit_widths, with a second input `bits`, int64; False: bit_widths has
-    one element, which may be an assignment. metadata: {name: text}. pixels: mean and std per channel; the input is then uint8
-    (N, H, W, C), and the file normalizes it. Raises ValueError naming a layer that the format
-    cannot represent.
+    one element, which may be an assignment. metadata: {name: text}. pixels: mean and std per
+    channel; the input is then uint8 (N, H, W, C), and the file normalizes it. Raises ValueError
+    naming a layer that the format cannot represent.
     """
     bit_widths = [width_of(model, width) for width in bit_widths]
     channels, height, width = image_shape(image_size)

@@ -21,7 +21,7 @@ from engine.run_folder import RunFolder, log
 from engine.setup import (check_class_names, describe_images, make_forward_pass,
                           make_train_loader, make_val_loader, open_data)
 from engine.state import save_checkpoint
-from models import (Assignment, BitWidth, add_assignment, assignments_of, calibrate,
+from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
                     check_bit_widths, read_assignments, saved_bit_widths, set_bit_width)
 from models.calibration import ENTRY
 from models.checkpoint import network_content, network_of
@@ -31,9 +31,9 @@ from utils import flag_text, one_line, write_json
 
 @torch.no_grad()
 def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
-             bit_widths: Sequence[BitWidth | Assignment], device: torch.device,
+             bit_widths: Sequence[Width], device: torch.device,
              what: str = "validation", stop: StopRequest | None = None,
-             ) -> dict[BitWidth | Assignment, dict[str, float]]:
+             ) -> dict[Width, dict[str, float]]:
     """Return {bit-width: {"loss", "top1", "top5"}} over the loaders of all processes.
 
     stop: a StopRequest; a single process raises Stopped between two batches. Raises UserError,
@@ -142,7 +142,7 @@ def add_assignments(model: nn.Module, assignments: Iterable[Assignment],
     return added
 
 
-def add_costs(results: dict[BitWidth | Assignment, dict[str, float]], model: nn.Module,
+def add_costs(results: dict[Width, dict[str, float]], model: nn.Module,
               image_size: int) -> None:
     """Add to each bit-width's results what it costs; log why where that is not known."""
     try:
@@ -185,7 +185,7 @@ def calibration_batches(args: Namespace, train_set: Samples, forward_pass: Forwa
 
 
 def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
-                    added: Iterable[BitWidth | Assignment]) -> None:
+                    added: Iterable[Width]) -> None:
     """Save a checkpoint that also lists which of its bit-widths were calibrated."""
     content = checkpoint.content
     added = [width for width in added if isinstance(width, BitWidth)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure  # not pyplot, which needs a display
 from matplotlib.ticker import MaxNLocator
 
 from engine.metrics import best_key
-from models import Assignment, BitWidth
+from models import Assignment, BitWidth, Width
 from utils import replacing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -44,7 +44,7 @@ def best_and_last(history: list[dict], best_by: str = "highest") -> str:
     return "\n".join(lines)
 
 
-def evaluation_table(results: dict[BitWidth | Assignment, dict[str, float]],
+def evaluation_table(results: dict[Width, dict[str, float]],
                      trained: Container[BitWidth]) -> str:
     """Return a table of an evaluation's results, with untrained bit-widths marked.
 
@@ -63,8 +63,9 @@ def evaluation_table(results: dict[BitWidth | Assignment, dict[str, float]],
             line += f" {value['bit_operations'] / 1e6:10,.1f} {value['weight_bytes']:11,}"
         lines.append(line if bits in trained else f"{line}   not trained")
     if has_costs:
-        lines.append(f"\nMbit-ops and bytes of the quantized layers, for an image; the float layers, "
-                     f"at 32 x 32 bits,\ntake {first['float_bit_operations'] / 1e6:,.1f} and "
+        operations = first["float_bit_operations"] / 1e6
+        lines.append("\nMbit-ops and bytes of the quantized layers, for an image; the float "
+                     f"layers, at 32 x 32 bits,\ntake {operations:,.1f} and "
                      f"{first['float_weight_bytes']:,} more at every bit-width")
     return "\n".join(lines)
 
@@ -107,7 +108,7 @@ def top1_of(record: dict) -> dict[BitWidth, float]:
 
 
 def save_evaluation_figure(path: str | Path,
-                           results: dict[BitWidth | Assignment, dict[str, float]], title: str,
+                           results: dict[Width, dict[str, float]], title: str,
                            trained: Container[BitWidth]) -> None:
     """Save a PNG of an evaluation's top-1 against bit-width; hollow where it was not trained.
 

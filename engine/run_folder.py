@@ -21,7 +21,7 @@ from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
 from engine.state import TrainingState
-from models import Assignment, BitWidth
+from models import Assignment, BitWidth, Width
 from models.checkpoint import LATEST, is_finite_number, is_whole
 from utils import (WriteError, brief, commit, flag_text, one_line, printable, with_text_keys,
                    without_secrets, write_json, write_text, writing)
@@ -285,7 +285,7 @@ def check_record(record: object, where: str, before: list[dict]) -> None:
 
 
 def metrics_of(value: object, where: str, name: str, assignments: Sequence[Assignment] = (),
-               ) -> dict[BitWidth | Assignment, dict[str, float]]:
+               ) -> dict[Width, dict[str, float]]:
     """Return a file's {bit-width: {"loss", "top1", "top5"}}; UserError where it is something else.
 
     where: the file, for the error. name: of the field. assignments: those that may be keys too.

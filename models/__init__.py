@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from models import zoo
-from models.assignment import Assignment, read_assignments
+from models.assignment import Assignment, Width, read_assignments
 from models.bit_widths import BITS, FULL_PRECISION, BitWidth, check_bit_widths
 from models.calibration import (add_assignment, add_missing_bit_widths, calibrate,
                                 saved_bit_widths)

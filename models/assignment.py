@@ -104,6 +104,9 @@ class Assignment:
         return self.name < other.name if isinstance(other, Assignment) else False
 
 
+Width = BitWidth | Assignment  # of a network
+
+
 def is_name(value: object) -> bool:
     """Return whether a value may name an assignment: a key of torch's dicts, and of files."""
     return (isinstance(value, str) and bool(NAME.fullmatch(value)) and value not in RESERVED

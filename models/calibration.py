@@ -1,4 +1,4 @@
-"""The bit-widths of saved weights, and assignments: list them, add missing ones, calibrate those."""
+"""The bit-widths and assignments of saved weights: list them, add missing ones, calibrate those."""
 import copy
 import re
 from collections import defaultdict
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from models.assignment import NAME, Assignment
+from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
 from models.quan_ops import (ActivationQ, SwitchableBatchNorm2d, assignments_of, set_bit_width,
                              trained_bit_widths)
@@ -109,8 +109,8 @@ def check_layers(model: nn.Module, assignment: Assignment) -> None:
     layers = assignable_layers(model)
     for pattern in assignment.layers:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise ValueError(f"assignment {assignment}: {brief(pattern)} is no layer with bits, and "
-                             f"matches none: such are {', '.join(layers[:4])}, ...")
+            raise ValueError(f"assignment {assignment}: {brief(pattern)} is no layer with bits, "
+                             f"and matches none: such are {', '.join(layers[:4])}, ...")
 
 
 def assignable_layers(model: nn.Module) -> list[str]:
@@ -133,7 +133,7 @@ def activations_behind(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, bit_width: BitWidth | Assignment | int | str,
+def calibrate(model: nn.Module, bit_width: Width | int | str,
               batches: Iterable[Tensor]) -> None:
     """Re-estimate one bit-width's BatchNorm statistics over batches of images (N, 3, H, W).
 

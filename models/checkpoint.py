@@ -46,9 +46,9 @@ def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = N
 
     path: a checkpoint, a packed file, or a results folder, whose best checkpoint is loaded.
     bit_widths: of the network; None: those of the file. One that the file lacks is a copy of the
-    nearest. Its assignments are left out where one that it has is not asked for. The network's attribute `images` describes its images, and `calibrated` lists the
-    bit-widths that were not trained. Raises FileError where the file is missing, damaged, or does
-    not fit its network.
+    nearest; where one that it has is left out, so are its assignments. The network's attribute
+    `images` describes its images, and `calibrated` lists the bit-widths that were not trained.
+    Raises FileError where the file is missing, damaged, or does not fit its network.
     """
     path = find_file(path, BEST)
     content = read_checkpoint(path)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import (Assignment, assignments_of, check_bit_widths, quantizers, set_bit_width,
+from models import (Assignment, Width, assignments_of, check_bit_widths, quantizers, set_bit_width,
                     trained_bit_widths)
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY, without_assignments
@@ -123,14 +123,15 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 # ---- write
 
 @torch.no_grad()
-def save(model: nn.Module, bit_widths: Iterable[BitWidth | Assignment | int | str],
+def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
          path: str | Path, about: dict,
          stored: Iterable[BitWidth | int | str] | None = None) -> None:
     """Write a packed file: weights at the bit-widths `stored`, BatchNorms at `bit_widths`.
 
-    bit_widths: also assignments of the model, whose weights are stored too. about: the metadata: what builds the model (model, width, all_conv, classes, quantizer), and
-    anything else. stored: None for `bit_widths` alone. Raises ValueError, naming the layer, where a
-    quantizer's weights are not integers times a scale.
+    bit_widths: also assignments of the model, whose weights are stored too. about: the metadata:
+    what builds the model (model, width, all_conv, classes, quantizer), and anything else. stored:
+    None for `bit_widths` alone. Raises ValueError, naming the layer, where a quantizer's weights
+    are not integers times a scale.
     """
     widths = [width_of(model, width) for width in bit_widths]
     assignments = [width for width in widths if isinstance(width, Assignment)]
@@ -246,7 +247,7 @@ class Column:
 
 
 def columns_of(name: str, layer: QuantizedLayer,
-               stored: list[BitWidth | Assignment]) -> dict[str, Column]:
+               stored: list[Width]) -> dict[str, Column]:
     """Return {key: Column} of a layer, one per stored bit-width, or one per number of bits."""
     per_width = has_state_per_width(layer)
     columns = {}
@@ -259,7 +260,7 @@ def columns_of(name: str, layer: QuantizedLayer,
 
 
 def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
-             stored: list[BitWidth | Assignment]) -> None:
+             stored: list[Width]) -> None:
     """Raise ValueError unless the packed weights equal the layer's own, bit for bit."""
     for width in stored:
         layer.switch_bit_width(width.of_layer(name))

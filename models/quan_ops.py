@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from models.assignment import Assignment
+from models.assignment import Assignment, Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d
 
@@ -347,7 +347,7 @@ def low_precision(x: Tensor) -> bool:
 
 # ---- the switch
 
-def set_bit_width(model: nn.Module, bit_width: BitWidth | Assignment | int | str) -> None:
+def set_bit_width(model: nn.Module, bit_width: Width | int | str) -> None:
     """Switch every layer of the model that has a method `switch_bit_width`.
 
     bit_width: also an Assignment of the model, or its name. Raises ValueError, and changes nothing,
@@ -366,9 +366,8 @@ def set_bit_width(model: nn.Module, bit_width: BitWidth | Assignment | int | str
         layer.switch_bit_width(of_layer)
 
 
-def width_of(model: nn.Module, value: BitWidth | Assignment | int | str) -> BitWidth | Assignment:
-    """Return the bit-width or the assignment that a value says; ValueError where the model has none.
-    """
+def width_of(model: nn.Module, value: Width | int | str) -> Width:
+    """Return the bit-width or assignment that a value says; ValueError where the model has none."""
     found = assignments_of(model).get(str(value))
     if found:
         if isinstance(value, Assignment) and not value.says_as(found):
