@@ -8,6 +8,7 @@ Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
     torchrun --standalone --nproc-per-node 4 train.py ...        # on four GPUs
     python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20
+    python train.py --evaluate --pretrain results/RUN --layer_bits mix.json --calibrate 20
 """
 if __name__ == "__main__":
     from engine.startup import prepare_process
