@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 
 from dataset.data import DATASETS, get_dataset
 from dataset.loader import make_loader
-from engine.arguments import OneLineParser, number, path_text, run_name
+from engine.arguments import OneLineParser, dataset_name, number, path_text, run_name
 from engine.bit_search import Search, Step, integer_widths
 from engine.device import choose_device
 from engine.errors import UserError, run_program
@@ -50,7 +50,8 @@ class Budget(NamedTuple):
 def main(args: Namespace) -> Path | None:
     """Search, or print what each layer costs; return the folder of the search."""
     device = choose_device(args.device)
-    flags = {"evaluate": True, "pretrain": args.source, "data_dir": args.data_dir}
+    flags = {"evaluate": True, "pretrain": args.source, "data_dir": args.data_dir,
+             "dataset": args.dataset}
     settings, checkpoint = resolve(Namespace(
         **{name: value for name, value in flags.items() if value is not None}))
     model, _ = network_of(checkpoint.content, checkpoint.path)
@@ -299,6 +300,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed that draws the images")
     add("--results-dir", type=path_text, help="folder of the search; the same command goes on with "
         "what is there; default: results/NAME_search, named after the run")
+    add("--dataset", type=dataset_name, metavar="NAME", help="data set to search on; default: that "
+        "of the checkpoint")
     add("--data-dir", type=path_text,
         help="folder that holds the data sets' folders; default: data")
     add("--device", default="auto", help="auto (GPU with the most free memory), cpu, cuda, cuda:i")

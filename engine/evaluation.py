@@ -22,7 +22,7 @@ from engine.setup import (check_class_names, describe_images, make_forward_pass,
                           make_train_loader, make_val_loader, open_data)
 from engine.state import save_checkpoint
 from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
-                    check_bit_widths, read_assignments, saved_bit_widths, set_bit_width)
+                    check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
 from models.calibration import ENTRY
 from models.checkpoint import network_content, network_of
 from models.cost import Costs, totals
@@ -137,6 +137,8 @@ def add_assignments(model: nn.Module, assignments: Iterable[Assignment],
         if not known:
             try:
                 added[assignment] = add_assignment(model, assignment)
+                set_bit_width(model, assignment)
+                packed.check_stored(model)
             except ValueError as error:
                 raise UserError(f"--layer_bits: {args.layer_bits}: {error}") from None
     return added

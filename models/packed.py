@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models import (Assignment, Width, assignments_of, check_bit_widths, quantizers, set_bit_width,
                     trained_bit_widths)
+from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY, without_assignments
 from models.levels import Codes, decode, encode, join, row_numbers, table
@@ -110,8 +111,19 @@ class PackedWeight(WeightQuantizer):
 
     def absent(self) -> ValueError:
         """Return the error for a bit-width that the file lacks."""
-        return ValueError(f"{self.width}-bit is not in the packed file: choose from "
+        what = f"{self.bits}-bit, of {self.width}," if is_name(self.width) else f"{self.width}-bit"
+        return ValueError(f"{what} is not in the packed file: choose from "
                           f"{', '.join(self.columns)}")
+
+
+def check_stored(model: nn.Module) -> None:
+    """Raise ValueError where the current bits of a layer of a packed file are not in that."""
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.quantizer, PackedWeight):
+            try:
+                layer.quantizer.column()
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -272,6 +272,18 @@ def test_a_packed_file_whose_assignment_is_damaged(tmp_path):
             packed.check_fields(file, {**about, "assignments": each}, packed.FIELDS)
 
 
+def test_bits_that_a_packed_file_lacks(tiny_cifar10, tmp_path, capsys):
+    path, *_ = checkpoint(tmp_path)
+    file = tmp_path / "net.safetensors"
+    about = {"size": 32, "dataset": "cifar10"}
+    deploy.export(models.load(path), file, [1, 2], "packed", about_images=about)
+    (tmp_path / "mix.json").write_text(json.dumps(Assignment("mix", 2, {"*.0.conv1": 4}).content))
+    assert run(["--evaluate", "--pretrain", file, "--data-dir", tiny_cifar10, "--layer_bits",
+                tmp_path / "mix.json", "--calibrate", 1, "--results-dir", tmp_path / "e"]) == 1
+    assert_one_line(capsys, "layer layers.0.conv1: 4-bit, of mix, is not in the packed file: "
+                    "choose from 1, 2")
+
+
 # ---- train.py
 
 def test_evaluation(trained, tiny_cifar10, tmp_path, capsys):
