@@ -76,7 +76,7 @@ def main(args: Namespace) -> Path | None:
                     "by": search.by, "images": count, "seed": args.seed}
         path = read_path(run.path / "path.json", identity)
         log.info(f"searching bits for {len(search.units)} layers of {checkpoint.path}, of "
-                 f"{flag_text(bit_widths)} bits: loss on {count} training images, BatchNorm of "
+                 f"{flag_text(bit_widths)} bits: answers on {count} training images, BatchNorm of "
                  f"{sum(map(len, calibration))} others")
         if path:
             log.info(f"going on after {len(path) - 1} steps, in {run.path}")
@@ -96,7 +96,8 @@ def main(args: Namespace) -> Path | None:
         draw(run.path / "path.png", path, uniform, found, search.by, name)
         for text, step in found.items():
             log.info(f"{text}: step {path.index(step)}, {step.cost['bit_operations'] / 1e6:,.1f} "
-                     f"Mbit-ops, {step.cost['weight_bytes']:,} bytes, loss {step.loss:.4f}")
+                     f"Mbit-ops, {step.cost['weight_bytes']:,} bytes, divergence "
+                     f"{step.divergence:.4f}")
         log.info(run.contents())
         return run.path
 
@@ -175,8 +176,8 @@ def digest(checkpoint: Checkpoint) -> str:
 
 def uniform_step(search: Search, width: BitWidth) -> Step:
     """Return what a trained bit-width gives on the held-out images, its own BatchNorms in use."""
-    loss, top1 = search.loss(width)
-    return Step([], {}, loss, top1, totals(search.costs.of(width)))
+    divergence, top1 = search.compare(width)
+    return Step([], {}, divergence, top1, totals(search.costs.of(width)))
 
 
 def print_costs(costs: Costs, bit_width: BitWidth | str) -> None:
@@ -219,7 +220,7 @@ def step_of(content: object, path: Path) -> Step:
         step = Step(**content)
         step = step._replace(layers=Assignment("step", 1, step.layers).layers)
         costs = [step.cost[field] for field, _ in FIELDS.values()]
-        if not (all(map(is_whole, costs)) and is_finite_number(step.loss)
+        if not (all(map(is_whole, costs)) and is_finite_number(step.divergence)
                 and is_finite_number(step.top1) and all(isinstance(name, str)
                                                         for name in step.unit)):
             raise ValueError("its numbers are none")
@@ -235,18 +236,19 @@ def line_of(place: int, step: Step) -> str:
         what = f"{name[-40:]} to {step.layers[name]}"
     else:
         what = "all at the highest"
-    return (f"step {place:3}  {what:46} {step.cost['bit_operations'] / 1e6:10,.1f} Mbit-ops  loss "
-            f"{step.loss:.4f}")
+    return (f"step {place:3}  {what:43} {step.cost['bit_operations'] / 1e6:10,.1f} Mbit-ops  "
+            f"divergence {step.divergence:.4f}")
 
 
 def path_table(path: list[Step], uniform: dict[BitWidth, Step], found: dict[str, Step]) -> str:
     """Return the path and the uniform bit-widths as a Markdown table."""
-    lines = ["| step | lowered | to bits | Mbit-ops | weight bytes | loss | top-1 (%) | budget |",
+    lines = ["| step | lowered | to bits | Mbit-ops | bytes | divergence | top-1 (%) | budget |",
              "|" + "---|" * 8]
 
     def row(first: str, lowered: str, width: str, step: Step, budget: str) -> str:
         return (f"| {first} | {lowered} | {width} | {step.cost['bit_operations'] / 1e6:,.2f} | "
-                f"{step.cost['weight_bytes']:,} | {step.loss:.4f} | {step.top1:.2f} | {budget} |")
+                f"{step.cost['weight_bytes']:,} | {step.divergence:.4f} | {step.top1:.2f} | "
+                f"{budget} |")
 
     for place, step in enumerate(path):
         budgets = ", ".join(text for text, chosen in found.items() if chosen is step)
@@ -254,15 +256,18 @@ def path_table(path: list[Step], uniform: dict[BitWidth, Step], found: dict[str,
         lines.append(row(str(place), ", ".join(step.unit), width, step, budgets))
     for width, step in uniform.items():
         lines.append(row("", "all", str(width), step, ""))
-    return ("\n".join(lines) + "\n\nloss and top-1 on training images that were held out for the "
-            "search; at the bit-widths in the last rows with their own BatchNorms\n")
+    return ("\n".join(lines) + "\n\ndivergence (Kullback-Leibler, from the answers of the highest "
+            "bit-width) and top-1 on training images that were held out for the search; the "
+            "bit-widths in the last rows have their own BatchNorms\n")
 
 
 def draw(path: Path, steps: list[Step], uniform: dict[BitWidth, Step], found: dict[str, Step],
          by: str, title: str) -> None:
-    """Save a PNG of top-1 and of loss against the cost: the path, and the uniform bit-widths."""
+    """Save a PNG of top-1 and of divergence against the cost: of the path, and uniform bit-widths.
+    """
     figure, axes = new_figure(2, f"{title}, on held-out training images")
-    for axis, value, label in zip(axes, ("top1", "loss"), ("top-1 (%)", "loss")):
+    for axis, value, label in zip(axes, ("top1", "divergence"),
+                                  ("top-1 (%)", "divergence from the highest bit-width")):
         for part, style in ((steps, {"label": "path", "marker": "."}),
                             (uniform.values(), {"label": "uniform bit-widths", "marker": "o",
                                                 "color": COLORS[1], "linestyle": "--"}),
@@ -277,7 +282,7 @@ def draw(path: Path, steps: list[Step], uniform: dict[BitWidth, Step], found: di
         axis.set(xlabel=f"{by.replace('_', ' ')} of the quantized layers", ylabel=label,
                  xscale="log")
         legend_below(axis)
-    axes[1].set_yscale("log")
+    axes[1].set_yscale("symlog", linthresh=1e-3)  # which is 0 at the highest bit-width
     save_figure(figure, path)
 
 
@@ -296,7 +301,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--cost", nargs="?", const="highest", metavar="BITS", help="print what each layer costs at "
         "a bit-width, or an assignment of the checkpoint, and search nothing")
     add("--images", type=number(int, 1), default=2000, metavar="N", help="training images held out "
-        "to measure the loss on, and as many others to calibrate on; at most half of the split")
+        "to compare answers on, and as many others to calibrate on; at most half of the split")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed that draws the images")
     add("--results-dir", type=path_text, help="folder of the search; the same command goes on with "
         "what is there; default: results/NAME_search, named after the run")

@@ -1,4 +1,5 @@
-"""The search for bits per layer: lower one layer at a time, the one that costs least loss."""
+"""The search for bits per layer: lower one layer at a time, the one that changes answers least."""
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -6,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.console import progress
+from engine.errors import UserError
 from engine.forward_pass import ForwardPass
-from engine.metrics import Metrics
-from models import Assignment, BitWidth, add_assignment, calibrate, set_bit_width
+from models import Assignment, BitWidth, Width, add_assignment, calibrate, set_bit_width
 from models.bit_widths import FULL_PRECISION
 from models.cost import Costs, totals
 
@@ -18,11 +19,12 @@ NAME = "search"  # of the assignment that is tried
 class Step(NamedTuple):
     """A point of the path. unit: the layers that were lowered to get there, none for the first.
 
-    layers: {layer: bit-width} of all that are not at the highest. cost: as `totals` gives it.
+    layers: {layer: bit-width} of all that are not at the highest. divergence: of its answers from
+    those of the highest bit-width. cost: as `totals` gives it.
     """
     unit: list[str]
     layers: dict[str, BitWidth]
-    loss: float
+    divergence: float
     top1: float
     cost: dict[str, int]
 
@@ -43,8 +45,12 @@ class Search:
     """Greedy descent from all layers at the highest of `bit_widths`.
 
     bit_widths: integer ones. calibration: batches of images (N, 3, H, W) over which BatchNorm is
-    re-estimated. held_out: batches of (images, labels) whose loss is measured. by: the field of a
-    cost that is to fall.
+    re-estimated. held_out: batches of (images, labels) on which answers are compared. by: the field
+    of a cost that is to fall.
+
+    What is compared is the Kullback-Leibler divergence of the probabilities from those of the
+    highest bit-width, not the loss: on training images, which the network knows, a bit-width may
+    lower the loss by mere confidence.
     """
 
     def __init__(self, model: nn.Module, forward_pass: ForwardPass, costs: Costs,
@@ -58,6 +64,7 @@ class Search:
         self.held_out = held_out
         self.by = by
         self.units = find_units(costs)
+        self.reference = self.log_probabilities(self.bit_widths[-1])
 
     def assignment(self, layers: dict[str, BitWidth], name: str = NAME) -> Assignment:
         """Return an assignment whose other layers are at the highest bit-width."""
@@ -69,20 +76,28 @@ class Search:
         add_assignment(self.model, assignment)
         with self.forward_pass.autocast():
             calibrate(self.model, assignment, self.calibration)
-        loss, top1 = self.loss(assignment)
-        return Step(unit, layers, loss, top1, totals(self.costs.of(assignment)))
+        divergence, top1 = self.compare(assignment)
+        return Step(unit, layers, divergence, top1, totals(self.costs.of(assignment)))
 
     @torch.no_grad()
-    def loss(self, width: BitWidth | Assignment) -> tuple[float, float]:
-        """Return the mean loss and the top-1 (%) at a bit-width on the held-out images."""
-        metrics = Metrics([width], self.held_out[0][0].device)
+    def log_probabilities(self, width: Width) -> list[Tensor]:
+        """Return the logarithms of the held-out images' probabilities, (n, classes) a batch."""
         set_bit_width(self.model.eval(), width)
         with self.forward_pass.autocast():
-            for images, labels in self.held_out:
-                metrics.add({width: self.forward_pass(self.model, images, labels)}, labels)
-        metrics.check_finite("search")
-        found = metrics.averages()[width]
-        return found["loss"], found["top1"]
+            return [self.model(images).log_softmax(1) for images, _ in self.held_out]
+
+    def compare(self, width: Width) -> tuple[float, float]:
+        """Return the mean divergence from the highest bit-width, and top-1 (%), on held-out images.
+        """
+        found = self.log_probabilities(width)
+        divergences = [(expected.exp() * (expected - own)).sum(1)
+                       for expected, own in zip(self.reference, found)]
+        hits = [own.argmax(1) == labels for own, (_, labels) in zip(found, self.held_out)]
+        divergence = torch.cat(divergences).mean().item()
+        if not math.isfinite(divergence):
+            raise UserError(f"at {width} the network's answers are not finite: take another "
+                            "checkpoint")
+        return divergence, 100 * torch.cat(hits).double().mean().item()
 
     def lowered(self, step: Step) -> list[tuple[list[str], dict[str, BitWidth]]]:
         """Return (unit, layers) of each way to lower one unit by one bit-width, at less cost."""
@@ -109,7 +124,8 @@ class Search:
     def descend(self, path: list[Step], budget: int, save: Callable[[list[Step]], None]) -> None:
         """Add steps to a path until its cost is within the budget; call save(path) after each.
 
-        Of the ways to lower one unit, a step takes the one whose loss rises least per cost saved.
+        Of the ways to lower one unit, a step takes the one whose divergence rises least per cost
+        saved.
         """
         if not path:
             path.append(self.measure([], {}))
@@ -118,7 +134,7 @@ class Search:
             last = path[-1]
             with progress(self.lowered(last), f"step {len(path)}") as ways:
                 found = [self.measure(*way) for way in ways]
-            path.append(min(found, key=lambda step: (step.loss - last.loss)
+            path.append(min(found, key=lambda step: (step.divergence - last.divergence)
                             / (last.cost[self.by] - step.cost[self.by])))
             save(path)
 

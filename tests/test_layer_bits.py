@@ -13,6 +13,7 @@ import models
 import report
 import search
 from engine.errors import run_program
+from engine.forward_pass import ForwardPass
 from models import Assignment, add_assignment, calibrate, packed, set_bit_width
 from models.checkpoint import FileError, network_content
 from models.cost import Costs, LayerCost, cost_table, totals
@@ -405,20 +406,20 @@ def test_a_search(tiny_cifar10, tmp_path, monkeypatch, capsys):
         name: text for name, text in before.items() if "log" not in name.name}
 
 
-def test_a_step_takes_the_least_loss_per_cost(monkeypatch):
-    """By hand: of two units, the one that saves less is taken where its loss rises by far less."""
+def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
+    """By hand: of two units, the one that saves less is taken where answers change far less."""
     model, _ = network((2, 4))
     costs = Costs(model, 32)
-    tried = search.Search(model, None, costs, models.check_bit_widths([2, 4]), [], [],
-                          "weight_bytes")
+    tried = search.Search(model, ForwardPass(model, torch.device("cpu")), costs,
+                          models.check_bit_widths([2, 4]), [], [], "weight_bytes")
     units = [["layers.0.act0", "layers.0.conv0"], ["layers.2.act1", "layers.2.conv1"]]
     assert [unit for unit in tried.units if unit in units] == units
     tried.units = units
     rises = {"layers.0.conv0": 0.1, "layers.2.conv1": 3.0}
 
     def measure(unit, layers):
-        loss = sum(rises[name] for name in rises if name in layers)
-        return search.Step(unit, layers, loss, 0.0, {"weight_bytes": tried.cost(layers)})
+        divergence = sum(rises[name] for name in rises if name in layers)
+        return search.Step(unit, layers, divergence, 0.0, {"weight_bytes": tried.cost(layers)})
 
     monkeypatch.setattr(tried, "measure", measure)
     path = []
@@ -457,11 +458,11 @@ def test_the_table_of_costs(tmp_path, tiny_cifar10, capsys):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda content: [], lambda content: {**content, "steps": [{"loss": 1}]},
+    lambda content: [], lambda content: {**content, "steps": [{"divergence": 1}]},
     lambda content: {**content, "steps": [{**content["steps"][0], "layers": {"a": 9}}]}])
 def test_damaged_paths(damage, tmp_path, capsys):
     file = tmp_path / "path.json"
-    good = {"seed": 0, "steps": [{"unit": [], "layers": {"a": 4}, "loss": 0.5, "top1": 90.0,
+    good = {"seed": 0, "steps": [{"unit": [], "layers": {"a": 4}, "divergence": 0.5, "top1": 90.0,
                                   "cost": {"bit_operations": 5, "weight_bytes": 6}}]}
     file.write_text(json.dumps(copy.deepcopy(good)))
     step, = search.read_path(file, {"seed": 0})
