@@ -26,7 +26,8 @@ from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dat
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import open_data
-from models import saved_bit_widths
+from models import Assignment, saved_bit_widths
+from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.checkpoint import BEST, network_of
 from utils import WriteError, flag_text, one_line, printable, progress
@@ -38,7 +39,7 @@ CALIBRATION = 300  # training images for the runtimes' own quantization
 def main(args: Namespace) -> None:
     """Export the file or files; check and benchmark them as the arguments say."""
     checkpoint = Checkpoint(published.find_checkpoint(args.source, BEST))
-    bit_widths = chosen_bit_widths(args, checkpoint)
+    bit_widths, assignments = chosen_bit_widths(args, checkpoint)
     model, _ = network_of(checkpoint.content, checkpoint.path)
     about = image_description(args, checkpoint)
     settings = data_settings(args, checkpoint, model.spec["model"], about)
@@ -48,7 +49,8 @@ def main(args: Namespace) -> None:
         images, labels = read_images(val_set, settings, args.check or IMAGES)
 
     with export_errors(args):
-        exported = files.export(model, args.output, "any" if args.bits == "any" else bit_widths,
+        exported = files.export(model, args.output,
+                                args.bits if args.bits == "any" else [*bit_widths, *assignments],
                                 args.format, input=args.input, about_images=about, images=images,
                                 labels=labels, arguments=run_arguments(checkpoint))
     for path in dict.fromkeys(exported.files.values()):
@@ -73,22 +75,40 @@ def main(args: Namespace) -> None:
 
 # ---- what to export
 
-def chosen_bit_widths(args: Namespace, checkpoint: Checkpoint) -> list[BitWidth]:
-    """Return the bit-widths to export; raises UserError for one without a BatchNorm."""
+def chosen_bit_widths(args: Namespace,
+                      checkpoint: Checkpoint) -> tuple[list[BitWidth], list[Assignment]]:
+    """Return the bit-widths and the assignments to export.
+
+    Raises UserError for a bit-width without a BatchNorm, or an assignment that is not there. Says
+    which assignments are left out of a file whose input is the bit-width.
+    """
+    known = {assignment.name: assignment for assignment in checkpoint.network["assignments"]}
     present = saved_bit_widths(checkpoint.content["state_dict"])
     integer = [bits for bits in present if FULL_PRECISION not in (bits.weights, bits.activations)]
     if args.bits in (None, "any"):
         if not integer:
             raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "
                             f"{how_to('1,2,4,8', args)}")
-        return integer
+        if known and (args.format, args.bits) == ("onnx", "any"):
+            print(f"left out: {', '.join(known)}, as the input of one file of any bit-width is a "
+                  "number: export them by --bits NAME")
+            known = {}
+        return integer, list(known.values())
 
-    wanted = sorted(check_bit_widths(args.bits))
+    names = [name for name in args.bits if is_name(name)]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{args.source} has no assignment {name}, but "
+                            f"{flag_text(list(known)) or 'none'}: calibrate it first: python "
+                            f"train.py --evaluate --pretrain {args.source} --layer_bits JSON "
+                            "--calibrate 20 --save-calibrated FILE")
+    wanted = [bits for bits in args.bits if bits not in names]
+    wanted = sorted(check_bit_widths(wanted)) if wanted else []
     absent = flag_text([bits for bits in wanted if bits not in present])
     if absent:
         raise UserError(f"{args.source} has no BatchNorm for {absent} bits, but for "
                         f"{flag_text(present)}: choose from these, or {how_to(absent, args)}")
-    return wanted
+    return wanted, [known[name] for name in names]
 
 
 def how_to(bits: str, args: Namespace) -> str:
@@ -197,8 +217,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "file, a URL, or a published name, as --pretrain of train.py")
     add("--format", choices=files.FORMATS, required=True, help="packed: for this project, bit for "
         "bit; onnx: for ONNX Runtime, OpenVINO and others")
-    add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, or any: one file "
-        "that switches; default: all that the network has")
+    add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, and names of "
+        "assignments; or any: one file that switches; default: all that the network has")
     add("--output", type=path_text, required=True, metavar="FILE", help="of several bit-widths "
         "onnx writes a file each: net.onnx is net_4.onnx")
     add("--input", choices=files.INPUTS, default="float32", help="float32: normalized images (N, "
@@ -222,8 +242,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def bits_or_any(text: str) -> list[int | str] | str:
-    """Parse --bits."""
-    return text if text == "any" else bit_width_list(text)
+    """Parse --bits; names of assignments come last."""
+    if text == "any":
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    names = list(dict.fromkeys(filter(is_name, parts)))
+    rest = [part for part in parts if part not in names]
+    return [*(bit_width_list(",".join(rest)) if rest else []), *names]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from engine.errors import UserError, run_program
 from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
 from engine.forward_pass import AUTO
 from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
-from models import BitWidth, check_bit_widths
+from models import Assignment, BitWidth, check_bit_widths
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import is_finite_number
 from utils import escaped, flag_text, one_line, printable, replacing, write_text, writing
@@ -66,9 +66,10 @@ def load_run(folder: str | Path) -> Run:
         arguments = arguments_of(config, config_file)
         if arguments["evaluate"]:
             results = parse_json(read_text(results_file), results_file)
-            history = [{"val": metrics_of(results, results_file, "results")}]
+            assignments = assignments_in(config, config_file)
+            history = [{"val": metrics_of(results, results_file, "results", assignments)}]
             if "trained_bit_widths" in config:  # else the arguments are of older versions
-                check_widths(history, arguments, results_file)
+                check_widths(history, arguments, results_file, assignments)
         else:
             history = read_metrics(metrics_file)
             check_widths(history, arguments, metrics_file)
@@ -128,12 +129,23 @@ def arguments_of(config: object, where: Path) -> dict:
     return arguments
 
 
-def check_widths(history: list[dict], arguments: dict, where: Path) -> None:
+def assignments_in(config: dict, where: Path) -> list[Assignment]:
+    """Return the assignments that an evaluation's config.json lists; UserError naming `where`."""
+    saved = config.get("assignments", [])
+    try:
+        return list(map(Assignment.of, saved))
+    except (TypeError, ValueError):
+        raise damaged(where, "assignments", saved, "a list of assignments") from None
+
+
+def check_widths(history: list[dict], arguments: dict, where: Path,
+                 assignments: list[Assignment] = ()) -> None:
     """Raise UserError where a file's results are not of the bit-widths of the arguments."""
-    widths = flag_text(arguments["bit_width_list"])
+    expected = [*map(BitWidth.of, arguments["bit_width_list"]), *assignments]
+    widths = flag_text(expected)
     for record in history[:1]:
         found = flag_text(sorted(record["val"]))
-        if found != flag_text(sorted(map(BitWidth.of, arguments["bit_width_list"]))):
+        if found != flag_text(sorted(expected)):
             raise UserError(f"{where} is of {found} bits, and the run's config.json of {widths}: "
                             "one of them is damaged; correct it, or leave the folder out")
 

@@ -8,6 +8,7 @@ Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
     torchrun --standalone --nproc-per-node 4 train.py ...        # on four GPUs
     python train.py --evaluate --pretrain results/RUN            # its accuracy at every bit-width
     python train.py --evaluate --pretrain results/RUN --bit_width_list 3,5 --calibrate 20
+    python train.py --evaluate --pretrain results/RUN --layer_bits mix.json --calibrate 20
 """
 if __name__ == "__main__":
     from engine.startup import prepare_process
@@ -47,7 +48,8 @@ from engine.setup import (check_class_names, describe_images, initialize_model, 
                           make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState
 from models import BitWidth, check_bit_widths, layer_table
-from models.checkpoint import BEST, read_checkpoint
+from models.calibration import without_assignments
+from models.checkpoint import BEST, read_checkpoint, saved_assignments
 from models.converted import AnyPrecisionNetwork
 from utils import flag_text, without_secrets, write_text
 
@@ -215,7 +217,10 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
             path = published.find_checkpoint(args.pretrain, BEST)
         content = read_checkpoint(path)
         refuse_packed(content, path, "train")
-        message, quantizers_are_new = load_pretrained(state.model, path, content["state_dict"])
+        saved = (content.get("network") or {}).get("assignments", [])
+        weights = without_assignments(content["state_dict"],
+                                      map(str, saved_assignments(saved, path)))
+        message, quantizers_are_new = load_pretrained(state.model, path, weights)
 
     if quantizers_are_new:
         initialize_model(state.model, forward_pass, train_loader, state.bit_widths)

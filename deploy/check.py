@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.graph import Run, is_rounding, step_of
-from models import BitWidth, set_bit_width
+from models import Width, set_bit_width
 from models.quan_ops import ActivationQ
 from utils import progress, write_json, write_text
 
@@ -25,11 +25,11 @@ COLUMNS = {  # heading of the table: (key of a result, format)
     "images with another level than float64": ("flipped", "d"),
     "torch float32's images": ("torch_flipped", "d")}
 
-Results = dict[BitWidth, dict[str, float]]
+Results = dict[Width, dict[str, float]]
 
 
 def compare(model: nn.Module, run: Run, images: numpy.ndarray, labels: numpy.ndarray | None,
-            bit_widths: Iterable[BitWidth]) -> Results:
+            bit_widths: Iterable[Width]) -> Results:
     """Return {bit-width: results of `row`} of a file's run and its network.
 
     images: (n, C, H, W) float32, normalized. labels: (n,), or None where they are not known.
@@ -56,7 +56,7 @@ def compare(model: nn.Module, run: Run, images: numpy.ndarray, labels: numpy.nda
 
 @torch.no_grad()
 def forward(model: nn.Module, images: numpy.ndarray,
-            bits: BitWidth) -> tuple[numpy.ndarray, list[Tensor]]:
+            bits: Width) -> tuple[numpy.ndarray, list[Tensor]]:
     """Return NumPy logits (n, classes), and the levels of each activation, (n, ...) uint8."""
     levels = []
 

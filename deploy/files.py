@@ -13,8 +13,8 @@ from torch import nn
 
 from deploy import check, runtimes
 from deploy.graph import Run, image_shape
-from models import packed, trained_bit_widths
-from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models import Width, assignments_of, packed, trained_bit_widths
+from models.bit_widths import FULL_PRECISION, check_bit_widths
 from utils import commit, writing
 
 FORMATS = ("packed", "onnx")
@@ -24,12 +24,12 @@ IMAGES = 16  # random ones, on which a file is compared where there are no other
 
 class Exported(NamedTuple):
     """files: {bit-width: path}, several of one file. results: of the comparison, as check.row."""
-    files: dict[BitWidth, Path]
+    files: dict[Width, Path]
     results: check.Results
 
 
 def export(model: nn.Module, path: str | Path,
-           bit_widths: Iterable[BitWidth | int | str] | str | None = None, format: str = "onnx", *,
+           bit_widths: Iterable[Width | int | str] | str | None = None, format: str = "onnx", *,
            input: str = "float32", about_images: dict | None = None,
            images: numpy.ndarray | None = None, labels: numpy.ndarray | None = None,
            arguments: dict | None = None) -> Exported:
@@ -37,11 +37,12 @@ def export(model: nn.Module, path: str | Path,
 
     model: as models.load returns it: on the CPU, in evaluation mode, with `spec`. path: of the
     file; of several ONNX files net.onnx becomes net_1.onnx, net_2.onnx. bit_widths: with BatchNorms
-    in the network; None for all of its integer ones; "any" for one file of all of them. format:
-    packed or onnx. input: "uint8" for an ONNX file whose input is images of 0 to 255,
-    (N, H, W, 3), which it normalizes. about_images: their size, mean, std, and where known dataset
-    and class_names; None for model.images. images, labels: normalized (N, 3, H, W) float32 and
-    (N,) to compare on; None for random images. arguments: of the run, for a packed file.
+    in the network, or its assignments; None for all of its integer ones and all assignments; "any"
+    for one file of all of them, in onnx without the assignments. format: packed or onnx. input:
+    "uint8" for an ONNX file whose input is images of 0 to 255, (N, H, W, 3), which it normalizes.
+    about_images: their size, mean, std, and where known dataset and class_names; None for
+    model.images. images, labels: normalized (N, 3, H, W) float32 and (N,) to compare on; None for
+    random images. arguments: of the run, for a packed file.
 
     Raises ValueError where the format cannot represent the network or a file falls short of it, and
     OSError where a file exists or cannot be written. Then nothing is left behind.
@@ -54,7 +55,8 @@ def export(model: nn.Module, path: str | Path,
     if not about or not about.get("size"):
         raise ValueError("nothing says of what images the network is: give about_images, a dict "
                          "of size, mean and std")
-    widths = exported_widths(model, bit_widths)
+    widths = exported_widths(model, bit_widths, with_assignments=not (
+        format == "onnx" and bit_widths == "any"))
     files = file_names(path, widths, bit_widths == "any" or format == "packed")
     with temporary_folder(path) as folder:
         written = {width: folder / file.name for width, file in files.items()}
@@ -80,21 +82,33 @@ def export(model: nn.Module, path: str | Path,
 
 
 def exported_widths(model: nn.Module,
-                    wanted: Iterable[BitWidth | int | str] | str | None) -> list[BitWidth]:
-    """Return the bit-widths to export, lowest first; raises ValueError where there are none."""
+                    wanted: Iterable[Width | int | str] | str | None,
+                    with_assignments: bool = True) -> list[Width]:
+    """Return the bit-widths to export, lowest first, and the assignments behind them.
+
+    with_assignments: whether None and "any" mean those too. Raises ValueError where there are no
+    bit-widths, or one that the model lacks.
+    """
     present = trained_bit_widths(model)
+    known = assignments_of(model)
     if wanted in (None, "any"):
         wanted = [width for width in present
                   if FULL_PRECISION not in (width.weights, width.activations)]
+        wanted += known.values() if with_assignments else ()
+    names = [str(width) for width in wanted]
+    assignments = sorted(known[name] for name in dict.fromkeys(names) if name in known)
+    wanted = [name for name in names if name not in known]
     wanted = sorted(check_bit_widths(wanted)) if wanted else []
     absent = [width for width in wanted if present and width not in present]
+    wanted += assignments
     if absent or not wanted:
         raise ValueError(f"the network has no BatchNorm for {absent[0] if absent else 'integer'} "
-                         f"bits, but for {', '.join(map(str, present))}: calibrate first")
+                         f"bits, but for {', '.join(map(str, [*present, *known]))}: calibrate "
+                         "first")
     return wanted
 
 
-def file_names(path: Path, widths: list[BitWidth], is_one: bool) -> dict[BitWidth, Path]:
+def file_names(path: Path, widths: list[Width], is_one: bool) -> dict[Width, Path]:
     """Return {bit-width: path of its file}; raises FileExistsError where one exists."""
     files = dict.fromkeys(widths, path)
     if len(widths) > 1 and not is_one:
@@ -117,7 +131,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def publish(written: dict[BitWidth, Path], files: dict[BitWidth, Path]) -> None:
+def publish(written: dict[Width, Path], files: dict[Width, Path]) -> None:
     """Move files to their names, each whole; raises FileExistsError, and moves none, if one exists.
     """
     pairs = dict(zip(written.values(), files.values()))
@@ -128,7 +142,7 @@ def publish(written: dict[BitWidth, Path], files: dict[BitWidth, Path]) -> None:
         os.rename(source, file)
 
 
-def write_packed(model: nn.Module, widths: list[BitWidth], path: Path, is_any: bool, about: dict,
+def write_packed(model: nn.Module, widths: list[Width], path: Path, is_any: bool, about: dict,
                  arguments: dict | None) -> None:
     """Write a packed file, of all of 1 to 8 bits where is_any."""
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
@@ -136,10 +150,10 @@ def write_packed(model: nn.Module, widths: list[BitWidth], path: Path, is_any: b
         **spec, "image_size": about["size"], "mean": about.get("mean"), "std": about.get("std"),
         "class_names": about.get("class_names"), "calibrated": getattr(model, "calibrated", []),
         "arguments": {**(arguments or {}), "dataset": about.get("dataset")}},
-        packed.ANY if is_any else widths)
+        packed.ANY if is_any else None)
 
 
-def write_onnx(model: nn.Module, written: dict[BitWidth, Path], is_any: bool, about: dict,
+def write_onnx(model: nn.Module, written: dict[Width, Path], is_any: bool, about: dict,
                input: str) -> None:
     """Write ONNX files, with what is known of the network in their metadata."""
     from deploy import onnx_file  # its package is optional
@@ -159,7 +173,7 @@ def write_onnx(model: nn.Module, written: dict[BitWidth, Path], is_any: bool, ab
             for name, value in more.items()}, pixels)
 
 
-def add_accuracy(written: dict[BitWidth, Path], results: check.Results) -> None:
+def add_accuracy(written: dict[Width, Path], results: check.Results) -> None:
     """Add the top-1 that was found to the metadata of ONNX files."""
     from deploy import onnx_file
 
@@ -170,7 +184,7 @@ def add_accuracy(written: dict[BitWidth, Path], results: check.Results) -> None:
         onnx_file.add_metadata(path, {"top1": json.dumps(accuracy), "top1_images": str(count)})
 
 
-def images_and_run(written: dict[BitWidth, Path], format: str, input: str, about: dict,
+def images_and_run(written: dict[Width, Path], format: str, input: str, about: dict,
                    images: numpy.ndarray | None) -> tuple[numpy.ndarray, Run]:
     """Return the images to compare on, and the files' run, which takes them.
 

@@ -6,6 +6,7 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 
+from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.float_layers import BatchNorm2d, Classifier
 from models.graph import Tracer
@@ -40,7 +41,7 @@ class Operation(NamedTuple):
     path: str = ""
 
 
-def trace(model: nn.Module, bits: BitWidth | int | str) -> list[Operation]:
+def trace(model: nn.Module, bits: Width | int | str) -> list[Operation]:
     """Return the Operations of a model at a bit-width, in order; the last is its output.
 
     Sets the model's bit-width. Raises ValueError naming a layer that is not supported.

@@ -21,7 +21,9 @@ from torch import nn
 from deploy.graph import (ImageSize, Operation, affine_of, float_weight, image_shape,
                           integer_weight, is_rounding, pool_settings, step_of, takes_levels, trace)
 from deploy.thresholds import LARGEST, requantization
+from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models.quan_ops import width_of
 from utils import one_line
 
 OPSET = 17
@@ -311,18 +313,19 @@ def column(values: numpy.ndarray) -> numpy.ndarray:
     return values[:, None, None]
 
 
-def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
-           image_size: ImageSize, any_width: bool = False, metadata: dict[str, str] | None = None,
+def export(model: nn.Module, bit_widths: Iterable[Width | int | str],
+           path: str | Path, image_size: ImageSize, any_width: bool = False,
+           metadata: dict[str, str] | None = None,
            pixels: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
     """Write a model (in evaluation mode, float32, on the CPU) as one ONNX file.
 
     The input `images` is (N, C, H, W) float32, normalized; the output `logits` is (N, classes).
     any_width: one file for all bit_widths, with a second input `bits`, int64; False: bit_widths has
-    one element. metadata: {name: text}. pixels: mean and std per channel; the input is then uint8
-    (N, H, W, C), and the file normalizes it. Raises ValueError naming a layer that the format
-    cannot represent.
+    one element, which may be an assignment. metadata: {name: text}. pixels: mean and std per
+    channel; the input is then uint8 (N, H, W, C), and the file normalizes it. Raises ValueError
+    naming a layer that the format cannot represent.
     """
-    bit_widths = check_bit_widths(bit_widths)
+    bit_widths = [width_of(model, width) for width in bit_widths]
     channels, height, width = image_shape(image_size)
     outer = Writer()
     name = "images"
@@ -335,7 +338,7 @@ def export(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: s
     inputs = [images]
     if any_width:
         inputs.append(helper.make_tensor_value_info("bits", TensorProto.INT64, []))
-        write_branches(outer, model, bit_widths, name)
+        write_branches(outer, model, check_bit_widths(bit_widths), name)
     else:
         outer.write(trace(model, *bit_widths), name, "logits")
 

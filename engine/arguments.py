@@ -258,6 +258,9 @@ def add_running(add: Callable[..., None]) -> None:
     add("--calibrate", kind=TASK, type=number(int, 0), help="with --evaluate: a bit-width that was "
         "not trained copies the nearest one that was, and re-estimates BatchNorm's statistics over "
         "this many training batches (0: none)")
+    add("--layer_bits", "--layer-bits", kind=TASK, type=path_text, metavar="FILE",
+        help="with --calibrate: evaluate the assignments of bits to layers of a JSON file, too, "
+        "such as search.py writes")
     add("--save-calibrated", kind=TASK, type=path_text, metavar="FILE",
         help="with --calibrate: save the result as a checkpoint")
     add("--results-dir", kind=MACHINE, type=path_text,
@@ -339,6 +342,9 @@ def check_task(args: Namespace) -> None:
         raise UsageError(f"--pretrain {args.pretrain} and --resume {args.resume}: give one of them")
     if args.calibrate is not None and not args.evaluate:
         raise UsageError(f"--calibrate {args.calibrate} goes with --evaluate: give both or neither")
+    if args.layer_bits and args.calibrate is None:
+        raise UsageError(f"--layer_bits {args.layer_bits} goes with --evaluate --calibrate N: give "
+                         "all three")
     if args.save_calibrated and args.calibrate is None:
         raise UsageError(
             f"--save-calibrated {args.save_calibrated} goes with --calibrate: give both")

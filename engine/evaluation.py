@@ -20,16 +20,19 @@ from engine.run_folder import RunFolder, log
 from engine.setup import (check_class_names, describe_images, make_forward_pass,
                           make_train_loader, make_val_loader, open_data)
 from engine.state import save_checkpoint
-from models import BitWidth, calibrate, check_bit_widths, saved_bit_widths, set_bit_width
+from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
+                    check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
 from models.calibration import ENTRY
-from models.checkpoint import network_of
-from utils import flag_text, progress, write_json
+from models.checkpoint import network_content, network_of
+from models.cost import Costs, totals
+from utils import flag_text, one_line, progress, write_json
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
-             bit_widths: Sequence[BitWidth], device: torch.device, what: str = "validation",
-             stop: StopRequest | None = None) -> dict[BitWidth, dict[str, float]]:
+             bit_widths: Sequence[Width], device: torch.device,
+             what: str = "validation", stop: StopRequest | None = None,
+             ) -> dict[Width, dict[str, float]]:
     """Return {bit-width: {"loss", "top1", "top5"}} over the loaders of all processes.
 
     stop: a StopRequest; a single process raises Stopped between two batches. Raises UserError,
@@ -63,8 +66,10 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
 
+    assignments = given_assignments(args)
     train_set, val_set = open_data(args, train=bool(args.calibrate))
     model, added = network_of(content, path, bit_widths)
+    added |= add_assignments(model, assignments, args)
     check_class_names(content, path, describe_images(args.dataset, val_set))
     check_classes(model, count_classes(args.dataset, val_set), path, args.dataset)
     model.to(device)
@@ -80,20 +85,25 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
                  f"{args.dataset} ({split}) on {describe(device)} in {args.precision}")
         for width, source in added.items():
             message = f"{width}-bit was not trained: using the {source}-bit BatchNorm"
+            if isinstance(width, Assignment):
+                message = f"{width} was not trained: using the {flag_text(source)}-bit BatchNorms"
             if copies_quantizers(model):
                 message += " and quantizers"
             if args.calibrate:
                 with (forward_pass.autocast(),
-                      progress(batches, f"calibrating {width}-bit") as shown):
+                      progress(batches, f"calibrating {width}") as shown):
                     calibrate(model, width, (images for images, _ in shown))
                 message += f", statistics re-estimated over {args.calibrate} training batches"
             log.info(message)
 
-        wanted = sorted(check_bit_widths(args.bit_width_list))
+        wanted = sorted([*check_bit_widths(args.bit_width_list), *assignments_of(model).values()])
         results = evaluate(model, forward_pass, val_loader, wanted, device)
+        add_costs(results, model, DATASETS[args.dataset].image_size)
         if rank() == 0:
             run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
-                             trained_bit_widths=plain(trained))
+                             trained_bit_widths=plain(trained),
+                             assignments=[each.content for each in wanted
+                                          if isinstance(each, Assignment)])
             write_json(run.path / "evaluation.json", results)
             save_evaluation_figure(run.path / "accuracy.png", results, name, trained)
             log.info("\n%s\n", evaluation_table(results, trained))
@@ -101,6 +111,48 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
                 save_calibrated(args, checkpoint, model, added)
             log.info(run.contents())
     return run.path
+
+
+def given_assignments(args: Namespace) -> list[Assignment]:
+    """Return the assignments of --layer_bits; raises UserError where its file has none."""
+    try:
+        return read_assignments(args.layer_bits) if args.layer_bits else []
+    except ValueError as error:
+        raise UserError(f"--layer_bits: {error}") from None
+
+
+def add_assignments(model: nn.Module, assignments: Iterable[Assignment],
+                    args: Namespace) -> dict[Assignment, list[BitWidth]]:
+    """Add assignments to a model; return {added one: bit-widths whose BatchNorms it copies}.
+
+    Raises UserError where one does not fit the model, or has the name of another one of it.
+    """
+    added = {}
+    for assignment in assignments:
+        known = assignments_of(model).get(assignment.name)
+        if known and not known.says_as(assignment):
+            raise UserError(f"--layer_bits: {args.layer_bits}: the checkpoint has another "
+                            f"assignment of the name {assignment}: give this one its own")
+        if not known:
+            try:
+                added[assignment] = add_assignment(model, assignment)
+                set_bit_width(model, assignment)
+                packed.check_stored(model)
+            except ValueError as error:
+                raise UserError(f"--layer_bits: {args.layer_bits}: {error}") from None
+    return added
+
+
+def add_costs(results: dict[Width, dict[str, float]], model: nn.Module,
+              image_size: int) -> None:
+    """Add to each bit-width's results what it costs; log why where that is not known."""
+    try:
+        costs = Costs(model, image_size)
+    except ValueError as error:
+        log.info(one_line(error))
+        return
+    for width, values in results.items():
+        values.update(totals(costs.of(width)))
 
 
 def check_classes(model: nn.Module, classes: int, path: str | Path, dataset: str) -> None:
@@ -134,14 +186,15 @@ def calibration_batches(args: Namespace, train_set: Samples, forward_pass: Forwa
 
 
 def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
-                    added: Iterable[BitWidth]) -> None:
+                    added: Iterable[Width]) -> None:
     """Save a checkpoint that also lists which of its bit-widths were calibrated."""
     content = checkpoint.content
+    added = [width for width in added if isinstance(width, BitWidth)]
     save_checkpoint(Path(args.save_calibrated), {
         "epoch": None, "best_prec1": None, **content, "model": args.model, "optimizer": None,
         "state_dict": model.state_dict(),
         "calibrated": plain(sorted(map(BitWidth.of, {*content.get("calibrated", ()), *added}))),
-        "network": model.spec,
+        "network": network_content(model),
         "arguments": {**checkpoint.arguments,
                       **{name: getattr(args, name) for name in FLAGS if FLAGS[name].evaluated},
                       "bit_width_list": plain(saved_bit_widths(model.state_dict()))}})

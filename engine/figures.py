@@ -11,7 +11,7 @@ from matplotlib.figure import Figure  # not pyplot, which needs a display
 from matplotlib.ticker import MaxNLocator
 
 from engine.metrics import best_key
-from models import BitWidth
+from models import Assignment, BitWidth, Width
 from utils import replacing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -44,13 +44,30 @@ def best_and_last(history: list[dict], best_by: str = "highest") -> str:
     return "\n".join(lines)
 
 
-def evaluation_table(results: dict[BitWidth, dict[str, float]],
+def evaluation_table(results: dict[Width, dict[str, float]],
                      trained: Container[BitWidth]) -> str:
-    """Return a table of an evaluation's results, with untrained bit-widths marked."""
-    header = f"{'bits':>5} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"
-    return "\n".join([header, *(
-        f"{bits:>5} {value['loss']:8.4f} {value['top1']:8.2f} {value['top5']:8.2f}"
-        f"{'' if bits in trained else '   not trained'}" for bits, value in results.items())])
+    """Return a table of an evaluation's results, with untrained bit-widths marked.
+
+    Where they hold what it costs, that too: of the quantized layers, and below of the others.
+    """
+    first = next(iter(results.values()))
+    has_costs = "bit_operations" in first
+    width = max(5, *(len(str(bits)) for bits in results))
+    header = f"{'bits':>{width}} {'loss':>8} {'top-1 %':>8} {'top-5 %':>8}"
+    if has_costs:
+        header += f" {'Mbit-ops':>10} {'bytes':>11}"
+    lines = [header]
+    for bits, value in results.items():
+        line = f"{bits:>{width}} {value['loss']:8.4f} {value['top1']:8.2f} {value['top5']:8.2f}"
+        if has_costs:
+            line += f" {value['bit_operations'] / 1e6:10,.1f} {value['weight_bytes']:11,}"
+        lines.append(line if bits in trained else f"{line}   not trained")
+    if has_costs:
+        operations = first["float_bit_operations"] / 1e6
+        lines.append("\nMbit-ops and bytes of the quantized layers, for an image; the float "
+                     f"layers, at 32 x 32 bits,\ntake {operations:,.1f} and "
+                     f"{first['float_weight_bytes']:,} more at every bit-width")
+    return "\n".join(lines)
 
 
 def save_training_figure(path: str | Path, history: list[dict], title: str,
@@ -90,12 +107,21 @@ def top1_of(record: dict) -> dict[BitWidth, float]:
     return {bits: values["top1"] for bits, values in record["val"].items()}
 
 
-def save_evaluation_figure(path: str | Path, results: dict[BitWidth, dict[str, float]],
-                           title: str, trained: Container[BitWidth]) -> None:
-    """Save a PNG of an evaluation's top-1 against bit-width; hollow where it was not trained."""
+def save_evaluation_figure(path: str | Path,
+                           results: dict[Width, dict[str, float]], title: str,
+                           trained: Container[BitWidth]) -> None:
+    """Save a PNG of an evaluation's top-1 against bit-width; hollow where it was not trained.
+
+    Assignments stand behind the bit-widths, and no line joins them.
+    """
     figure, (axis,) = new_figure(1, title, width=7.5)
     top1 = {bits: values["top1"] for bits, values in results.items()}
-    plot_by_width(axis, sorted(results), top1, trained)
+    places = sorted(results)
+    for kind, style in ((BitWidth, {}), (Assignment, {"linestyle": "none", "color": COLORS[1]})):
+        part = {bits: value for bits, value in top1.items() if isinstance(bits, kind)}
+        plot_by_width(axis, places, part, trained, **style)
+    if any(isinstance(bits, Assignment) for bits in places):
+        axis.tick_params("x", rotation=30)
     scale_to(axis, top1.values())
     if any(bits not in trained for bits in results):
         explain_hollow(axis)

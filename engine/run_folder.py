@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
 from engine.state import TrainingState
-from models import BitWidth
+from models import Assignment, BitWidth, Width
 from models.checkpoint import LATEST, is_finite_number, is_whole
 from utils import (WriteError, brief, commit, one_line, with_text_keys,
                    without_secrets, write_json, write_text)
@@ -237,17 +238,19 @@ def check_record(record: object, where: str, before: list[dict]) -> None:
                       "before")
 
 
-def metrics_of(value: object, where: str, name: str) -> dict[BitWidth, dict[str, float]]:
+def metrics_of(value: object, where: str, name: str, assignments: Sequence[Assignment] = (),
+               ) -> dict[Width, dict[str, float]]:
     """Return a file's {bit-width: {"loss", "top1", "top5"}}; UserError where it is something else.
 
-    where: the file, for the error. name: of the field.
+    where: the file, for the error. name: of the field. assignments: those that may be keys too.
     """
     if not isinstance(value, dict) or not value:
         raise damaged(where, name, value, "a dict by bit-widths")
     metrics = {}
+    known = {assignment.name: assignment for assignment in assignments}
     for key, values in value.items():
         try:
-            width = BitWidth.of(key)
+            width = known.get(key) or BitWidth.of(key)
         except ValueError as error:
             raise damaged(where, name, key, f"a key ({error})") from None
         if not isinstance(values, dict):

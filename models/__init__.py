@@ -4,11 +4,13 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from models import zoo
+from models.assignment import Assignment, Width, read_assignments
 from models.bit_widths import BITS, FULL_PRECISION, BitWidth, check_bit_widths
-from models.calibration import add_missing_bit_widths, calibrate, saved_bit_widths
+from models.calibration import (add_assignment, add_missing_bit_widths, calibrate,
+                                saved_bit_widths)
 from models.convert import convert
 from models.converted import layer_table
-from models.quan_ops import set_bit_width, trained_bit_widths
+from models.quan_ops import assignments_of, set_bit_width, trained_bit_widths
 from models.quantizers import (QUANTIZERS, initialize_quantizers, layers_to_initialize,
                                set_quantizers)
 from models.resnet_quan import ResNet20 as resnet20q

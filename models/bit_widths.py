@@ -59,8 +59,13 @@ class BitWidth:
         return hash(self.plain)
 
     def __lt__(self, other):
-        other = BitWidth.of(other)
-        return self.cost < other.cost
+        if not isinstance(other, BitWidth | int | str):
+            return NotImplemented
+        return self.cost < BitWidth.of(other).cost
+
+    def of_layer(self, name: str) -> "BitWidth":
+        """Return the bit-width of a layer: this one, where an Assignment has one for each."""
+        return self
 
     @property
     def cost(self) -> tuple[int, int]:

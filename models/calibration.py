@@ -1,17 +1,24 @@
-"""The bit-widths of saved weights: list them, add missing ones, calibrate those."""
+"""The bit-widths and assignments of saved weights: list them, add missing ones, calibrate those."""
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
-from models.quan_ops import SwitchableBatchNorm2d, set_bit_width, trained_bit_widths
+from models.quan_ops import (ActivationQ, SwitchableBatchNorm2d, assignments_of, set_bit_width,
+                             trained_bit_widths)
+from utils import brief
 
 # The key of a tensor that exists once per bit-width: in a bn_dict, or in a quantizer's *_dict.
 ENTRY = re.compile(
     r"(?P<prefix>.*\b(?P<dict>\w+_dict)\.)(?P<width>\d+|w\d+a\d+)(?P<suffix>\..*)?")
+# Likewise, of an assignment.
+NAMED_ENTRY = re.compile(rf".*\b\w+_dict\.(?P<name>{NAME.pattern})(\..*)?")
 
 
 def saved_bit_widths(state_dict: dict[str, Tensor]) -> list[BitWidth]:
@@ -60,8 +67,73 @@ def add_missing_bit_widths(state_dict: dict[str, Tensor], model: nn.Module,
     return result, added
 
 
+def without_assignments(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return a state dict without the entries of assignments of these names."""
+    names = set(names)
+    found = {key: NAMED_ENTRY.fullmatch(key) for key in state_dict}
+    return {key: value for key, value in state_dict.items()
+            if not (found[key] and found[key]["name"] in names)}
+
+
 @torch.no_grad()
-def calibrate(model: nn.Module, bit_width: BitWidth | int | str,
+def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
+    """Add an assignment to a model's bit-widths, or replace the one of its name.
+
+    What exists once per bit-width is copied for it: the state of a quantizer from the bit-width
+    that its layer has, a BatchNorm from that of the activation behind it, or from the nearest to
+    these that the model was built for. Returns the bit-widths whose BatchNorms are copied. Raises
+    ValueError, and changes nothing, where an entry matches no layer.
+    """
+    check_layers(model, assignment)
+    model.assignments = {**assignments_of(model), assignment.name: assignment}
+    behind = activations_behind(model)
+    copied = set()
+    for name, states in model.named_modules():
+        owner, _, last = name.rpartition(".")
+        if not last.endswith("_dict") or not isinstance(states, nn.ModuleDict | nn.ParameterDict):
+            continue
+        owner = owner.partition(".quantizer")[0]
+        width = assignment.of_layer(behind.get(owner, owner))
+        known = {BitWidth.of(key): key for key in states if key not in model.assignments}
+        if not known:
+            continue
+        source = min(known, key=width.distance)
+        states[assignment.name] = copy.deepcopy(states[known[source]])
+        if last == "bn_dict":
+            copied.add(source)
+    return sorted(copied)
+
+
+def check_layers(model: nn.Module, assignment: Assignment) -> None:
+    """Raise ValueError naming an entry of an assignment that matches no layer with bits."""
+    layers = assignable_layers(model)
+    for pattern in assignment.layers:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise ValueError(f"assignment {assignment}: {brief(pattern)} is no layer with bits, "
+                             f"and matches none: such are {', '.join(layers[:4])}, ...")
+
+
+def assignable_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers that an assignment may give bits: all that switch, but not
+    BatchNorms."""
+    return [name for name, layer in model.named_modules()
+            if hasattr(layer, "switch_bit_width") and not isinstance(layer, SwitchableBatchNorm2d)]
+
+
+def activations_behind(model: nn.Module) -> dict[str, str]:
+    """Return {name of a switchable BatchNorm: name of the next ActivationQ among the modules}."""
+    found = {}
+    activation = None
+    for name, layer in reversed(list(model.named_modules())):
+        if isinstance(layer, ActivationQ):
+            activation = name
+        elif isinstance(layer, SwitchableBatchNorm2d) and activation:
+            found[name] = activation
+    return found
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, bit_width: Width | int | str,
               batches: Iterable[Tensor]) -> None:
     """Re-estimate one bit-width's BatchNorm statistics over batches of images (N, 3, H, W).
 

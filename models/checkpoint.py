@@ -1,9 +1,10 @@
 """A network from a file: a checkpoint of this project, a published one, or a packed file.
 
 A checkpoint is a dict. Besides `state_dict` it holds `network`, the arguments that build its
-network: model, width, classes, all_conv, quantizer, bit_widths, keep; and `images`, a description
-of the images that it was trained on: dataset, size, mean, std, class_names (or None). Older and
-published checkpoints lack both: what is missing is inferred from the shapes of their weights.
+network: model, width, classes, all_conv, quantizer, bit_widths, keep, and assignments, where it has
+some; and `images`, a description of the images that it was trained on: dataset, size, mean, std,
+class_names (or None). Older and published checkpoints lack both: what is missing is inferred from
+the shapes of their weights.
 """
 import hashlib
 import os
@@ -20,10 +21,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, BitWidth, add_missing_bit_widths, build,
-                    packed, saved_bit_widths, set_bit_width, zoo)
+from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
+                    add_missing_bit_widths, assignments_of, build, packed, saved_bit_widths,
+                    set_bit_width, zoo)
+from models.assignment import check_assignments
 from models.bit_widths import FULL_PRECISION
-from models.calibration import ENTRY
+from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
 from utils import brief, one_line, escaped
 
@@ -51,9 +54,9 @@ def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = N
 
     path: a checkpoint, a packed file, or a results folder, whose best checkpoint is loaded.
     bit_widths: of the network; None: those of the file. One that the file lacks is a copy of the
-    nearest. The network's attribute `images` describes its images, and `calibrated` lists the
-    bit-widths that were not trained. Raises FileError where the file is missing, damaged, or does
-    not fit its network.
+    nearest; where one that it has is left out, so are its assignments. The network's attribute
+    `images` describes its images, and `calibrated` lists the bit-widths that were not trained.
+    Raises FileError where the file is missing, damaged, or does not fit its network.
     """
     path = find_file(path, BEST)
     content = read_checkpoint(path)
@@ -284,11 +287,20 @@ def network_of(content: dict, path: str | Path,
     `path`, where the content does not fit.
     """
     spec = network_spec(content, path)
-    bit_widths = spec.pop("bit_widths") if bit_widths is None else bit_widths
-    spec.pop("bit_widths", None)
+    present = spec.pop("bit_widths")
+    assignments = spec.pop("assignments")
+    bit_widths = present if bit_widths is None else list(map(BitWidth.of, bit_widths))
     model = build_for(path, **spec, bit_widths=bit_widths)
 
     state_dict = content["state_dict"]
+    if not set(present) <= set(bit_widths):
+        state_dict = without_assignments(state_dict, map(str, assignments))
+        assignments = []
+    for assignment in assignments:
+        try:
+            add_assignment(model, assignment)
+        except ValueError as error:
+            raise FileError(f"{path}: {error}: the file may be damaged") from None
     if "packed" in content:
         try:
             packed.install(model, state_dict, **content["packed"])
@@ -297,7 +309,7 @@ def network_of(content: dict, path: str | Path,
                             f"({one_line(error)}): export it anew") from None
     state_dict, added = add_missing_bit_widths(state_dict, model)
     load_weights(model, state_dict, path)
-    set_bit_width(model, max(map(BitWidth.of, bit_widths)))
+    set_bit_width(model, max(bit_widths))
     model.images = content.get("images")
     model.calibrated = content.get("calibrated", [])
     return model.eval(), added
@@ -346,7 +358,28 @@ def network_spec(content: dict, path: str | Path) -> dict:
         if not is_right(spec[field]):
             raise FileError(f"{path}: its network's {field} is {brief(spec[field])}, which does "
                             "not fit its weights: it may be damaged")
+    spec["assignments"] = saved_assignments(saved.get("assignments", []), path)
     return spec
+
+
+def saved_assignments(saved: object, path: str | Path) -> list[Assignment]:
+    """Return the assignments of a checkpoint's network; FileError where they are none."""
+    try:
+        assignments = list(map(Assignment.of, saved)) if isinstance(saved, list) else None
+        if assignments is None:
+            raise ValueError(f"{brief(saved)} is no list")
+        if assignments:
+            check_assignments(assignments)
+    except ValueError as error:
+        raise FileError(f"{path}: its network's assignments: {error}: the file may be damaged"
+                        ) from None
+    return assignments
+
+
+def network_content(model: nn.Module) -> dict:
+    """Return what a checkpoint of a network that `build` built holds as its `network`."""
+    assignments = [assignment.content for assignment in assignments_of(model).values()]
+    return {**model.spec, "assignments": assignments} if assignments else model.spec
 
 
 def check_model(name: object, path: str | Path) -> str:

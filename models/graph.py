@@ -38,20 +38,32 @@ def link_inputs(model: nn.Module) -> None:
 
     It makes operands of low precision exact; the output is the same without it.
     """
-    modules = dict(model.named_modules())
     try:
-        graph = Tracer().trace(model)
+        sources = input_activations(model, Tracer().trace(model))
     except Exception:  # of torch.fx, or of the network's own code
         return
+    for layer, source in sources.items():
+        quantizer = source.quantizer if source else None
+        object.__setattr__(layer, "input_quantizer", quantizer)  # it is no submodule of the layer
+
+
+def input_activations(model: nn.Module,
+                      graph: fx.Graph) -> dict[QuantizedLayer, ActivationQ | None]:
+    """Return {layer: the rounding ActivationQ whose values it reads, None without one}.
+
+    graph: of the model, by Tracer.
+    """
+    modules = dict(model.named_modules())
     sources = {}
     for node in graph.nodes:
         layer = module_of(node, modules)
         if isinstance(layer, QuantizedLayer):
             sources.setdefault(layer, set()).add(activation_before(node.args[0], modules))
-    for layer, found in sources.items():
-        source = found.pop() if len(found) == 1 else None
-        quantizer = source.quantizer if source and source.rounding else None
-        object.__setattr__(layer, "input_quantizer", quantizer)  # it is no submodule of the layer
+    found = {}
+    for layer, activations in sources.items():
+        source = activations.pop() if len(activations) == 1 else None
+        found[layer] = source if source and source.rounding else None
+    return found
 
 
 def activation_before(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQ | None:

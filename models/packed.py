@@ -15,11 +15,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import check_bit_widths, quantizers, set_bit_width, trained_bit_widths
+from models import (Assignment, Width, assignments_of, check_bit_widths, quantizers, set_bit_width,
+                    trained_bit_widths)
+from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION, BitWidth
-from models.calibration import ENTRY
+from models.calibration import ENTRY, without_assignments
 from models.levels import Codes, decode, encode, join, row_numbers, table
-from models.quan_ops import QuantizedLayer, WeightQuantizer
+from models.quan_ops import QuantizedLayer, WeightQuantizer, width_of
 from utils import brief, one_line
 
 KEY = "any_precision"  # the only metadata entry: the order of several varies from file to file
@@ -109,8 +111,19 @@ class PackedWeight(WeightQuantizer):
 
     def absent(self) -> ValueError:
         """Return the error for a bit-width that the file lacks."""
-        return ValueError(f"{self.width}-bit is not in the packed file: choose from "
+        what = f"{self.bits}-bit, of {self.width}," if is_name(self.width) else f"{self.width}-bit"
+        return ValueError(f"{what} is not in the packed file: choose from "
                           f"{', '.join(self.columns)}")
+
+
+def check_stored(model: nn.Module) -> None:
+    """Raise ValueError where the current bits of a layer of a packed file are not in that."""
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.quantizer, PackedWeight):
+            try:
+                layer.quantizer.column()
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -122,23 +135,29 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 # ---- write
 
 @torch.no_grad()
-def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str | Path,
-         about: dict, stored: Iterable[BitWidth | int | str] | None = None) -> None:
+def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
+         path: str | Path, about: dict,
+         stored: Iterable[BitWidth | int | str] | None = None) -> None:
     """Write a packed file: weights at the bit-widths `stored`, BatchNorms at `bit_widths`.
 
-    about: the metadata: what builds the model (model, width, all_conv, classes, quantizer), and
-    anything else. stored: None for `bit_widths` alone. Raises ValueError, naming the layer, where a
-    quantizer's weights are not integers times a scale.
+    bit_widths: also assignments of the model, whose weights are stored too. about: the metadata:
+    what builds the model (model, width, all_conv, classes, quantizer), and anything else. stored:
+    None for `bit_widths` alone. Raises ValueError, naming the layer, where a quantizer's weights
+    are not integers times a scale.
     """
-    bit_widths = sorted(check_bit_widths(bit_widths))
+    widths = [width_of(model, width) for width in bit_widths]
+    assignments = [width for width in widths if isinstance(width, Assignment)]
+    bit_widths = sorted(check_bit_widths([width for width in widths if width not in assignments]))
     stored = stored_bit_widths(model, bit_widths, stored)
     layers = quantized_layers(model)
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()
+    left_out = [name for name in assignments_of(model) if name not in assignments]
+    tensors = {key: value.contiguous()
+               for key, value in without_assignments(model.state_dict(), left_out).items()
                if is_stored_unchanged(key, bit_widths, layers)}
 
     groups = {}  # layers by their columns: {((key, bits), ...): {layer: {key: Column}}}
     for name, layer in layers.items():
-        columns = columns_of(name, layer, stored)
+        columns = columns_of(name, layer, [*stored, *assignments])
         signature = tuple((key, column.bits) for key, column in columns.items())
         groups.setdefault(signature, {})[name] = columns
 
@@ -159,7 +178,7 @@ def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str
                 torch.tensor([column.grid for column in columns.values()], dtype=torch.int16),
                 *codes[name][1:])
             weight = codes[name].low.view(layers[name].weight.shape)
-            check_is(name, layers[name], quantizer, weight, stored)
+            check_is(name, layers[name], quantizer, weight, [*stored, *assignments])
             tensors[f"{name}.weight"] = weight
             tensors.update({f"{name}.quantizer.{key}": value
                             for key, value in quantizer.state_dict().items()})
@@ -169,6 +188,10 @@ def save(model: nn.Module, bit_widths: Iterable[BitWidth | int | str], path: str
              "stored": [width.plain for width in stored], "groups": named_columns,
              "own_bits": {name: layer.own_bits for name, layer in quantizers.quantized_layers(
                  model).items() if layer.own_bits}}
+    if assignments:  # a file without any is as it was before there were some
+        about["assignments"] = [
+            {**assignment.content, "layers": list(assignment.content["layers"].items())}
+            for assignment in assignments]  # in their order, where a dict's keys are sorted
     about["sha256"] = digest(tensors, about)
     content = safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)})
     Path(path).write_bytes(content)
@@ -214,7 +237,8 @@ class Column:
     def __init__(self, name: str, layer: QuantizedLayer):
         self.bits = layer.bits
         if self.bits == FULL_PRECISION:
-            raise ValueError(f"layer {name} has 32 bits of its own, which a packed file, of "
+            where = "of its own" if layer.own_bits else f"in {layer.quantizer.width}"
+            raise ValueError(f"layer {name} has 32 bits {where}, which a packed file, of "
                              "integers, does not hold")
         integers, scale = layer.integer_weight()
         self.scale = scale.to(torch.float32).clone()
@@ -234,12 +258,13 @@ class Column:
                              f"{whole.min()} to {whole.max()}, are not of {n + 1} levels")
 
 
-def columns_of(name: str, layer: QuantizedLayer, stored: list[BitWidth]) -> dict[str, Column]:
+def columns_of(name: str, layer: QuantizedLayer,
+               stored: list[Width]) -> dict[str, Column]:
     """Return {key: Column} of a layer, one per stored bit-width, or one per number of bits."""
     per_width = has_state_per_width(layer)
     columns = {}
     for width in stored:
-        layer.switch_bit_width(width)
+        layer.switch_bit_width(width.of_layer(name))
         key = str(width) if per_width else str(layer.bits)
         if key not in columns:
             columns[key] = Column(name, layer)
@@ -247,10 +272,10 @@ def columns_of(name: str, layer: QuantizedLayer, stored: list[BitWidth]) -> dict
 
 
 def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
-             stored: list[BitWidth]) -> None:
+             stored: list[Width]) -> None:
     """Raise ValueError unless the packed weights equal the layer's own, bit for bit."""
     for width in stored:
-        layer.switch_bit_width(width)
+        layer.switch_bit_width(width.of_layer(name))
         quantizer.switch(layer.bits, str(width))
         found = quantizer.integers(weight)
         if not all(map(torch.equal, found, layer.integer_weight())):
@@ -350,11 +375,20 @@ def is_own_bits(value: object) -> bool:
         is_bits(bits) or type(bits) is int and bits == FULL_PRECISION for bits in value.values())
 
 
+def is_assignments(value: object) -> bool:
+    """Return whether a value is a list of assignments, whose entries are a list of pairs."""
+    try:
+        return [Assignment.of({**each, "layers": dict(each["layers"])}) for each in value] != []
+    except (TypeError, ValueError, KeyError):
+        return False
+
+
 FIELDS = {  # of the metadata: whether a value is one of it; what builds the network is checked
     "bit_widths": is_width_list, "stored": is_width_list,  # where it is built
     "groups": lambda value: isinstance(value, list) and all(map(is_group, value)),
-    "arguments": lambda value: isinstance(value, dict), "own_bits": is_own_bits}
-OPTIONAL_FIELDS = ("arguments", "own_bits")
+    "arguments": lambda value: isinstance(value, dict), "own_bits": is_own_bits,
+    "assignments": is_assignments}
+OPTIONAL_FIELDS = ("arguments", "own_bits", "assignments")
 
 
 def check_fields(path: str | Path, about: dict,
@@ -399,6 +433,8 @@ def read_checkpoint(path: str | Path) -> dict:
         groups = read_groups(tensors, about)
         network = {field: about[field] for field in ("model", "width", "all_conv", "classes")}
         network["quantizer"] = about.get("quantizer", "dorefa")
+        network["assignments"] = [{**each, "layers": dict(each["layers"])}
+                                  for each in about.get("assignments", [])]
         images = {field: about.get(field) for field in ("mean", "std")}
         images["size"] = about.get("image_size")
         images["class_names"] = about.get("class_names")
@@ -433,7 +469,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             raise ValueError(f"it has bits of {brief(name)}, which is no quantized layer")
         owners[name].own_bits = bits
 
-    bit_widths = trained_bit_widths(model)
+    bit_widths = [*trained_bit_widths(model), *assignments_of(model).values()]
     layers = quantized_layers(model)
     for group in groups:
         bits = tuple(b for _, b in group["columns"])
@@ -461,7 +497,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.quantizer = quantizer
             for width in bit_widths:
-                layer.switch_bit_width(width)
+                layer.switch_bit_width(width.of_layer(name))
                 stored = bits[quantizer.column()]
                 if stored != layer.bits:
                     raise ValueError(f"its {width}-bit weights of {name} have {stored} bits")

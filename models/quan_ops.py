@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from models.assignment import Assignment, Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d
 
@@ -346,33 +347,53 @@ def low_precision(x: Tensor) -> bool:
 
 # ---- the switch
 
-def set_bit_width(model: nn.Module, bit_width: BitWidth | int | str) -> None:
+def set_bit_width(model: nn.Module, bit_width: Width | int | str) -> None:
     """Switch every layer of the model that has a method `switch_bit_width`.
 
-    Raises ValueError, and changes nothing, where the model was not built for that bit-width, or a
-    layer has `bits` but no such method.
+    bit_width: also an Assignment of the model, or its name. Raises ValueError, and changes nothing,
+    where the model was not built for that bit-width, or a layer has `bits` but no such method.
     """
-    bit_width = BitWidth.of(bit_width)
-    trained = trained_bit_widths(model)
-    if trained and bit_width not in trained:
-        raise ValueError(f"{bit_width}-bit was not trained; choose from "
-                         f"{', '.join(map(str, trained))}")
-
+    bit_width = width_of(model, bit_width)
     layers = []
     for name, layer in model.named_modules():
         if hasattr(layer, "switch_bit_width"):
-            layers.append(layer)
+            layers.append((layer, bit_width.of_layer(name)))
         elif not isinstance(layer, Quantizer) and hasattr(layer, "bits"):
             raise ValueError(f"layer {name or 'of the network'} ({type(layer).__name__}) has bits "
                              "that cannot be switched: give it a method "
                              "switch_bit_width(bit_width)")
-    for layer in layers:
-        layer.switch_bit_width(bit_width)
+    for layer, of_layer in layers:
+        layer.switch_bit_width(of_layer)
+
+
+def width_of(model: nn.Module, value: Width | int | str) -> Width:
+    """Return the bit-width or assignment that a value says; ValueError where the model has none."""
+    found = assignments_of(model).get(str(value))
+    if found:
+        if isinstance(value, Assignment) and not value.says_as(found):
+            raise ValueError(f"the network has another assignment of the name {value}: give this "
+                             "one a name of its own")
+        return found
+    if isinstance(value, Assignment):
+        raise ValueError(f"assignment {value} is not of this network: add it first, by "
+                         "models.add_assignment(model, assignment)")
+    bit_width = BitWidth.of(value)
+    trained = trained_bit_widths(model)
+    if trained and bit_width not in trained:
+        raise ValueError(f"{bit_width}-bit was not trained; choose from "
+                         f"{', '.join(map(str, [*trained, *assignments_of(model)]))}")
+    return bit_width
 
 
 def trained_bit_widths(model: nn.Module) -> list[BitWidth]:
     """Return the bit-widths that the model has BatchNorms for, lowest first."""
     for layer in model.modules():
         if isinstance(layer, SwitchableBatchNorm2d):
-            return sorted(map(BitWidth.of, layer.bn_dict))
+            return sorted(BitWidth.of(name) for name in layer.bn_dict
+                          if name not in assignments_of(model))
     return []
+
+
+def assignments_of(model: nn.Module) -> dict[str, Assignment]:
+    """Return the model's assignments by name; add_assignment of calibration.py adds them."""
+    return getattr(model, "assignments", {})

@@ -82,6 +82,12 @@ def evaluation(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
+def accuracies(folder):
+    """Return an evaluation's results without what the bit-widths cost."""
+    return {bits: {name: values[name] for name in ("loss", "top1", "top5")}
+            for bits, values in evaluation(folder).items()}
+
+
 def snapshot(folder):
     """Return {path: content} of all files under a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -70,8 +70,11 @@ def test_evaluation_gives_the_training_s_own_numbers(trained, tiny_cifar10, tmp_
     out = capsys.readouterr().out
     record = read_metrics(trained / "metrics.jsonl")[load(trained, "model_best")["epoch"] - 1]
     results = evaluation(tmp_path / "e")
-    assert results == {str(bits): pytest.approx(values, rel=1e-6)
-                       for bits, values in record["val"].items()}
+    for bits, values in record["val"].items():
+        found = {name: results[str(bits)][name] for name in values}
+        assert found == pytest.approx(values, rel=1e-6)
+        assert results[str(bits)]["bit_operations"] == 737_280 * bits.weights**2
+    assert results.keys() == set(map(str, record["val"]))
     for bits, values in results.items():
         assert (f"{bits:>5} {values['loss']:8.4f} {values['top1']:8.2f} {values['top5']:8.2f}"
                 in out)

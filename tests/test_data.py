@@ -20,7 +20,7 @@ from torchvision import datasets
 
 import tiny_data
 from dataset import data as data_room
-from dataset import kept
+from dataset import cached_arrays
 from dataset import loader as loader_room
 from dataset.data import DATASETS, data_paths, get_dataset, get_transform
 from dataset.files import IMAGE_FORMATS, DataError, load_image
@@ -221,7 +221,7 @@ def test_svhn_in_a_folder_that_cannot_be_written(svhn_arrays, monkeypatch, capsy
     def refuse(*args):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(kept, "save_file", refuse)
+    monkeypatch.setattr(cached_arrays, "save_file", refuse)
     arrays("extra")
     assert_one_line(capsys, f"not kept for the next start: {path}", "Read-only file system")
     assert decoded == {28: 1} and not path.exists()

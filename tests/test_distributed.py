@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.run
 from process_checks import DIGITS
-from runs import ROOT, assert_same, evaluation, load, run
+from runs import ROOT, accuracies, assert_same, load, run
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
@@ -256,7 +256,7 @@ def test_jpeg_files_in_two_processes(checks, tmp_path):
     assert run(["--evaluate", "--pretrain", folder, "--data-dir", checks / "data", "--results-dir",
                 tmp_path / "e"]) == 0
     (record,) = read_metrics(folder / "metrics.jsonl")
-    assert evaluation(tmp_path / "e") == {
+    assert accuracies(tmp_path / "e") == {
         str(bits): pytest.approx(values, rel=1e-5) for bits, values in record["val"].items()}
 
 
@@ -269,7 +269,7 @@ def test_a_checkpoint_does_not_know_how_many_made_it(undisturbed, tmp_path):
     assert run(["--resume", best, "--epochs", 4, "--results-dir", tmp_path / "one"]) == 0
     assert run(["--evaluate", "--pretrain", undisturbed, "--results-dir", tmp_path / "e"]) == 0
     record = records[load(undisturbed, "model_best")["epoch"] - 1]
-    assert evaluation(tmp_path / "e") == {
+    assert accuracies(tmp_path / "e") == {
         str(bits): pytest.approx(values, rel=1e-5) for bits, values in record["val"].items()}
 
 

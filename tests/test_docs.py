@@ -7,13 +7,15 @@ import pytest
 
 import export
 import report
+import search
 from engine.arguments import parse_flags
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS.remove(ROOT / "docs" / "ideas.md")  # whose flags need its changes: tests/ideas.py runs it
 PLACEHOLDERS = {"NAME": "dorefa", "S": "0"}
-PROGRAMS = {"train.py": parse_flags, "export.py": export.parse_args, "report.py": report.parse_args}
+PROGRAMS = {"train.py": parse_flags, "export.py": export.parse_args,
+            "report.py": report.parse_args, "search.py": search.parse_args}
 STARTS = r"(?:\./\w+\.sh|python |torchrun |PYTHONPATH=)"
 
 

@@ -1,0 +1,169 @@
+"""Compare searched bits per layer with uniform bit-widths, over networks of several seeds.
+
+    python benchmarks/layer_bits.py results/fashion_table/recursive_seed?/ckpt/model_latest.pth.tar
+
+For each network: search.py at the budgets, then train.py --evaluate --layer_bits on the validation
+split (of Fashion-MNIST its test split), in folders under --output: the same command continues where
+it stopped. Prints and writes a Markdown table and a picture. A gain is the top-1 of a mixture less
+that of the straight line between the uniform bit-widths beside it, at the mixture's own
+bit-operations and in the same network: a line over the logarithm of bit-operations, and one over
+bit-operations, which is what one gets by running some of the images at either bit-width.
+"""
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from reference_way import ROOT  # first: it adds the project to the path
+
+from engine.arguments import OneLineParser, path_text
+from engine.errors import UserError, run_program
+from engine.figures import COLORS, legend_below, new_figure, save_figure
+from models.bit_widths import BITS, FULL_PRECISION
+from utils import write_json, write_text
+
+UNIFORM = [str(bits) for bits in BITS if bits != FULL_PRECISION]
+LINES = {"log": math.log, "linear": float}
+
+
+def name_of(source):
+    """Return the name of a network's folders: that of its results folder, or of its file."""
+    path = Path(source)
+    if path.parent.name == "ckpt":
+        path = path.parent.parent
+    return path.name.split(".")[0]
+
+
+def measured(source, options):
+    """Search and evaluate, unless that is done; return the network's evaluation.json."""
+    folder = Path(options.output, name_of(source))
+    search = folder / "search"
+    evaluation = folder / "evaluation"
+    more = ["--data-dir", options.data_dir] if options.data_dir else []
+    more += ["--device", options.device]
+    if not (evaluation / "evaluation.json").exists():
+        run("search.py", source, "--budget", options.budget, "--images", options.images,
+            "--results-dir", search, *more)
+        run("train.py", "--evaluate", "--pretrain", source, "--layer_bits",
+            search / "layer_bits.json", "--calibrate", options.calibrate, "--results-dir",
+            evaluation, *more)
+    return json.loads((evaluation / "evaluation.json").read_text())
+
+
+def run(program, *arguments):
+    """Run a program of the project; it prints its own progress."""
+    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
+    code = subprocess.run(command).returncode
+    if code:
+        raise UserError(f"{program} ended with exit code {code}: correct that, and start this anew")
+
+
+def on_line(results, cost, scale):
+    """Return the top-1 at a cost on the line between the uniform bit-widths beside it."""
+    points = sorted((values["bit_operations"], values["top1"]) for bits, values in results.items()
+                    if bits in UNIFORM)
+    for (low, first), (high, second) in zip(points, points[1:]):
+        if low <= cost <= high:
+            share = (scale(cost) - scale(low)) / (scale(high) - scale(low))
+            return first + share * (second - first)
+    raise UserError(f"{cost:,} bit-operations are not between those of two uniform bit-widths")
+
+
+def summary(networks):
+    """Return {assignment or uniform bit-width: its numbers over the networks}, by cost.
+
+    networks: their evaluation.json. Gains and their standard errors are of assignments alone.
+    """
+    found = {}
+    for name in networks[0]:
+        if name == str(FULL_PRECISION):
+            continue
+        values = [network[name] for network in networks]
+        top1 = [each["top1"] for each in values]
+        row = {"bit_operations": statistics.mean(each["bit_operations"] for each in values),
+               "weight_bytes": statistics.mean(each["weight_bytes"] for each in values),
+               "top1": statistics.mean(top1), "spread": spread(top1)}
+        for line, scale in LINES.items() if name not in UNIFORM else ():
+            gains = [each["top1"] - on_line(network, each["bit_operations"], scale)
+                     for network, each in zip(networks, values)]
+            row[f"{line}_gain"] = statistics.mean(gains)
+            row[f"{line}_error"] = spread(gains) / math.sqrt(len(gains))
+        found[name] = row
+    return dict(sorted(found.items(), key=lambda item: item[1]["bit_operations"]))
+
+
+def spread(values):
+    """Return a standard deviation; NaN of one value."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def table(rows, count):
+    """Return a Markdown table of a summary of `count` networks."""
+    lines = [f"val top-1 (%), mean ± standard deviation, and gain ± standard error, over {count} "
+             "networks; **bold**: beyond two standard errors", "",
+             "| bits | Mbit-ops | weight bytes | top-1 | gain, log line | gain, linear line |",
+             "|" + "---|" * 6]
+    for name, row in rows.items():
+        cells = [f"{row['bit_operations'] / 1e6:,.2f}", f"{row['weight_bytes']:,.0f}",
+                 f"{row['top1']:.2f} ± {row['spread']:.2f}"]
+        for line in LINES:
+            gain = row.get(f"{line}_gain")
+            if gain is None:
+                cells.append("")
+                continue
+            error = row[f"{line}_error"]
+            text = f"{gain:+.2f} ± {error:.2f}"
+            cells.append(f"**{text}**" if abs(gain) > 2 * error else text)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path, rows):
+    """Save a PNG of top-1 against bit-operations: the mixtures, and the uniform bit-widths."""
+    figure, (axis,) = new_figure(1, "bits per layer", width=7.5)
+    parts = {"uniform bit-widths": [name for name in rows if name in UNIFORM],
+             "searched bits per layer": [name for name in rows if name not in UNIFORM]}
+    for (label, names), color, line in zip(parts.items(), COLORS, ("--", "none")):
+        part = [rows[name] for name in names]
+        axis.errorbar([row["bit_operations"] for row in part], [row["top1"] for row in part],
+                      yerr=[row["spread"] for row in part], capsize=3, marker="o", color=color,
+                      linestyle=line, label=label)
+        for name, row in zip(names, part):
+            axis.annotate(name, (row["bit_operations"], row["top1"]), textcoords="offset points",
+                          xytext=(6, -11), fontsize="small")
+    axis.set(xlabel="bit-operations of the quantized layers", ylabel="val top-1 (%)", xscale="log")
+    legend_below(axis)
+    save_figure(figure, path)
+
+
+def main(options):
+    names = [name_of(source) for source in options.sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"two networks have the name {max(names, key=names.count)}: rename one's "
+                        "folder")
+    networks = [measured(source, options) for source in options.sources]
+    rows = summary(networks)
+    text = table(rows, len(networks))
+    write_text(f"{options.output}/layer_bits.md", text)
+    write_json(f"{options.output}/layer_bits.json", rows)
+    draw(f"{options.output}/layer_bits.png", rows)
+    print(f"\n{text}\nwritten to {options.output}/layer_bits.md, .json and .png")
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("sources", nargs="+", type=path_text, metavar="RUN", help="networks, as search.py takes")
+    add("--budget", default="25%,12.5%,6.25%,3.125%", help="of search.py")
+    add("--images", default="2000", help="of search.py")
+    add("--calibrate", default="20", help="training batches, of train.py")
+    add("--output", type=path_text, default="results/layer_bits", help="folder of the results")
+    add("--data-dir", type=path_text, help="folder that holds the data sets' folders")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:i")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_program(main, parse_args)
