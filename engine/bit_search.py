@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.console import progress
 from engine.errors import UserError
 from engine.forward_pass import ForwardPass
 from models import Assignment, BitWidth, Width, add_assignment, calibrate, set_bit_width
 from models.bit_widths import FULL_PRECISION
 from models.cost import Costs, totals
+from utils import progress
 
 NAME = "search"  # of the assignment that is tried
 
