@@ -282,7 +282,8 @@ def draw(path: Path, steps: list[Step], uniform: dict[BitWidth, Step], found: di
         axis.set(xlabel=f"{by.replace('_', ' ')} of the quantized layers", ylabel=label,
                  xscale="log")
         legend_below(axis)
-    axes[1].set_yscale("symlog", linthresh=1e-3)  # which is 0 at the highest bit-width
+    axes[1].set_yscale("symlog", linthresh=1e-3)  # it is 0 at the highest bit-width
+    axes[1].set_ylim(bottom=0)
     save_figure(figure, path)
 
 

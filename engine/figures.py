@@ -120,12 +120,17 @@ def save_evaluation_figure(path: str | Path,
     for kind, style in ((BitWidth, {}), (Assignment, {"linestyle": "none", "color": COLORS[1]})):
         part = {bits: value for bits, value in top1.items() if isinstance(bits, kind)}
         plot_by_width(axis, places, part, trained, **style)
-    if any(isinstance(bits, Assignment) for bits in places):
+    has_assignments = any(isinstance(bits, Assignment) for bits in places)
+    if has_assignments:
         axis.tick_params("x", rotation=30)
+        axis.set_xlabel("bits (weights and activations), and assignments of bits to layers")
     scale_to(axis, top1.values())
     if any(bits not in trained for bits in results):
         explain_hollow(axis)
-        legend_below(axis)
+        if has_assignments:  # whose names take the room below
+            legend_beside(axis)
+        else:
+            legend_below(axis)
     save_figure(figure, path)
 
 
