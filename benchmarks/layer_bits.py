@@ -156,7 +156,7 @@ def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("sources", nargs="+", type=path_text, metavar="RUN", help="networks, as search.py takes")
-    add("--budget", default="25%,12.5%,6.25%,3.125%", help="of search.py")
+    add("--budget", default="50%,20%,12.5%,4%", help="of search.py")
     add("--images", default="2000", help="of search.py")
     add("--calibrate", default="20", help="training batches, of train.py")
     add("--output", type=path_text, default="results/layer_bits", help="folder of the results")

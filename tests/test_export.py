@@ -113,7 +113,8 @@ def test_calibrated_widths(arguments, tmp_path):
     (["--bits", "4"], 1, ["no BatchNorm for 4 bits", "--calibrate 20 --save-calibrated FILE"]),
     (["--bits", "2,32"], 1, ["32 bits is not stored", "choose from 1 to 8"]),
     (["--bits", "2,9"], 2, ["bit-width '9' does not exist"]),
-    (["--bits", "some"], 2, ["bit-width 'some' does not exist"]),
+    (["--bits", "so.me"], 2, ["bit-width 'so.me' does not exist"]),
+    (["--bits", "some"], 1, ["has no assignment some, but none", "--layer_bits JSON"]),
     (["--input", "uint8"], 2, ["--input uint8 has no --format packed"]),
     (["--format", "tflite"], 2, ["tflite", "packed"]),
     (["--check", "0"], 2, ["'0' is not allowed"])])
