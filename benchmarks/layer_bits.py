@@ -99,22 +99,29 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def with_error(text, error):
+    """Return a number with its error, where several networks give one."""
+    return text if math.isnan(error) else f"{text} ± {error:.2f}"
+
+
 def table(rows, count):
     """Return a Markdown table of a summary of `count` networks."""
-    lines = [f"val top-1 (%), mean ± standard deviation, and gain ± standard error, over {count} "
-             "networks; **bold**: beyond two standard errors", "",
+    several = f"s; mean ± standard deviation, gain ± standard error, over {count} networks; "
+    several += "**bold**: beyond two standard errors"
+    lines = [f"val top-1 (%) of searched bits per layer and of uniform bit-width{several}"
+             if count > 1 else "val top-1 (%) of one network", "",
              "| bits | Mbit-ops | weight bytes | top-1 | gain, log line | gain, linear line |",
              "|" + "---|" * 6]
     for name, row in rows.items():
         cells = [f"{row['bit_operations'] / 1e6:,.2f}", f"{row['weight_bytes']:,.0f}",
-                 f"{row['top1']:.2f} ± {row['spread']:.2f}"]
+                 with_error(f"{row['top1']:.2f}", row["spread"])]
         for line in LINES:
             gain = row.get(f"{line}_gain")
             if gain is None:
                 cells.append("")
                 continue
             error = row[f"{line}_error"]
-            text = f"{gain:+.2f} ± {error:.2f}"
+            text = with_error(f"{gain:+.2f}", error)
             cells.append(f"**{text}**" if abs(gain) > 2 * error else text)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

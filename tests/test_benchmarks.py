@@ -19,6 +19,7 @@ from runs import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
+import layer_bits  # noqa: E402
 import reference_way  # noqa: E402
 import speed  # noqa: E402
 from trainings import Run  # noqa: E402
@@ -130,3 +131,24 @@ def test_a_gpu_check_that_fails(monkeypatch):
     assert not gpu.passes("levels", torch.device("cpu"))
     with pytest.raises(SystemExit, match="1"):
         gpu.main(gpu.parse_args(["levels", "--device", "cpu"]))
+
+
+def test_gains_of_bits_per_layer_by_hand():
+    """Between 1 bit (cost 1, 80 %) and 2 bits (cost 4, 90 %): at cost 2 both lines are known."""
+    def network(mixture, more=0):
+        points = {"1": (1, 80), "2": (4, 90), "32": (999, 99), "mix": (2, mixture)}
+        return {name: {"bit_operations": cost, "weight_bytes": 8, "top1": top1 + more}
+                for name, (cost, top1) in points.items()}
+
+    rows = layer_bits.summary([network(86), network(88, 1)])
+    assert list(rows) == ["1", "mix", "2"]
+    mix = rows["mix"]
+    assert mix["top1"] == 87.5 and mix["spread"] == pytest.approx(4.5**0.5)
+    assert mix["log_gain"] == pytest.approx(2)  # 1 and 3 above 85
+    assert mix["log_error"] == pytest.approx(1)
+    assert mix["linear_gain"] == pytest.approx(2 + 5 / 3)
+    text = layer_bits.table(rows, 2)
+    assert "| mix | 0.00 | 8 | 87.50 ± 2.12 | +2.00 ± 1.00 | **+3.67 ± 1.00** |" in text
+    assert "nan" not in layer_bits.table(layer_bits.summary([network(86)]), 1)
+    with pytest.raises(layer_bits.UserError, match="5 bit-operations are not between"):
+        layer_bits.on_line(network(86), 5, float)
