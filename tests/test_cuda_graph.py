@@ -53,14 +53,19 @@ def test_a_run_with_a_graph_ends_as_one_without(optimizer, replays, tiny_cifar10
 
     assert trained("plain") == 0 and not replays
     assert trained("graph", "--cuda-graph") == 0 and len(replays) == 4
+    expected = load(tmp_path / "plain")
+    assert_same(load(tmp_path / "graph")["state_dict"], expected["state_dict"])
+    assert_same(load(tmp_path / "graph")["optimizer"], expected["optimizer"])
+    if optimizer == "sgd":
+        return
+
     assert trained("begun", "--epochs", 1) == 0
     assert run(["--resume", tmp_path / "begun", "--epochs", 3, "--cuda-graph"]) == 0
     assert len(replays) == 6
     assert trained("ended", "--epochs", 2, "--cuda-graph") == 0 and len(replays) == 8
     assert run(["--resume", tmp_path / "ended", "--epochs", 3, "--no-cuda-graph"]) == 0
     assert len(replays) == 8
-    expected = load(tmp_path / "plain")
-    for name in ("graph", "begun", "ended"):
+    for name in ("begun", "ended"):
         found = load(tmp_path / name)
         assert_same(found["state_dict"], expected["state_dict"])
         assert_same(found["optimizer"], expected["optimizer"])
