@@ -123,11 +123,13 @@ class TrainingState:
         """Restore what a checkpoint holds of an epoch that has begun; raises as `restore`."""
         saved = take(path, content, "num_samples", is_count, "a number of images")
         metrics = take(path, content, "metrics", is_named_values, "a dict of sums")
-        if metrics.get("steps") and saved != self.num_samples:
+        begun = metrics.get("steps")
+        if is_whole(begun) and begun > 0 and saved != self.num_samples:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
         self.metrics.check_state(metrics, path, self.arguments["batch_size"], self.num_samples)
-        if content.get("step", metrics["steps"]) != metrics["steps"]:
+        check_field(path, "step", content.get("step"), is_whole, "a number of steps")
+        if content.get("step") not in (None, metrics["steps"]):
             raise FileError(f"{path}: its step is {brief(content['step'])}, and its metrics' steps "
                             f"are {metrics['steps']}: the file may be damaged")
         self.metrics.load_state_dict(metrics)

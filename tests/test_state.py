@@ -140,6 +140,8 @@ FIELDS = {
     "its metrics is [1]": lambda c: c.update(metrics=[1]),
     "lacks its metrics' sums": lambda c: c["metrics"].pop("sums"),
     "its metrics' steps is '1'": lambda c: first_step(c).update(steps="1"),
+    "its metrics' steps is tensor([1., 1.])": lambda c: first_step(c).update(steps=torch.ones(2)),
+    "its step is tensor([1., 1.])": lambda c: first_step(c) and c.update(step=torch.ones(2)),
     "its metrics' steps is 4, not a number of steps up to the 3": lambda c: first_step(c).update(
         steps=4),
     "its step is 2, and its metrics' steps are 1": lambda c: first_step(c) and c.update(step=2),
