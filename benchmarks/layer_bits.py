@@ -140,7 +140,7 @@ def draw(path, rows):
         for name, row in zip(names, part):
             axis.annotate(name, (row["bit_operations"], row["top1"]), textcoords="offset points",
                           xytext=(6, -11), fontsize="small")
-    axis.set(xlabel="bit-operations of the quantized layers", ylabel="val top-1 (%)", xscale="log")
+    axis.set(xlabel="bit-operations of the quantized layers", ylabel="top-1 (%)", xscale="log")
     legend_below(axis)
     save_figure(figure, path)
 
