@@ -84,7 +84,7 @@ def chosen_bit_widths(args: Namespace,
     """
     known = {assignment.name: assignment for assignment in checkpoint.network["assignments"]}
     present = saved_bit_widths(checkpoint.content["state_dict"])
-    integer = [bits for bits in present if FULL_PRECISION not in (bits.weights, bits.activations)]
+    integer = [bits for bits in present if bits.is_integer]
     if args.bits in (None, "any"):
         if not integer:
             raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "

@@ -26,7 +26,8 @@ from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, rea
 from models import Assignment, BitWidth, check_bit_widths
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import is_finite_number
-from utils import escaped, flag_text, one_line, printable, replacing, write_text, writing
+from utils import (escaped, flag_text, mean_and_deviation, one_line, printable, replacing,
+                   write_text, writing)
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
     "last": ("last epoch", lambda run: run.history[-1]["val"]),
@@ -277,10 +278,6 @@ def panels(rows: list[dict]) -> list[tuple[str, list[BitWidth], dict]]:
 
 def markdown(rows: list[dict], which: str) -> str:
     """Return the Markdown tables, one per data set and model; which: the name of the epoch."""
-    def cell(values):
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}" if values else ""
-
     text = []
     for title, widths, configurations in panels(rows):
         counts = {len(values) for cells in configurations.values() for values in cells.values()}
@@ -288,8 +285,9 @@ def markdown(rows: list[dict], which: str) -> str:
         text += [f"{title}: val top-1 (%) of the {which}, mean ± standard deviation, {runs} "
                  f"run{'s' if max(counts) > 1 else ''} a cell", "",
                  f"| model | {' | '.join(map(str, widths))} |", "|---" * (len(widths) + 1) + "|"]
-        text += [f"| {name} | {' | '.join(cell(cells.get(bits, ())) for bits in widths)} |"
-                 for name, cells in configurations.items()]
+        for name, cells in configurations.items():
+            values = [mean_and_deviation(cells.get(bits, ())) for bits in widths]
+            text.append(f"| {name} | {' | '.join(values)} |")
         text.append("")
     return "\n".join(text)
 

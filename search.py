@@ -9,7 +9,6 @@ if __name__ == "__main__":
     from engine.startup import prepare_process
     prepare_process()
 
-import hashlib
 import math
 import re
 from argparse import ArgumentTypeError, Namespace
@@ -23,7 +22,7 @@ from torch.utils.data import Subset
 from dataset.data import DATASETS, get_dataset
 from dataset.loader import make_loader
 from engine.arguments import OneLineParser, dataset_name, number, path_text, run_name
-from engine.bit_search import Search, Step, integer_widths
+from engine.bit_search import Search, Step
 from engine.device import choose_device
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
@@ -31,7 +30,7 @@ from engine.forward_pass import ForwardPass
 from engine.resume import Checkpoint, resolve
 from engine.run_folder import RunFolder, damaged, log, parse_json, read_text
 from engine.setup import make_forward_pass
-from models import Assignment, BitWidth, saved_bit_widths
+from models import Assignment, BitWidth, packed, saved_bit_widths
 from models.assignment import is_name
 from models.checkpoint import is_finite_number, is_whole, network_of
 from models.cost import Costs, cost_table, totals
@@ -72,8 +71,9 @@ def main(args: Namespace) -> Path | None:
 
     name = f"{run_name(settings)}_search"
     with RunFolder(args.results_dir or f"results/{name}", name, in_place=True) as run:
-        identity = {"checkpoint": digest(checkpoint), "bit_widths": flag_text(bit_widths),
-                    "by": search.by, "images": count, "seed": args.seed}
+        identity = {"checkpoint": packed.digest(checkpoint.content["state_dict"], {}),
+                    "bit_widths": flag_text(bit_widths), "by": search.by, "images": count,
+                    "seed": args.seed}
         path = read_path(run.path / "path.json", identity)
         log.info(f"searching bits for {len(search.units)} layers of {checkpoint.path}, of "
                  f"{flag_text(bit_widths)} bits: answers on {count} training images, BatchNorm of "
@@ -109,7 +109,7 @@ def usable_bit_widths(checkpoint: Checkpoint) -> list[BitWidth]:
     calibrated = checkpoint.content.get("calibrated") or ()
     trained = [width for width in saved_bit_widths(checkpoint.content["state_dict"])
                if width not in calibrated]
-    found = integer_widths(trained)
+    found = [width for width in trained if width.is_integer]
     if len(found) < 2:
         raise UserError(f"{checkpoint.path} was trained at {flag_text(trained)} bits: a search "
                         "needs two bit-widths of 1 to 8, such as those of train.py's default")
@@ -163,15 +163,6 @@ def resolve_budgets(search: Search, budgets: list[Budget], flag: str) -> dict[st
                             f"{search.bit_widths[0]} bits take {least:,}: give more")
         found[f"{prefix}-{budget.text.replace('%', 'pct').replace('.', '_')}"] = math.floor(value)
     return found
-
-
-def digest(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 of a checkpoint's weights."""
-    total = hashlib.sha256()
-    for key, value in sorted(checkpoint.content["state_dict"].items()):
-        total.update(key.encode())
-        total.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def uniform_step(search: Search, width: BitWidth) -> Step:

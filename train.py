@@ -133,7 +133,7 @@ def take_step(state: TrainingState, forward_pass: ForwardPass, loss: str, images
     """Train on a batch; return what forward_pass.backward does."""
     state.optimizer.zero_grad()
     results = forward_pass.backward(images, labels, bit_widths, loss, loss_scale)
-    exchange_gradients(list(state.model.parameters()))
+    exchange_gradients(state.model.parameters())
     state.optimizer.step()
     return results
 

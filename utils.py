@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -116,6 +117,14 @@ def one_line(error: BaseException | str) -> str:
     if "in DataLoader worker process" in lines[0]:  # with the worker's traceback
         return escaped(lines[-1].split(": ", 1)[-1])
     return escaped(" ".join(lines) if lines[0].endswith(":") else lines[0])
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Return values as a table's cell: mean ± standard deviation, if there are several."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def flag_text(value: object) -> str:

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from reference_way import ROOT  # first: it adds the project to the path
 
 from engine.run_folder import read_metrics
-from utils import write_text
+from utils import mean_and_deviation, write_text
 
 BENCHMARKS = Path(__file__).parent
 NETWORKS = ("resnet20q", "svhnq", "resnet50q")
@@ -210,14 +209,6 @@ class Call:
 
 def ratio(reference, value):
     return f"{reference / value:.2f}" if reference else ""
-
-
-def mean_and_deviation(values):
-    """Return values as a cell: mean ± standard deviation, if there are several."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 # ---- the calls

@@ -9,7 +9,6 @@ deviation of all. Writes post_training.json into each folder; the same command a
 those without one.
 """
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from engine.resume import Checkpoint
 from engine.setup import open_data
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import LATEST, find_file, network_of
-from utils import progress, write_json
+from utils import mean_and_deviation, progress, write_json
 
 
 def measure(path):
@@ -64,8 +63,7 @@ def main(options):
     print("|---|---|")
     for name in results[0]["top1"]:
         values = [found["top1"][name] for found in results if name in found["top1"]]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"| {name} | {statistics.mean(values):.2f}{spread} |")
+        print(f"| {name} | {mean_and_deviation(values)} |")
     notes = dict.fromkeys(note for found in results for note in found["notes"])
     print("; ".join(["", *dict.fromkeys(found["versions"] for found in results), *notes])[2:])
 

@@ -19,9 +19,9 @@ Arrays = tuple[Tensor, Tensor]  # images (N, H, W, 3) uint8, labels (N,) int64
 
 
 def cached_arrays(dataset: Dataset, transform: Callable,
-                source: Callable[[datasets.VisionDataset], tuple[str, str]],
-                read: Callable[[Dataset], Arrays]) -> Arrays:
-    """Return read(dataset), from the files where that is kept; else keep it.
+                  source: Callable[[datasets.VisionDataset], tuple[str, str]],
+                  read: Callable[[Dataset], Arrays]) -> Arrays:
+    """Return read(dataset), from the files where that is cached; else cache it.
 
     dataset: torchvision's, several joined, or a part of them; any other, and a small part, is read.
     transform: what `read` applies. source: returns a data set's raw file and that file's checksum.

@@ -112,7 +112,7 @@ class DataSet(NamedTuple):
     train: tuple[Callable, ...] = ()  # transforms of training images, on PIL images
     eval: tuple[Callable, ...] = ()  # of the others
     in_memory: bool = True  # small enough to be held as arrays
-    # A part -> its raw file and that file's checksum: then its arrays are kept beside the file.
+    # A part -> its raw file and that file's checksum: then its arrays are cached beside the file.
     source: Callable[[Dataset], tuple[str, str]] | None = None
     # Images, height and width of each part, as it is read; checked where they are given.
     shapes: dict[str, tuple[int, int, int]] = {}

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision import datasets, transforms
 
+from dataset.cached_arrays import cached_arrays
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
-from dataset.cached_arrays import cached_arrays
 from utils import progress
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)

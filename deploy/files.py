@@ -14,7 +14,7 @@ from torch import nn
 from deploy import check, runtimes
 from deploy.graph import Run, image_shape
 from models import Width, assignments_of, packed, trained_bit_widths
-from models.bit_widths import FULL_PRECISION, check_bit_widths
+from models.bit_widths import check_bit_widths
 from utils import commit, writing
 
 FORMATS = ("packed", "onnx")
@@ -92,8 +92,7 @@ def exported_widths(model: nn.Module,
     present = trained_bit_widths(model)
     known = assignments_of(model)
     if wanted in (None, "any"):
-        wanted = [width for width in present
-                  if FULL_PRECISION not in (width.weights, width.activations)]
+        wanted = [width for width in present if width.is_integer]
         wanted += known.values() if with_assignments else ()
     names = [str(width) for width in wanted]
     assignments = sorted(known[name] for name in dict.fromkeys(names) if name in known)

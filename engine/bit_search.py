@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.forward_pass import ForwardPass
 from models import Assignment, BitWidth, Width, add_assignment, calibrate, set_bit_width
-from models.bit_widths import FULL_PRECISION
 from models.cost import Costs, totals
 from utils import progress
 
@@ -137,9 +136,3 @@ class Search:
             path.append(min(found, key=lambda step: (step.divergence - last.divergence)
                             / (last.cost[self.by] - step.cost[self.by])))
             save(path)
-
-
-def integer_widths(bit_widths: Iterable[BitWidth]) -> list[BitWidth]:
-    """Return those of bit-widths that a search may choose: without full precision."""
-    return [width for width in bit_widths
-            if FULL_PRECISION not in (width.weights, width.activations)]

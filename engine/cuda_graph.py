@@ -75,7 +75,9 @@ def recordable(optimizer: torch.optim.Optimizer, rates: Sequence[Tensor]) -> Ite
     """Have an optimizer read its learning rates from tensors, within the context."""
     before = [dict(group) for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates):
-        group.update(lr=rate, **{name: True for name in ("capturable",) if name in group})
+        group["lr"] = rate
+        if "capturable" in group:
+            group["capturable"] = True
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -172,15 +172,17 @@ def wait() -> None:
         dist.barrier()
 
 
-def exchange_gradients(parameters: list[torch.nn.Parameter]) -> None:
+def exchange_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum the gradients over the processes, in place, in one collective.
 
     Each process scales its loss by its fraction of the batch, so that the sum is the gradient of
     the mean. A gradient that is None counts as zero; where it is None on all processes it stays
     None, so that the optimizer skips it as in a single process. Synchronizes where one is None.
     """
+    if world_size() == 1:
+        return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if world_size() == 1 or not trained:
+    if not trained:
         return
     absent = [index for index, parameter in enumerate(trained) if parameter.grad is None]
     gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

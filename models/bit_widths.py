@@ -63,6 +63,11 @@ class BitWidth:
             return NotImplemented
         return self.cost < BitWidth.of(other).cost
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether weights and activations are integers, neither at full precision."""
+        return FULL_PRECISION not in (self.weights, self.activations)
+
     def of_layer(self, name: str) -> "BitWidth":
         """Return the bit-width of a layer: this one, where an Assignment has one for each."""
         return self

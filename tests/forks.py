@@ -34,10 +34,10 @@ class Forks:
         The function, of a module, returns the exit code. env: its whole environment.
         """
         with tempfile.TemporaryDirectory() as folder:
-            told = [Path(folder, name) for name in ("out", "err")]
-            self.connection.send((function, args, os.path.abspath(cwd), env, told))
+            outputs = [Path(folder, name) for name in ("out", "err")]
+            self.connection.send((function, args, os.path.abspath(cwd), env, outputs))
             code = self.connection.recv()
-            return subprocess.CompletedProcess(args, code, *(path.read_text() for path in told))
+            return subprocess.CompletedProcess(args, code, *(path.read_text() for path in outputs))
 
     def close(self) -> None:
         self.connection.close()
@@ -48,7 +48,7 @@ def serve(connection):
     """Fork as requested, until the other end is closed."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            function, args, cwd, env, told = connection.recv()
+            function, args, cwd, env, outputs = connection.recv()
 
             def call():
                 connection.close()
@@ -58,4 +58,4 @@ def serve(connection):
                     os.environ.update(env)
                 return function(*args)
 
-            connection.send(runs.wait(runs.fork(call, *told)))
+            connection.send(runs.wait(runs.fork(call, *outputs)))
