@@ -36,13 +36,15 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` once it is written, so never by a part of it.
 
-    Raises WriteError where it cannot be written.
+    shared: whether runs side by side may write it at the same time. Raises WriteError where it
+    cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # the next save overwrites that of a killed one
+    writer = f".{os.getpid()}" if shared else ""  # else the next save overwrites a killed one's
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         with writing(path):
             yield temporary

@@ -51,7 +51,7 @@ def cached_arrays(dataset: Dataset, transform: Callable,
     images, labels = read(dataset)
     about = {"made of": made_of, "crc32": checksum(images, labels)}
     try:
-        with unwinding_signals(), replacing(path) as temporary:
+        with unwinding_signals(), replacing(path, shared=True) as temporary:
             save_file({"images": images, "labels": labels}, temporary, about)
     except (safetensors.SafetensorError, WriteError) as error:
         reason = one_line(error)

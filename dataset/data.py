@@ -48,7 +48,8 @@ def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
     """Open Fashion-MNIST from root, or where it is missing from FASHION_MNIST_COPY or the web."""
     raw = Path(root, "FashionMNIST", "raw")
     for packed in FASHION_MNIST_COPY.glob("*.gz"):
-        if not (raw / packed.stem).exists():
+        path = raw / packed.stem
+        if not path.exists():
             try:
                 content = gzip.decompress(packed.read_bytes())
             except (OSError, EOFError, zlib.error) as error:
@@ -56,7 +57,7 @@ def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
                                 "remove it to download Fashion-MNIST") from None
             with writing_to(root):
                 raw.mkdir(parents=True, exist_ok=True)
-                with unwinding_signals(), replacing(raw / packed.stem) as temporary:
+                with unwinding_signals(), replacing(path, shared=True) as temporary:
                     temporary.write_bytes(content)
     return open_mnist(datasets.FashionMNIST, root, split)
 

@@ -214,7 +214,8 @@ def add_training(add: Callable[..., None]) -> None:
         "or w2a4 for 2 bits of weights and 4 of activations; one alone trains a dedicated model")
     add("--loss", kind=RUN, evaluated=True, in_name=True, default="recursive",
         **choice(NEXT_TARGET, "; what a lower bit-width learns from: hard = the labels, soft = "
-                 "the highest bit-width, recursive = the next higher one"))
+                 "the highest bit-width, recursive = the next higher one, half = the mean of hard "
+                 "and soft"))
     add("--widths-per-step", kind=RUN, type=number(int, 2), metavar="N",
         help="bit-widths that a step trains: the highest, the lowest and N - 2 of the others, "
         "drawn by the seed; default: all")

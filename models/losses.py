@@ -11,11 +11,24 @@ from models.bit_widths import BitWidth, check_bit_widths
 from models.quan_ops import DoReFaWeight, QuantizedLayer, WeightQuantizer, set_bit_width
 from models.stem import Shared, SharedStem, SharedWeight, without_bit_width
 
+
+def half_target(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return half the labels, half what the highest bit-width says: probabilities (N, classes).
+
+    Source: MBQuant (Zhong et al., 2023, arXiv 2305.08117).
+    """
+    if target is not labels:  # a bit-width that is taught
+        return target
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return (logits.softmax(1) + (labels[:, None] == classes)) / 2
+
+
 # The target of the next lower bit-width: (target, logits, labels) -> labels or probabilities.
 NEXT_TARGET = {
     "hard": lambda target, logits, labels: labels,
     "soft": lambda target, logits, labels: logits.softmax(1) if target is labels else target,
     "recursive": lambda target, logits, labels: logits.softmax(1),
+    "half": half_target,
 }
 
 

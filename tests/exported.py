@@ -57,7 +57,7 @@ class Change(NamedTuple):
 
 CHANGES = {"none": Change(), "own bits": Change(OwnBits), "a linear layer": Change(LinearNetwork),
            "a scale per channel": Change(weight_quantizer=ChannelScale),
-           "lsq": Change(quantizer="lsq")}
+           "lsq": Change(quantizer="lsq"), "pact": Change(quantizer="pact")}
 
 
 def network(name, bit_widths, all_conv=False, change="none"):
@@ -77,7 +77,7 @@ def network(name, bit_widths, all_conv=False, change="none"):
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer) and change.weight_quantizer:
                 layer.quantizer = change.weight_quantizer()
-            if isinstance(layer, nn.ParameterDict):  # the quantizers' steps
+            if isinstance(layer, nn.ParameterDict):  # the quantizers' steps or clips
                 for step in layer.values():
                     step *= torch.empty(()).uniform_(0.6, 1.4)
             if isinstance(layer, nn.BatchNorm2d):

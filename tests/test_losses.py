@@ -33,10 +33,12 @@ def one_hot():
     return nn.functional.one_hot(LABELS, 4).double()
 
 
-TEACHER = {  # of each bit-width; None: the labels
-    "hard": {32: None, 4: None, 2: None, 1: None},
-    "soft": {32: None, 4: 32, 2: 32, 1: 32},
-    "recursive": {32: None, 4: 32, 2: 4, 1: 2}}
+LABEL = None
+TEACHERS = {  # of each bit-width, which learns from their mean
+    "hard": {32: [LABEL], 4: [LABEL], 2: [LABEL], 1: [LABEL]},
+    "soft": {32: [LABEL], 4: [32], 2: [32], 1: [32]},
+    "recursive": {32: [LABEL], 4: [32], 2: [4], 1: [2]},
+    "half": {32: [LABEL], 4: [LABEL, 32], 2: [LABEL, 32], 1: [LABEL, 32]}}
 
 
 @pytest.mark.parametrize("loss", NEXT_TARGET)
@@ -44,9 +46,10 @@ def test_who_teaches_whom(loss):
     model = Stub()
     results = any_precision_backward(model, None, LABELS, WIDTHS, loss)
     assert model.visited == list(results) == [32, 4, 2, 1]
-    for bits, teacher in TEACHER[loss].items():
+    for bits, teachers in TEACHERS[loss].items():
         logits = model.table[str(bits)].detach()
-        p = one_hot() if teacher is None else model.table[str(teacher)].detach().softmax(1)
+        p = sum(one_hot() if teacher is LABEL else model.table[str(teacher)].detach().softmax(1)
+                for teacher in teachers) / len(teachers)
         # cross-entropy's gradient is (q - p) / N, and a teacher gets none: it is detached
         assert_close(model.table[str(bits)].grad, (logits.softmax(1) - p) / 3)
         value, returned = results[bits]
@@ -90,7 +93,7 @@ def test_shared_weights_get_the_sum_over_bit_widths():
 
 
 def test_unknown_loss_and_bit_width():
-    told = "loss easy does not exist: choose from hard, soft, recursive"
+    told = "loss easy does not exist: choose from hard, soft, recursive, half"
     with pytest.raises(ValueError, match=told):
         any_precision_backward(Stub(), None, LABELS, WIDTHS, "easy")
     with pytest.raises(ValueError, match="bit-width 9 does not exist"):

@@ -13,6 +13,7 @@ from engine.forward_pass import ForwardPass
 from models import MODELS, calibrate, quan_ops, set_bit_width
 from models.bit_widths import BITS, BitWidth, check_bit_widths
 from models.losses import any_precision_backward
+from models.pact import pact
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 from small_networks import Bottlenecks, ResNet8, ShortSVHN
 
@@ -51,6 +52,32 @@ def test_activation_at_32_bits_is_relu():
 
 def test_activation_keeps_what_is_not_a_number():
     assert quantize_activation(double(math.nan), 4).isnan().all()
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_learned_clip_by_hand(bits):
+    """Of a clip of 2: levels are of x / 2, and the gradient of a clipped x goes to the clip."""
+    n, six_tenths, _, _ = LEVELS[bits]
+    layer = ActivationQ()
+    layer.quantizer = pact(layer, [BitWidth(bits), BitWidth.of("w2a5")])
+    layer.double().switch_bit_width(BitWidth(bits))
+    x = double(-0.3, 0.0, 1.2, 2.5, 9.0).requires_grad_()
+    clip = layer.quantizer.clip_dict[str(bits)]
+    assert_close(layer(x), double(0, 0, 1, 1, 1))  # a clip of 1, as the published quantizer
+    with torch.no_grad():
+        clip.fill_(2)
+    y = layer(x)
+    assert_close(y, double(0, 0, 2 * six_tenths / n, 2, 2))
+    assert_close(layer.quantizer.step(), double(2 / n)[0])
+    y.backward(double(1, 1, 10, 100, 1000))
+    assert_close(x.grad, double(0, 0, 10, 0, 0))
+    assert_close(clip.grad, double(1100)[0])
+    assert layer.quantizer.clip_dict["w2a5"].grad is None
+    layer.switch_bit_width(BitWidth(32))
+    assert_close(layer(x), x.relu())
+    layer.switch_bit_width(BitWidth(1 if bits > 1 else 2))
+    with pytest.raises(ValueError, match="pact has no clip for"):
+        layer(x)
 
 
 @pytest.mark.parametrize("bits", LEVELS)

@@ -83,7 +83,7 @@ def test_another_loss(change, tmp_path):
     before = losses_of("hard"), losses_of("recursive")
     change("models/losses.py")
     mixed = losses_of("mixed")
-    assert list(losses.NEXT_TARGET) == ["hard", "soft", "recursive", "mixed"]
+    assert list(losses.NEXT_TARGET) == ["hard", "soft", "recursive", "half", "mixed"]
     for bits in (1, 2):
         low, high = sorted(each[bits] for each in before)
         assert low < mixed[bits] < high

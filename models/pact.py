@@ -1,0 +1,54 @@
+"""PACT: a learned clip of activations, per layer and bit-width; weights as DoReFa-Net's.
+
+Source: Choi et al., 2018 (arXiv 1805.06085); a clip for each bit-width: AdaBits, Jin et al., CVPR
+2020 (arXiv 1912.09666). A clip starts at 1, where the published quantizer has it for good.
+"""
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from models.bit_widths import FULL_PRECISION, BitWidth
+from models.quan_ops import (ActivationQuantizer, DoReFaWeight, QuantizedLayer, Quantizer,
+                             round_ste)
+
+
+def pact(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
+    """Return DoReFa-Net's quantizer for a layer's weight, or PACT's for activations."""
+    if isinstance(layer, QuantizedLayer):
+        return DoReFaWeight()
+    return PACTActivation(layer, bit_widths)
+
+
+class PACTActivation(ActivationQuantizer):
+    """Quantizes x to 2^bits evenly spaced values in [0, c], with a learned clip c.
+
+        bits <= 8:  c round(n min(ReLU(x), c) / c) / n;  n = 2^bits - 1
+        bits = 32:  ReLU(x)
+
+    The gradient of a clipped x goes to c.
+    """
+
+    def __init__(self, layer: nn.Module, bit_widths: Iterable[BitWidth]):
+        super().__init__()
+        self.clip_dict = nn.ParameterDict(
+            {str(width): torch.tensor(1.0) for width in bit_widths
+             if (layer.own_bits or width.activations) != FULL_PRECISION})
+
+    def full_precision(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor]:
+        step = self.step()
+        a = torch.minimum(torch.relu(x), self.clip()) / step
+        return round_ste(a) if rounding else a, step
+
+    def clip(self) -> Tensor:
+        """Return the clip at the current bit-width; ValueError where it has none."""
+        if self.width not in self.clip_dict:
+            raise ValueError(f"pact has no clip for {self.bits} bits at bit-width {self.width}: "
+                             "build the network with it, or train at it")
+        return self.clip_dict[self.width].abs()
+
+    def step(self) -> Tensor:
+        return self.clip().detach() / (2**self.bits - 1)
