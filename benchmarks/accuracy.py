@@ -1,19 +1,25 @@
 """Compare the accuracy of train.py on digits with that of the reference way, over seeds.
 
     python benchmarks/accuracy.py                        # 8 seeds: 40 minutes on 2 CPU cores
+    python benchmarks/accuracy.py --seeds 48 --jobs 2    # two trainings at a time, a thread each
     python benchmarks/accuracy.py --flags="--precision bf16 --compile"    # of train.py
     python benchmarks/accuracy.py --loss hard --seeds 3
 
 Runs are saved in --folder: the same command continues where it stopped. Prints a Markdown table of
 val top-1, mean ± standard error over the seeds: of the last epoch, and of the mean of the last
-five, in which the weights barely move (the learning rate is 1e-5 or less) and noise is lower.
+five, in which the weights barely move (the learning rate is 1e-5 or less) and noise is lower; and a
+paired t-test of the latter's mean over the bit-widths, which are not independent of one another.
 """
 import math
+import os
 import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from scipy import stats
 
 from reference_way import PROGRAMS, ROOT  # first: it adds the project to the path
 
@@ -23,12 +29,29 @@ from engine.run_folder import read_metrics
 from models.losses import NEXT_TARGET
 
 
-def trained(program, folder, flags):
+FALSE_ALARMS = 0.05  # of the test, where both ways are equally accurate
+
+
+def trained(run):
     """Train in a folder, unless that is done; return the records of its epochs."""
+    program, folder, flags, environment = run
     if not (folder / "accuracy.png").exists():
         command = [sys.executable, ROOT / program, *flags, "--results-dir", folder]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return read_metrics(folder / "metrics.jsonl")
+
+
+def paired_test(differences):
+    """Return a line: the mean over bit-widths and seeds of {bit-width: differences by seed}."""
+    of_seeds = [statistics.mean(seed) for seed in zip(*differences.values())]
+    found = stats.ttest_1samp(of_seeds, 0)
+    low, high = found.confidence_interval(1 - FALSE_ALARMS)
+    error = statistics.stdev(of_seeds) / math.sqrt(len(of_seeds))
+    verdict = "differs" if found.pvalue < FALSE_ALARMS else "no difference shows"
+    return (f"Default less reference, mean over the bit-widths: {statistics.mean(of_seeds):+.3f} ± "
+            f"{error:.3f} over {len(of_seeds)} seeds, p = {found.pvalue:.2g}: {verdict} (paired "
+            f"t-test, false alarms {FALSE_ALARMS:.0%}); {1 - FALSE_ALARMS:.0%} confidence from "
+            f"{low:+.3f} to {high:+.3f}")
 
 
 def top1(histories, epochs):
@@ -52,14 +75,17 @@ def cells(values, reference):
 def main(options):
     """Print the table; return {bit-width: [default - reference]} of the last five epochs."""
     ways = {"reference": "", "default": options.flags}
-    histories = {}
-    for way, flags in ways.items():
-        name = "_".join([way, *(word.strip("-") for word in flags.split()), options.loss])
-        histories[way] = [
-            trained(PROGRAMS[way], Path(options.folder, f"{name}_seed{seed}"),
-                    ["--batch-size", "64", *shlex.split(flags), "--loss", options.loss, "--seed",
-                     str(seed)])
-            for seed in range(options.seeds)]
+    threads = {"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}
+    runs = []
+    for seed in range(options.seeds):
+        for way, flags in ways.items():
+            name = "_".join([way, *(word.strip("-") for word in flags.split()), options.loss])
+            runs.append((PROGRAMS[way], Path(options.folder, f"{name}_seed{seed}"),
+                         ["--batch-size", "64", *shlex.split(flags), "--loss", options.loss,
+                          "--seed", str(seed)], {**os.environ, **threads}))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        records = list(pool.map(trained, runs))
+    histories = {way: records[place::len(ways)] for place, way in enumerate(ways)}
     widths = list(histories["default"][0][-1]["val"])
     print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(map(str, widths))} |")
     print("|---" * (len(widths) + 1) + "|")
@@ -69,14 +95,19 @@ def main(options):
             row = cells(values[way], values["reference"])
             print(f"| {' '.join([f'{which}, {way}', *flags.split()])} | {' | '.join(row)} |")
     reference, default = values.values()
-    return {bits: [ours - theirs for ours, theirs in zip(default[bits], reference[bits])]
-            for bits in widths}
+    differences = {bits: [ours - theirs for ours, theirs in zip(default[bits], reference[bits])]
+                   for bits in widths}
+    if options.seeds > 1:
+        print(f"\n{paired_test(differences)}")
+    return differences
 
 
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
     parser.add_argument("--loss", choices=NEXT_TARGET, default="recursive")
     parser.add_argument("--seeds", type=number(int, 1), default=8, help="seeds 0, 1, ...")
+    parser.add_argument("--jobs", type=number(int, 1), default=1,
+                        help="trainings at a time, of a thread each where there are several")
     parser.add_argument("--flags", default="", help="of train.py's runs, as one word")
     parser.add_argument("--folder", default="results/accuracy", help="of the runs")
     return parser.parse_args(argv)

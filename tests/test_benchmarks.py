@@ -17,6 +17,7 @@ from models import quan_ops
 from runs import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
+import accuracy  # noqa: E402
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
 import layer_bits  # noqa: E402
@@ -109,6 +110,15 @@ def test_a_bit_width_computed_as_another_is_seen():
     near = {2: expected[8] + 1e-3, 8: expected[8]}  # no distance by which to tell them apart
     with pytest.raises(AssertionError):
         gpu_checks.agree({**near, 8: near[2]}, near)
+
+
+def test_paired_test_by_hand():
+    """Of the means over bit-widths 1, -1 and 0.5: 0.167 ± 1.041 / sqrt(3); then of 1, 1.1, 1.2."""
+    line = accuracy.paired_test({1: [2, -2, 1.0], 2: [0, 0, 0.0]})
+    assert "+0.167 ± 0.601 over 3 seeds, p = 0.81: no difference shows" in line
+    assert "from -2.419 to +2.752" in line
+    line = accuracy.paired_test({4: [1, 1.1, 1.2]})
+    assert "+1.100 ± 0.058 over 3 seeds, p = 0.0027: differs" in line
 
 
 def test_accuracy_fails_by_chance_as_rarely_as_said():
