@@ -216,11 +216,10 @@ def ratio(reference, value):
 def first(call):
     """Without compiling: checks, digits to the end, and steps beside the reference way's."""
     jobs = [call.check("levels", "integer_operands", "shared_is_not_shared"),
-            call.check("nothing_waits"),
             call.train("digits", "--batch-size", 64)]
     runs = {"default": ["digits"]}
     if call.on_gpu:
-        jobs += [call.check("graph_is_eager"),
+        jobs += [call.check("nothing_waits"), call.check("graph_is_eager"),
                  call.train("digits_graph", "--batch-size", 64, "--cuda-graph")]
         runs["as a CUDA graph"] = ["digits_graph"]
     call.wait(jobs, until=0.45)
@@ -233,8 +232,10 @@ def first(call):
 
 def second(call):
     """Compiled, all side by side: checks, a resumed run, and steps, timed one by one."""
-    checks = [call.check(name) for name in
-              ("compiled_is_eager", "compiles_once", "nothing_waits_compiled", "resumed_is_whole")]
+    names = ["compiled_is_eager", "compiles_once", "resumed_is_whole"]
+    if call.on_gpu:
+        names.append("nothing_waits_compiled")
+    checks = [call.check(name) for name in names]
     workers = [call.steps(network, f"{precision}-compile", waits=True)
                for network in call.networks() for precision in call.precisions()[1:]]
     call.wait([*workers, *checks], until=0.7,
