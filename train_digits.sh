@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # An any-precision svhnq on scikit-learn's handwritten digits: 1,437 real 8x8 scans to train on, 360
-# to validate, and nothing to download. About a minute on 2 CPU cores.
+# to validate, and nothing to download. Three minutes on 2 cores of an AMD EPYC (AVX2).
 #   published code, same recipe, mean of seeds 0, 1, 2, val top-1 %:
 #       1 bit 97.8, 2 99.2, 4 99.0, 8 99.1, 32 99.1
 #   ./train_digits.sh [flags of train.py]

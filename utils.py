@@ -36,15 +36,13 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, shared: bool = False) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` once it is written, so never by a part of it.
 
-    shared: whether runs side by side may write it at the same time. Raises WriteError where it
-    cannot be written.
+    Raises WriteError where it cannot be written.
     """
     path = Path(path)
-    writer = f".{os.getpid()}" if shared else ""  # else the next save overwrites a killed one's
-    temporary = path.with_name(f".{path.name}{writer}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the next save overwrites that of a killed one
     try:
         with writing(path):
             yield temporary

@@ -1,14 +1,15 @@
 """Compare the accuracy of train.py on digits with that of the reference way, over seeds.
 
-    python benchmarks/accuracy.py                        # 8 seeds: 40 minutes on 2 CPU cores
-    python benchmarks/accuracy.py --seeds 48 --jobs 2    # two trainings at a time, a thread each
+    python benchmarks/accuracy.py                        # 8 seeds, one training at a time
+    python benchmarks/accuracy.py --seeds 48 --jobs 2    # two at a time
     python benchmarks/accuracy.py --flags="--precision bf16 --compile"    # of train.py
     python benchmarks/accuracy.py --loss hard --seeds 3
 
-Runs are saved in --folder: the same command continues where it stopped. Prints a Markdown table of
-val top-1, mean ± standard error over the seeds: of the last epoch, and of the mean of the last
-five, in which the weights barely move (the learning rate is 1e-5 or less) and noise is lower; and a
-paired t-test of the latter's mean over the bit-widths, which are not independent of one another.
+Each training has one thread. Runs are saved in --folder: the same command continues where it
+stopped. Prints a Markdown table of val top-1, mean ± standard error over the seeds: of the last
+epoch, and of the mean of the last five, in which the weights barely move (the learning rate is 1e-5
+or less) and noise is lower; and a paired t-test of the latter's mean over the bit-widths, which are
+not independent of one another.
 """
 import math
 import os
@@ -42,7 +43,7 @@ def trained(run):
 
 
 def paired_test(differences):
-    """Return a line: the mean over bit-widths and seeds of {bit-width: differences by seed}."""
+    """Return a line: a paired t-test of {bit-width: differences by seed}, averaged over these."""
     of_seeds = [statistics.mean(seed) for seed in zip(*differences.values())]
     found = stats.ttest_1samp(of_seeds, 0)
     low, high = found.confidence_interval(1 - FALSE_ALARMS)
@@ -75,14 +76,14 @@ def cells(values, reference):
 def main(options):
     """Print the table; return {bit-width: [default - reference]} of the last five epochs."""
     ways = {"reference": "", "default": options.flags}
-    threads = {"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = []
     for seed in range(options.seeds):
         for way, flags in ways.items():
             name = "_".join([way, *(word.strip("-") for word in flags.split()), options.loss])
             runs.append((PROGRAMS[way], Path(options.folder, f"{name}_seed{seed}"),
                          ["--batch-size", "64", *shlex.split(flags), "--loss", options.loss,
-                          "--seed", str(seed)], {**os.environ, **threads}))
+                          "--seed", str(seed)], environment))
     with ThreadPoolExecutor(options.jobs) as pool:
         records = list(pool.map(trained, runs))
     histories = {way: records[place::len(ways)] for place, way in enumerate(ways)}
@@ -107,7 +108,7 @@ def parse_args(argv=None):
     parser.add_argument("--loss", choices=NEXT_TARGET, default="recursive")
     parser.add_argument("--seeds", type=number(int, 1), default=8, help="seeds 0, 1, ...")
     parser.add_argument("--jobs", type=number(int, 1), default=1,
-                        help="trainings at a time, of a thread each where there are several")
+                        help="trainings at a time")
     parser.add_argument("--flags", default="", help="of train.py's runs, as one word")
     parser.add_argument("--folder", default="results/accuracy", help="of the runs")
     return parser.parse_args(argv)

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The tables of docs/results.md, at seeds 0, 1 and 2. digits and fashion: every loss and a dedicated
-# model for each bit-width (24 runs), then what quantizing after training gives, and the recursive
-# networks at every bit-width; digits take under an hour on 2 CPU cores, Fashion-MNIST an hour and a
-# half. fashion30: Fashion-MNIST for 30 epochs, recursive, hard and dedicated (21 runs, ten hours).
-# fashion_methods: methods that came after the paper, 6 epochs (9 runs, two hours). resnet18 and
-# mobilenet_v2: torchvision's, converted, on digits, recursive and dedicated (18 runs, hours).
+# The tables of docs/results.md and docs/your_own_network.md, at seeds 0, 1 and 2, by name:
+#   digits, fashion            every loss and a dedicated model for each bit-width (24 runs), then what
+#                              quantizing after training gives, and recursive at every bit-width: under
+#                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
+#   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): some eleven hours on
+#                              2 cores of an AMD EPYC
+#   fashion_methods            MBQuant's loss and PACT's clips beside recursive (9 runs): two hours there
+#   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive and dedicated (18 runs)
 # The same command again goes on where it stopped; flags go to every training.
 #   JOBS=2 benchmarks/table.sh TABLE [flags]             JOBS trainings at a time, a thread each
-# Runs whose config.json and metrics.jsonl benchmarks/runs/ has are not trained again, where these
-# are copied to results/ before: cp -r benchmarks/runs/* results/
+# Runs of which benchmarks/runs/ has the metrics, without checkpoints, are not trained again, where
+# they are copied before: mkdir -p results && cp -r benchmarks/runs/* results/
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
 cd "$here"
@@ -40,7 +42,7 @@ results=results/${table}_table
 
 one_run() {  # FOLDER [flags]
     if [ -e "$1/accuracy.png" ]; then return; fi
-    if [ -e "$1/metrics.jsonl" ] && [ ! -e "$1/ckpt" ]; then return; fi  # of benchmarks/runs
+    if [ -s "$1/metrics.jsonl" ] && [ ! -e "$1/ckpt" ]; then return; fi  # of benchmarks/runs
     "./train_$recipe.sh" --results-dir "$1" "${@:2}" > /dev/null
     echo "$1"
 }
@@ -63,7 +65,9 @@ for seed in 0 1 2; do
     done
 done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
 
-trained=("$results"/*_seed?)
+trained=("$results"/{recursive,hard,soft,half,pact,dedicated_*}_seed?)
+"$PYTHON" report.py "${trained[@]}" --output "$results/last"
+"$PYTHON" report.py "${trained[@]}" --epoch best --output "$results/best"
 if [ "$evaluated" ]; then
     for seed in 0 1 2; do
         for batches in 0 20; do
@@ -71,8 +75,5 @@ if [ "$evaluated" ]; then
         done
         evaluate every_width recursive "$seed" 20 1,2,3,4,5,6,7,8,32
     done
-    trained=("$results"/{recursive,hard,soft,dedicated_*}_seed?)
     "$PYTHON" report.py "$results"/{post_training_*,every_width}_seed? --output "$results/evaluated"
 fi
-"$PYTHON" report.py "${trained[@]}" --output "$results/last"
-"$PYTHON" report.py "${trained[@]}" --epoch best --output "$results/best"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets
 
-from dataset.download import unwinding_signals
+from dataset.download import filling, unwinding_signals
 from utils import WriteError, one_line, replacing
 
 Arrays = tuple[Tensor, Tensor]  # images (N, H, W, 3) uint8, labels (N,) int64
@@ -51,7 +51,7 @@ def cached_arrays(dataset: Dataset, transform: Callable,
     images, labels = read(dataset)
     about = {"made of": made_of, "crc32": checksum(images, labels)}
     try:
-        with unwinding_signals(), replacing(path, shared=True) as temporary:
+        with unwinding_signals(), filling(path.parent), replacing(path) as temporary:
             save_file({"images": images, "labels": labels}, temporary, about)
     except (safetensors.SafetensorError, WriteError) as error:
         reason = one_line(error)

@@ -47,19 +47,24 @@ def open_digits(root: str | Path, split: str) -> list[tuple[Image.Image, int]]:
 def open_fashion_mnist(root: str | Path, split: str) -> Dataset:
     """Open Fashion-MNIST from root, or where it is missing from FASHION_MNIST_COPY or the web."""
     raw = Path(root, "FashionMNIST", "raw")
-    for packed in FASHION_MNIST_COPY.glob("*.gz"):
-        path = raw / packed.stem
-        if not path.exists():
-            try:
-                content = gzip.decompress(packed.read_bytes())
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{packed} cannot be read ({one_line(error)}): install it anew, or "
-                                "remove it to download Fashion-MNIST") from None
-            with writing_to(root):
-                raw.mkdir(parents=True, exist_ok=True)
-                with unwinding_signals(), replacing(path, shared=True) as temporary:
-                    temporary.write_bytes(content)
+    copies = {raw / packed.stem: packed for packed in FASHION_MNIST_COPY.glob("*.gz")}
+    if not all(path.exists() for path in copies):
+        with writing_to(root), unwinding_signals(), filling(raw):  # one run at a time
+            for path, packed in copies.items():
+                if not path.exists():
+                    unpack(packed, path)
     return open_mnist(datasets.FashionMNIST, root, split)
+
+
+def unpack(packed: Path, path: Path) -> None:
+    """Write what a file of FASHION_MNIST_COPY holds to a path."""
+    try:
+        content = gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{packed} cannot be read ({one_line(error)}): install it anew, or remove "
+                        "it to download Fashion-MNIST") from None
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def open_mnist(kind: type[datasets.MNIST], root: str | Path, split: str) -> Dataset:

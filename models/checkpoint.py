@@ -443,8 +443,11 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
         found = "; ".join(
             f"{len(keys)} {what} ({', '.join([*map(escaped, keys[:3]), '...'][:len(keys)])})"
             for what, keys in problems.items() if keys)
+        learned = any(".quantizer." in key for key in problems["missing"])
+        hint = "; a quantizer learns its parameters at the bit-widths that are trained"
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
-                        "--quantizer, --bit_width_list and, by its classes, --dataset")
+                        "--quantizer, --bit_width_list and, by its classes, --dataset"
+                        f"{hint if learned else ''}")
 
     check_finite(state_dict, path)
     model.load_state_dict(state_dict)

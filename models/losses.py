@@ -13,9 +13,9 @@ from models.stem import Shared, SharedStem, SharedWeight, without_bit_width
 
 
 def half_target(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return half the labels, half what the highest bit-width says: probabilities (N, classes).
+    """Return the mean of labels and the highest bit-width's probabilities, (N, classes).
 
-    Source: MBQuant (Zhong et al., 2023, arXiv 2305.08117).
+    Source: the loss of MBQuant (Zhong et al., 2023, arXiv 2305.08117), without its branches.
     """
     if target is not labels:  # a bit-width that is taught
         return target

@@ -75,7 +75,7 @@ class LSQActivation(ActivationQuantizer):
         largest = 2**self.bits - 1
         features = x[0].numel()
         s = scale_gradient(step_of(self), 1 / math.sqrt(features * largest))
-        a = clamp(x / s, 0, largest)
+        a = clamp(x.to(s.dtype) / s, 0, largest)  # bf16 would round the step
         return round_ste(a) if rounding else a, s
 
     def step(self) -> Tensor:

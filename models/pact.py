@@ -3,13 +3,14 @@
 Source: Choi et al., 2018 (arXiv 1805.06085); a clip for each bit-width: AdaBits, Jin et al., CVPR
 2020 (arXiv 1912.09666). A clip starts at 1, where the published quantizer has it for good.
 """
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from models.bit_widths import FULL_PRECISION, BitWidth
-from models.quan_ops import (ActivationQuantizer, DoReFaWeight, QuantizedLayer, Quantizer,
+from models.quan_ops import (ActivationQuantizer, DoReFaWeight, QuantizedLayer, Quantizer, clamp,
                              round_ste)
 
 
@@ -26,7 +27,7 @@ class PACTActivation(ActivationQuantizer):
         bits <= 8:  c round(n min(ReLU(x), c) / c) / n;  n = 2^bits - 1
         bits = 32:  ReLU(x)
 
-    The gradient of a clipped x goes to c.
+    The gradient passes where 0 <= x < c; where x >= c it goes to c.
     """
 
     def __init__(self, layer: nn.Module, bit_widths: Iterable[BitWidth]):
@@ -39,9 +40,10 @@ class PACTActivation(ActivationQuantizer):
         return torch.relu(x)
 
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor]:
-        step = self.step()
-        a = torch.minimum(torch.relu(x), self.clip()) / step
-        return round_ste(a) if rounding else a, step
+        clip = self.clip()
+        x = x.to(clip.dtype)  # bf16 would round the clip
+        a = torch.where(x >= clip, clip, clamp(x, 0, math.inf)) / self.step()
+        return round_ste(a) if rounding else a, self.step()
 
     def clip(self) -> Tensor:
         """Return the clip at the current bit-width; ValueError where it has none."""

@@ -1,5 +1,6 @@
 """Every data set from small files in its real format; seeded batches, in memory or not."""
 import errno
+import fcntl
 import gzip
 import json
 import math
@@ -248,6 +249,27 @@ def test_fashion_mnist_takes_the_copy_of_the_system(tmp_path, monkeypatch):
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(DataError, match="t10k-images-idx3-ubyte.gz cannot be read .*install it"):
         get_dataset("fashion-mnist", "test", data_dir=tmp_path / "newer")
+
+
+def test_runs_side_by_side_unpack_fashion_mnist_one_at_a_time(tmp_path, monkeypatch):
+    made = tiny_data.fashion_mnist(tmp_path / "made", monkeypatch)
+    monkeypatch.setattr(data_room, "FASHION_MNIST_COPY", made)
+    unpack = data_room.unpack
+    unpacked = []
+
+    def unpack_locked(packed, path):
+        folder = os.open(path.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # what another run would wait for
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        unpacked.append(path.name)
+        unpack(packed, path)
+
+    monkeypatch.setattr(data_room, "unpack", unpack_locked)
+    get_dataset("fashion-mnist", "test", data_dir=tmp_path / "new")
+    assert len(unpacked) == 4
+    get_dataset("fashion-mnist", "test", data_dir=tmp_path / "new")
+    assert len(unpacked) == 4
 
 
 def test_data_paths_say_where_data_lives(tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_files_that_are_refused(trained, tmp_path):
             ({"network": {**network, "width": True}}, "its network's width is True"),
             ({"network": {**network, "classes": 0}}, "its network's num_classes is 0"),
             ({"network": {**network, "all_conv": 1}}, "its network's all_conv is 1"),
-            ({"network": {**network, "quantizer": "pact"}}, "its network's quantizer is 'pact'"),
+            ({"network": {**network, "quantizer": "none"}}, "its network's quantizer is 'none'"),
             ({"network": {**network, "keep": 3}}, "its network's keep is 3"),
             ({"network": {**network, "model": ["svhnq"]}}, "is of model ['svhnq']"),
             ({"network": {**network, "model": "torchvision:resnt18"}}, "'resnt18' is no"),

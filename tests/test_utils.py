@@ -18,14 +18,3 @@ def test_replacing_leaves_the_old_file_where_writing_fails(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
-
-
-def test_runs_side_by_side_write_the_same_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    with replacing(path, shared=True) as one:
-        one.write_text("of one")
-        monkeypatch.setattr(os, "getpid", lambda: 1)
-        with replacing(path, shared=True) as other:
-            other.write_text("of the other")
-        assert path.read_text() == "of the other"
-    assert path.read_text() == "of one" and os.listdir(tmp_path) == ["file"]
