@@ -29,16 +29,15 @@ from engine.errors import run_program
 from engine.run_folder import read_metrics
 from models.losses import NEXT_TARGET
 
-
 FALSE_ALARMS = 0.05  # of the test, where both ways are equally accurate
 
 
-def trained(run):
+def trained(program, folder, flags):
     """Train in a folder, unless that is done; return the records of its epochs."""
-    program, folder, flags, environment = run
     if not (folder / "accuracy.png").exists():
         command = [sys.executable, ROOT / program, *flags, "--results-dir", folder]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
     return read_metrics(folder / "metrics.jsonl")
 
 
@@ -47,12 +46,11 @@ def paired_test(differences):
     of_seeds = [statistics.mean(seed) for seed in zip(*differences.values())]
     found = stats.ttest_1samp(of_seeds, 0)
     low, high = found.confidence_interval(1 - FALSE_ALARMS)
-    error = statistics.stdev(of_seeds) / math.sqrt(len(of_seeds))
     verdict = "differs" if found.pvalue < FALSE_ALARMS else "no difference shows"
     return (f"Default less reference, mean over the bit-widths: {statistics.mean(of_seeds):+.3f} ± "
-            f"{error:.3f} over {len(of_seeds)} seeds, p = {found.pvalue:.2g}: {verdict} (paired "
-            f"t-test, false alarms {FALSE_ALARMS:.0%}); {1 - FALSE_ALARMS:.0%} confidence from "
-            f"{low:+.3f} to {high:+.3f}")
+            f"{stats.sem(of_seeds):.3f} over {len(of_seeds)} seeds, p = {found.pvalue:.2g}: "
+            f"{verdict} (paired t-test, false alarms {FALSE_ALARMS:.0%}); "
+            f"{1 - FALSE_ALARMS:.0%} confidence from {low:+.3f} to {high:+.3f}")
 
 
 def top1(histories, epochs):
@@ -66,7 +64,7 @@ def cells(values, reference):
     row = []
     for bits, seeds in values.items():
         mean = statistics.mean(seeds)
-        error = statistics.stdev(seeds) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+        error = stats.sem(seeds) if len(seeds) > 1 else math.nan
         row.append(f"{mean:.2f} ± {error:.2f}")
         if values is not reference:
             row[-1] += f" ({mean - statistics.mean(reference[bits]):+.2f})"
@@ -76,17 +74,20 @@ def cells(values, reference):
 def main(options):
     """Print the table; return {bit-width: [default - reference]} of the last five epochs."""
     ways = {"reference": "", "default": options.flags}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = []
-    for seed in range(options.seeds):
-        for way, flags in ways.items():
-            name = "_".join([way, *(word.strip("-") for word in flags.split()), options.loss])
-            runs.append((PROGRAMS[way], Path(options.folder, f"{name}_seed{seed}"),
-                         ["--batch-size", "64", *shlex.split(flags), "--loss", options.loss,
-                          "--seed", str(seed)], environment))
+    runs = {way: [] for way in ways}
     with ThreadPoolExecutor(options.jobs) as pool:
-        records = list(pool.map(trained, runs))
-    histories = {way: records[place::len(ways)] for place, way in enumerate(ways)}
+        for seed in range(options.seeds):
+            for way, flags in ways.items():
+                name = "_".join([way, *(word.strip("-") for word in flags.split()), options.loss])
+                runs[way].append(pool.submit(
+                    trained, PROGRAMS[way], Path(options.folder, f"{name}_seed{seed}"),
+                    ["--batch-size", "64", *shlex.split(flags), "--loss", options.loss, "--seed",
+                     str(seed)]))
+        try:
+            histories = {way: [run.result() for run in of_way] for way, of_way in runs.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     widths = list(histories["default"][0][-1]["val"])
     print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(map(str, widths))} |")
     print("|---" * (len(widths) + 1) + "|")

@@ -3,8 +3,8 @@
 #   digits, fashion            every loss and a dedicated model for each bit-width (24 runs), then what
 #                              quantizing after training gives, and recursive at every bit-width: under
 #                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
-#   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): some eleven hours on
-#                              2 cores of an AMD EPYC
+#   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): an estimated eleven
+#                              hours on 2 cores of an AMD EPYC
 #   fashion_methods            MBQuant's loss and PACT's clips beside recursive (9 runs): two hours there
 #   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive and dedicated (18 runs)
 # The same command again goes on where it stopped; flags go to every training.

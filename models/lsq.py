@@ -84,10 +84,7 @@ class LSQActivation(ActivationQuantizer):
 
 def step_of(quantizer: Quantizer) -> Tensor:
     """Return the step of a quantizer at its bit-width; ValueError where it has none."""
-    if quantizer.width not in quantizer.step_dict:
-        raise ValueError(f"lsq has no step for {quantizer.bits} bits at bit-width "
-                         f"{quantizer.width}: build the network with it, or train at it")
-    return quantizer.step_dict[quantizer.width].abs()
+    return quantizer.of_width(quantizer.step_dict, "lsq has no step").abs()
 
 
 def largest_weight(bits: int) -> int:

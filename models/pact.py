@@ -41,16 +41,14 @@ class PACTActivation(ActivationQuantizer):
 
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor]:
         clip = self.clip()
+        step = self.step()
         x = x.to(clip.dtype)  # bf16 would round the clip
-        a = torch.where(x >= clip, clip, clamp(x, 0, math.inf)) / self.step()
-        return round_ste(a) if rounding else a, self.step()
+        a = torch.where(x >= clip, clip, clamp(x, 0, math.inf)) / step
+        return round_ste(a) if rounding else a, step
 
     def clip(self) -> Tensor:
         """Return the clip at the current bit-width; ValueError where it has none."""
-        if self.width not in self.clip_dict:
-            raise ValueError(f"pact has no clip for {self.bits} bits at bit-width {self.width}: "
-                             "build the network with it, or train at it")
-        return self.clip_dict[self.width].abs()
+        return self.of_width(self.clip_dict, "pact has no clip").abs()
 
     def step(self) -> Tensor:
         return self.clip().detach() / (2**self.bits - 1)

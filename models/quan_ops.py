@@ -54,6 +54,16 @@ class Quantizer(nn.Module):
         """Set `bits` and `width`."""
         self.state = bits, width
 
+    def of_width(self, parameters: nn.ParameterDict, name: str) -> Tensor:
+        """Return the parameter of the current bit-width; ValueError where it has none.
+
+        name: of quantizer and parameter, for the message, such as "lsq has no step".
+        """
+        if self.width not in parameters:
+            raise ValueError(f"{name} for {self.bits} bits at bit-width {self.width}: build the "
+                             "network with it, or train at it")
+        return parameters[self.width]
+
     def initialize(self, *inputs: Tensor) -> None:
         """Set parameters and buffers from the first batch; called at each bit-width of a new run.
 

@@ -345,10 +345,15 @@ def run_of(name, place):
     torch.set_num_threads(1)
     sys.path.insert(0, str(place))
     sys.path[:] = [part for part in sys.path if part and Path(part).resolve() != ROOT]
-    for module in [name for name in sys.modules if name.split(".")[0] in PROJECT]:
-        del sys.modules[module]
+    forget(PROJECT)
     sys.argv[0] = str(place / "train.py")
     return Run(name, flags, blocks, place)
+
+
+def forget(packages):
+    """Have modules and their submodules imported anew."""
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+        del sys.modules[name]
 
 
 def main(words):

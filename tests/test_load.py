@@ -14,7 +14,7 @@ from dataset.data import DATASETS
 from engine.state import save_checkpoint
 from exported import network as exported_network
 from models import MODELS, packed, set_bit_width
-from models.checkpoint import FileError
+from models.checkpoint import FileError, load_weights
 from models.svhn_quan import SVHNNet
 
 SIZES = {"resnet20q": 32, "resnet50q": 32, "svhnq": 40}
@@ -87,6 +87,16 @@ def test_a_bit_width_that_is_asked_for(trained):
     by_hand.load_state_dict({key.replace("bn_dict.2.", "bn_dict.3."): value
                              for key, value in weights.items()})
     assert_logits_equal(models.load(trained, [3, 32]), by_hand, [3, 32])
+
+
+def test_what_only_training_gives_a_quantizer_is_said():
+    model = models.build("svhnq", [4, 32], 10, 1, quantizer="pact")
+    whole = model.state_dict()
+    for missing, is_said in (("clip_dict", True), ("bn_dict", False)):
+        state_dict = {key: value for key, value in whole.items() if missing not in key}
+        with pytest.raises(FileError, match=f"missing .*{missing}.* check --model") as caught:
+            load_weights(model, state_dict, "x")
+        assert ("; a quantizer learns its parameters at" in str(caught.value)) == is_said
 
 
 @pytest.mark.parametrize("older", [("network", "images", "best")])

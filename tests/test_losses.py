@@ -93,8 +93,8 @@ def test_shared_weights_get_the_sum_over_bit_widths():
 
 
 def test_unknown_loss_and_bit_width():
-    told = "loss easy does not exist: choose from hard, soft, recursive, half"
-    with pytest.raises(ValueError, match=told):
+    message = "loss easy does not exist: choose from hard, soft, recursive, half"
+    with pytest.raises(ValueError, match=message):
         any_precision_backward(Stub(), None, LABELS, WIDTHS, "easy")
     with pytest.raises(ValueError, match="bit-width 9 does not exist"):
         any_precision_backward(Stub(), None, LABELS, [9], "hard")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from ideas import PROJECT, forget
 from runs import ROOT
 
 
@@ -32,10 +33,7 @@ def test_ctrl_c_during_the_imports(program, tmp_path):
 
 def help_without(*missing):
     """Print the help of benchmarks/gpu.py, imported anew where libraries are missing."""
-    own = {"models", "engine", "dataset", "deploy",
-           *(path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])}
-    for name in [name for name in sys.modules if name.split(".")[0] in own]:
-        del sys.modules[name]
+    forget([*PROJECT, *(path.stem for path in ROOT.glob("benchmarks/*.py"))])
     for name in missing:
         sys.modules[name] = None
     sys.path.insert(0, str(ROOT / "benchmarks"))
