@@ -102,12 +102,17 @@ def outcome(main: Callable[[Namespace], object],
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "interrupted"
     finally:
-        workers = multiprocessing.active_children()
-        if workers:  # data workers, which ignore the SIGTERM of Python's exit
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report a kill
-        for worker in workers:
-            worker.kill()
+        kill_workers()
     return 0, None
+
+
+def kill_workers() -> None:
+    """Kill data workers, which ignore the SIGTERM of Python's exit."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report a kill
+    for worker in workers:
+        worker.kill()
 
 
 @contextlib.contextmanager

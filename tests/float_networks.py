@@ -2,10 +2,21 @@
 import torch
 from torch import nn
 from torch.nn import functional
+from torchvision.models import ShuffleNetV2
+from torchvision.models._api import register_model
 
 from models import zoo
 
-SMALL = "torchvision:shufflenet_v2_x0_5"
+SMALL = "torchvision:small_shufflenet"
+
+
+@register_model()
+def small_shufflenet(*, weights=None, progress=True, **kwargs):
+    """Torchvision's ShuffleNetV2 with 4 blocks of its 16, one of which keeps its size."""
+    return ShuffleNetV2([1, 2, 1], [24, 16, 32, 64, 128], **kwargs)
+
+
+small_shufflenet.__module__ = ShuffleNetV2.__module__  # so that list_models lists it
 
 
 def on_meta(name):  # regnet computes its sizes by tensors
@@ -20,8 +31,13 @@ def build(name):
             network.avgpool = nn.AdaptiveAvgPool2d(1)
             network.classifier[0], network.classifier[3] = nn.Linear(512, 16), nn.Linear(16, 16)
             network.classifier[6] = nn.Linear(16, 10)
+    return draw(network).eval()
+
+
+def draw(network, seed=0):
+    """Give a network weights and statistics that are cheap to draw; return it on the CPU."""
     network.to_empty(device="cpu")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for key, value in network.state_dict().items():
         if value.dim() > 1:
             value.uniform_(-1, 1).mul_((6 / value[0].numel())**0.5)
@@ -31,7 +47,7 @@ def build(name):
             value.uniform_(-0.1, 0.1)
         else:
             value.zero_()
-    return network.eval()
+    return network
 
 
 def noise():

@@ -34,8 +34,9 @@ COMMON = "--width 1 --bit_width_list 1,4,32 --batch-size 8 --epochs 2 --device c
 PROJECT = ("models", "engine", "dataset", "deploy", "train", "export", "utils")
 FEW = """
 
+import ideas
 DATASETS["digits"] = DATASETS["digits"]._replace(
-    open=lambda root, split: open_digits(root, split)[:16], shapes={})
+    open=lambda root, split: ideas.few_digits(split), shapes={})
 """
 # What run_tests.sh checks: of every idea training, shared gradients and one path more, so that
 # every path but two processes is that of an idea which could be wrong there.
@@ -43,6 +44,14 @@ SUITE = {"a": "calibrate", "b": "resume", "c": "bf16", "d": "packed", "e": "its 
          "f": "resume", "f2": "bf16", "g": "onnx", "h": "resume", "i": "evaluate",
          "j": "onnx", "k": "evaluate", "l": "onnx"}
 REFUSALS = ("packed", "onnx")  # formats, which may refuse
+
+
+@functools.cache
+def few_digits(split):
+    """Return 16 digits, as (PIL image, label)."""
+    from dataset.data import open_digits
+
+    return open_digits("", split)[:16]
 
 
 def ideas():
@@ -78,7 +87,7 @@ def apply(blocks, place):
     """Copy the project to `place`, and change its files."""
     for name in PROJECT:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, place / name)
         else:
             shutil.copy(ROOT / f"{name}.py", place)
     with open(place / "dataset" / "data.py", "a") as file:
@@ -195,7 +204,8 @@ class Run:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
              *map(str, command)], cwd=self.place, capture_output=True, text=True,
-            timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1",
+                              "PYTHONPATH": str(ROOT / "tests")})
         assert done.returncode == 0, done.stderr
 
     def exchanged(self):
@@ -367,6 +377,8 @@ def main(words):
     for library in ("matplotlib.figure", "sklearn.datasets", "tensorboardX", "torchvision",
                     "onnxruntime"):  # once for all processes
         importlib.import_module(library)
+    for split in ("train", "val"):
+        few_digits(split)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         right = True
         checks = pool.imap(functools.partial(check, in_suite=in_suite), chosen)

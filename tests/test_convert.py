@@ -50,7 +50,7 @@ def test_weights_go_to_every_bit_width(pair):
 
 
 def test_weights_go_to_bit_widths_of_two_numbers_and_leave_quantizers_alone():
-    network = build("shufflenet_v2_x0_5")
+    network = build("small_shufflenet")
     model = models.build(SMALL, ["w2a4", 4], 10, quantizer="lsq")
     own = {key: value.clone() for key, value in model.state_dict().items()}
     fitted, left = fit_float_weights(model, network.state_dict())
@@ -140,7 +140,7 @@ def test_shared_as_computed_anew(twins, runs_of):
 
 
 def test_a_torchvision_stem_is_shared_once(runs_of):
-    model = convert(build("shufflenet_v2_x0_5").double(), [2, 8, 32])
+    model = convert(build("small_shufflenet").double(), [2, 8, 32])
     images = reference.values("images", (2, 3, 32, 32), 0)
     grads = {}
     for shared in (True, False):

@@ -29,7 +29,7 @@ def test_bad_models(argv, told, tiny_cifar10, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def small():
-    return functools.partial(torchvision.models.get_model, "shufflenet_v2_x0_5", weights=None)
+    return functools.partial(torchvision.models.get_model, "small_shufflenet", weights=None)
 
 
 def tiny(data_dir, folder, *more):
@@ -64,7 +64,7 @@ def test_pretrain(tiny_cifar10, tmp_path, small, capsys):
     weights = runs.load(tmp_path / "r")["state_dict"]
     assert_close(weights["network.stage2.0.branch1.0.weight"],
                  network.stage2[0].branch1[0].weight.detach())
-    assert weights["network.fc.weight"].shape == (10, 1024)
+    assert weights["network.fc.weight"].shape == (10, 128)
 
 
 def test_a_wrong_state_dict(tiny_cifar10, tmp_path, small, capsys):

@@ -1,5 +1,6 @@
 """train.py: whole tiny trainings, and what a person and TensorBoard see of them."""
 import fcntl
+import functools
 import json
 import math
 import os
@@ -7,13 +8,12 @@ import pty
 import random
 import re
 import struct
-import subprocess
 import termios
 
 import pytest
 import tiny_data
 import torch
-from runs import ROOT, assert_one_line, assert_same, load, run, tiny
+from runs import assert_one_line, assert_same, fork, load, run, tiny, wait
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.layout_pb2 import Layout
 from torch._inductor import config as inductor
@@ -342,28 +342,29 @@ DIGITS = ["--width", "1", "--bit_width_list", "2,32", "--epochs", "1", "--device
           "--train-fraction", "0.2"]
 
 
-def test_digits_recipe_with_data_workers_on_a_terminal_shows_a_bar(tmp_path, environment):
+def on_a_terminal(argv, errors):
+    """Run train.py in a fork whose stdout is a terminal; print that, and return the exit code."""
     outer, inner = pty.openpty()
     size = struct.pack("HHHH", 40, 140, 0, 0)  # rows, columns
     fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
-    with open(tmp_path / "errors", "w+") as errors:
-        process = subprocess.Popen(
-            [ROOT / "train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r", "--workers", "2"],
-            env=environment, stdout=inner, stderr=errors)
-        os.close(inner)
-        shown = b""
-        try:
-            while part := os.read(outer, 4096):
-                shown += part
-        except OSError:  # the other end is closed
-            pass
-        os.close(outer)
-        code = process.wait()
-        errors.seek(0)
-        err = errors.read()
-    assert code == 0 and err == "", err
+    process = fork(functools.partial(run, argv), os.ttyname(inner), errors)
+    os.close(inner)
+    try:
+        while part := os.read(outer, 4096):
+            print(part.decode(), end="")
+    except OSError:  # the other end is closed
+        pass
+    return wait(process)
+
+
+def test_digits_recipe_with_data_workers_on_a_terminal_shows_a_bar(tmp_path, forks, recipe_argv):
+    argv = recipe_argv("train_digits.sh", *DIGITS, "--results-dir", tmp_path / "r",
+                       "--workers", "2")
+    done = forks.run(on_a_terminal, argv, tmp_path / "errors")
+    errors = (tmp_path / "errors").read_text()
+    assert done.returncode == 0 and errors == "", errors
     for part in ("epoch 1/1:", "step/s", ", loss ", "val loss", "best checkpoint (epoch 1)"):
-        assert part in shown.decode()
+        assert part in done.stdout
     assert load(tmp_path / "r")["epoch"] == 1
 
 

@@ -13,6 +13,7 @@ import tiny_data
 from dataset.data import DATASETS, DataError, DataSet, get_dataset
 from dataset.loader import (InMemoryLoader, InMemoryTransforms, ShuffledBatches, WorkerLoader,
                             flipped_crops, in_memory_transforms, make_loader)
+from engine.errors import kill_workers
 from runs import assert_one_line, assert_same, evaluation, load, run, tiny
 
 CPU = torch.device("cpu")
@@ -282,6 +283,7 @@ def test_images_of_various_sizes(part, in_memory, workers, monkeypatch):
             rf" 3 x 53 x 40 \(channels x height x width\), not all as 3 x 40 x 40: {REMEDY}")
     with pytest.raises(DataError, match=told):
         list(shapes_loader(in_memory, part == "train", workers))
+    kill_workers()  # torch would wait for them, now and then 10 s
     cropped = [RESIZE_40, transforms.CenterCrop(40)]
     add_row(monkeypatch, VARIOUS, train=cropped, eval=cropped)
     for images, _ in shapes_loader(in_memory, part == "train", workers):
