@@ -5,8 +5,11 @@
 #                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
 #   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): an estimated eleven
 #                              hours on 2 cores of an AMD EPYC
-#   fashion_methods            MBQuant's loss and PACT's clips beside recursive (9 runs): two hours there
-#   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive and dedicated (18 runs)
+#   fashion_methods            MBQuant's loss, PACT's clips and LSQ beside recursive (12 runs): three
+#                              hours there
+#   nine_widths                nine bit-widths on digits, all or three a step (6 runs): half an hour there
+#   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive, PACT, LSQ
+#                              and dedicated (24 runs each)
 # The same command again goes on where it stopped; flags go to every training.
 #   JOBS=2 benchmarks/table.sh TABLE [flags]             JOBS trainings at a time, a thread each
 # Runs of which benchmarks/runs/ has the metrics, without checkpoints, are not trained again, where
@@ -27,15 +30,21 @@ case "$table" in
         set -- --epochs 30 --lr_decay 15,24,28 "${@:2}" ;;
     fashion_methods)
         export recipe=fashion
-        methods=("recursive --loss recursive" "half --loss half" "pact --quantizer pact")
+        methods=("recursive --loss recursive" "half --loss half" "pact --quantizer pact" "lsq --quantizer lsq")
         dedicated=
         shift ;;
+    nine_widths)
+        export recipe=digits
+        methods=("all" "three --widths-per-step 3")
+        dedicated=
+        set -- --bit_width_list 1,2,3,4,5,6,7,8,32 "${@:2}" ;;
     resnet18 | mobilenet_v2)
         export recipe=digits
-        methods=("recursive --loss recursive") evaluated=yes
+        methods=("recursive --loss recursive" "pact --quantizer pact" "lsq --quantizer lsq")
+        evaluated=yes
         set -- --model "torchvision:$table" --batch-size 32 --epochs 5 --lr_decay 3,4 "${@:2}" ;;
     *) echo "table.sh: error: '$table' has no table: choose digits, fashion, fashion30," \
-        "fashion_methods, resnet18 or mobilenet_v2" >&2; exit 2 ;;
+        "fashion_methods, nine_widths, resnet18 or mobilenet_v2" >&2; exit 2 ;;
 esac
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 results=results/${table}_table
@@ -58,14 +67,15 @@ evaluate() {  # NAME RUN SEED BATCHES BIT_WIDTHS
 
 for seed in 0 1 2; do
     for method in "${methods[@]}"; do
-        echo "one_run $results/${method%% *}_seed$seed ${method#* } --seed $seed $*"
+        read -r name flags <<< "$method"
+        echo "one_run $results/${name}_seed$seed $flags --seed $seed $*"
     done
     for bits in $dedicated; do
         echo "one_run $results/dedicated_${bits}_seed$seed --seed $seed --bit_width_list $bits $*"
     done
 done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
 
-trained=("$results"/{recursive,hard,soft,half,pact,dedicated_*}_seed?)
+trained=("$results"/{recursive,hard,soft,half,pact,lsq,all,three,dedicated_*}_seed?)
 "$PYTHON" report.py "${trained[@]}" --output "$results/last"
 "$PYTHON" report.py "${trained[@]}" --epoch best --output "$results/best"
 if [ "$evaluated" ]; then
