@@ -34,7 +34,7 @@ from engine.run_folder import read_metrics  # noqa: E402
 RUNS = {
     "adam": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,32",
              "--optimizer", "adam", "--save-every", "1e-9"],
-    "sgd": ["--dataset", "cifar10", "--model", "resnet8q", "--bit_width_list", "1,32",
+    "sgd": ["--dataset", "cifar10", "--model", "resnet4q", "--bit_width_list", "1,32",
             "--optimizer", "sgd", "--workers", "1", "--save-every", "1e-9"],
     "epochs": ["--dataset", "svhn", "--model", "svhnq", "--bit_width_list", "1,32",
                "--optimizer", "adam", "--workers", "1"],

@@ -67,9 +67,9 @@ def wait(process):
 def tiny(data_dir, results_dir, *more):
     """Return arguments of a training of a second: 20 CIFAR images, 3 steps an epoch, 3 epochs.
 
-    Of ResNet8, which conftest.py adds to the networks that train.py knows.
+    Of ResNet4, which conftest.py adds to the networks that train.py knows.
     """
-    return ["--dataset", "cifar10", "--data-dir", data_dir, "--model", "resnet8q", "--width", 1,
+    return ["--dataset", "cifar10", "--data-dir", data_dir, "--model", "resnet4q", "--width", 1,
             "--bit_width_list", "2,32", "--epochs", 3, "--lr_decay", "2", "--batch-size", 8,
             "--device", "cpu", "--results-dir", results_dir, *more]
 

@@ -11,8 +11,9 @@ from models.resnet_quan import BasicBlock, Bottleneck
 
 
 def register(monkeypatch):
-    """Add two of these to the networks that train.py knows, as those of a data set by default."""
-    for name, kind, dataset in (("resnet8q", ResNet8, "cifar10"),
+    """Add some of these to the networks that train.py knows, as those of a data set by default."""
+    for name, kind, dataset in (("resnet4q", ResNet4, "cifar10"),
+                                ("resnet8q", ResNet8, "cifar10"),
                                 ("bottlenecks", Bottlenecks, "imagenet")):
         monkeypatch.setitem(MODELS, name, kind)
         monkeypatch.setitem(published.DATASET, name, dataset)
@@ -20,6 +21,8 @@ def register(monkeypatch):
 
 class ResNet8(resnet20q):
     """ResNet20 with one block a stage, and a quarter of its channels."""
+
+    BLOCKS = ((4, 1), (8, 2), (16, 2))  # channels and stride
 
     def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
         nn.Module.__init__(self)
@@ -29,13 +32,19 @@ class ResNet8(resnet20q):
         in_channels = 4 * width
         self.conv0 = conv(3, in_channels, 3, padding=1, bias=False)
         self.layers = nn.Sequential()
-        for channels, stride in ((4 * width, 1), (8 * width, 2), (16 * width, 2)):
-            self.layers.append(BasicBlock(in_channels, channels, stride, bn, conv))
-            in_channels = channels
+        for channels, stride in self.BLOCKS:
+            self.layers.append(BasicBlock(in_channels, channels * width, stride, bn, conv))
+            in_channels = channels * width
         self.bn = bn(in_channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = Classifier(in_channels, num_classes)
         set_bit_width(self, bit_widths[0])
+
+
+class ResNet4(ResNet8):
+    """One block of it, which halves height and width."""
+
+    BLOCKS = ((8, 2),)
 
 
 class OneBlock(resnet20q):

@@ -37,7 +37,7 @@ def test_the_reference_way_trains_as_the_default(tmp_path, monkeypatch):
                         lambda *args, **kwargs: get_dataset(*args, **kwargs)[:14])
     for way in (train, reference_way):
         way.main(parse_flags([
-            "--model", "resnet8q", "--dataset", "digits", "--width", "1", "--bit_width_list",
+            "--model", "resnet4q", "--dataset", "digits", "--width", "1", "--bit_width_list",
             "8,32", "--lr", "0.02", "--device", "cpu", "--epochs", "2",
             "--results-dir", str(tmp_path / way.__name__)]))
         records = read_metrics(tmp_path / way.__name__ / "metrics.jsonl")
@@ -80,10 +80,10 @@ def measure(measurement):
     contexts = multiprocessing.get_context
     with pytest.MonkeyPatch.context() as patch:
         small_networks.register(patch)
-        patch.setitem(speed.SETTINGS, "resnet8q", ("cifar10", 4))
+        patch.setitem(speed.SETTINGS, "resnet4q", ("cifar10", 4))
         patch.setitem(speed.MATMUL_SIZE, "cpu", 64)
         patch.setattr(multiprocessing, "get_context", lambda method: contexts("fork"))
-        columns = measurement(speed.parse_args([*WORDS, "--model", "resnet8q"]))
+        columns = measurement(speed.parse_args([*WORDS, "--model", "resnet4q"]))
     assert all(value > 0 for name, values in columns.items() if name != "MiB" for value in values)
     assert columns.get("ratio", [1])[0] == 1 or measurement is speed.measure_loader
     print(" | ".join(columns))

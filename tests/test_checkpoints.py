@@ -73,7 +73,7 @@ def test_evaluation_gives_the_training_s_own_numbers(trained, tiny_cifar10, tmp_
     for bits, values in record["val"].items():
         found = {name: results[str(bits)][name] for name in values}
         assert found == pytest.approx(values, rel=1e-6)
-        assert results[str(bits)]["bit_operations"] == 737_280 * bits.weights**2
+        assert results[str(bits)]["bit_operations"] == 221_184 * bits.weights**2
     assert results.keys() == set(map(str, record["val"]))
     for bits, values in results.items():
         assert (f"{bits:>5} {values['loss']:8.4f} {values['top1']:8.2f} {values['top5']:8.2f}"
@@ -97,7 +97,7 @@ def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tiny_cifa
     arguments = config["arguments"]
     names = ("bit_width_list", "calibrate", "evaluate", "pretrain", "model", "batch_size")
     assert [arguments[name] for name in names] == [
-        [1, 3, 32], 1, True, str(trained), "resnet8q", 8]
+        [1, 3, 32], 1, True, str(trained), "resnet4q", 8]
     assert config["trained_bit_widths"] == [2, 32]
     assert config["epoch"] == load(trained, "model_best")["epoch"]
     found = report.load_run(folder)
@@ -133,7 +133,7 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
     images = torch.rand(2, 3, 32, 32)
     logits = []
     for weights, widths in ((before, [2, 32]), (after, [1, 2, 3, 4, 5, 6, 7, 8, 32])):
-        model = MODELS["resnet8q"](widths, width=1).eval()
+        model = MODELS["resnet4q"](widths, width=1).eval()
         model.load_state_dict(weights)
         for bits in (2, 32):
             set_bit_width(model, bits)
@@ -163,8 +163,8 @@ def test_post_training_quantization_of_a_32_bit_network(tmp_path, tiny_cifar10):
 def test_a_calibrated_checkpoint_keeps_what_the_flags_said(tmp_path, tiny_cifar10):
     """One without arguments, of an ALL CONV network: saved, it evaluates alike by itself."""
     torch.manual_seed(0)
-    model = MODELS["resnet8q"]([2, 32], width=1, all_conv=True)
-    torch.save({"model": "resnet8q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
+    model = MODELS["resnet4q"]([2, 32], width=1, all_conv=True)
+    torch.save({"model": "resnet4q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
     saved = tmp_path / "y.pth.tar"
     assert run(["--evaluate", "--pretrain", tmp_path / "x.pth.tar", "--width", 1, "--all-conv",
                 "--calibrate", 2, "--bit_width_list", "2,3,32", "--data-dir", tiny_cifar10,
@@ -182,7 +182,7 @@ def test_model_is_given_where_the_checkpoint_does_not_name_it(trained, tmp_path,
             tiny_cifar10, "--results-dir", tmp_path / "e"]
     assert run(argv) == 1
     assert_one_line(capsys, "is of model None: choose a checkpoint of resnet20q")
-    assert run([*argv, "--model", "resnet8q"]) == 0
+    assert run([*argv, "--model", "resnet4q"]) == 0
 
 
 def test_other_classes_do_not_fit(trained, tmp_path, monkeypatch, capsys):
@@ -301,7 +301,7 @@ def bad_evaluations(trained):
         "untrained": ([*evaluate, "--bit_width_list", "2,3,5"], 2,
                       "3,5 bits were not trained; choose from 2,32, or pass --calibrate N"),
         "another model": ([*evaluate, "--model", "svhnq"], 2,
-                          "another network: --model is resnet8q, not svhnq"),
+                          "another network: --model is resnet4q, not svhnq"),
         "another width": ([*evaluate, "--width", 2], 2, "--width is 1, not 2"),
         "another variant": ([*evaluate, "--all-conv"], 2,
                             "--all-conv is False, not True"),

@@ -21,7 +21,7 @@ def test_a_published_run_resumed_by_a_recipe(trained, tmp_path, tiny_cifar10, ca
 
     Of a flag that is given twice the last one wins, as the user's come after the recipe's.
     """
-    parameters = MODELS["resnet8q"]([2, 32], width=1).parameters()
+    parameters = MODELS["resnet4q"]([2, 32], width=1).parameters()
     sgd = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.5)
     names = ("epoch", "model", "state_dict", "best_prec1")
     torch.save({**{name: load(trained)[name] for name in names}, "optimizer": sgd.state_dict()},

@@ -197,7 +197,7 @@ def test_onnx(bits, source, more, arguments, tmp_path, capsys):
     assert (tmp_path / "net_onnx_check.md").exists()
     assert "check passed in ONNX Runtime: 6 of 6 answers agree" in capsys.readouterr().out
     found = onnxruntime.InferenceSession(output).get_modelmeta().custom_metadata_map
-    assert found["model"] == "resnet8q" and found["dataset"] == "cifar10" and found["bits"] == "2"
+    assert found["model"] == "resnet4q" and found["dataset"] == "cifar10" and found["bits"] == "2"
     assert json.loads(found["size"]) == 32 and found["top1_images"] == "6"
     assert list(json.loads(found["top1"])) == ["2"] and len(json.loads(found["mean"])) == 3
 

@@ -55,7 +55,7 @@ def assert_refused(path, *parts):
     ("model_latest", "ckpt/model_latest.pth.tar")])
 def test_a_run(name, place, trained):
     content = load(trained, name)
-    by_hand = MODELS["resnet8q"]([2, 32], 10, 1)
+    by_hand = MODELS["resnet4q"]([2, 32], 10, 1)
     by_hand.load_state_dict(content["state_dict"])
     found = models.load(trained / place)
     with torch.no_grad():  # it comes at its highest bit-width
@@ -67,7 +67,7 @@ def test_a_run(name, place, trained):
         "dataset": "cifar10", "size": 32, "mean": list(row.mean), "std": list(row.std),
         "class_names": [f"class {index}" for index in range(10)]}
     assert content["network"] == found.spec == {
-        "model": "resnet8q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
+        "model": "resnet4q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
         "keep": [], "bit_widths": [2, 32]}
 
 
@@ -75,14 +75,14 @@ def test_a_run_of_another_variant(tmp_path, tiny_cifar10):
     """Nothing in its weights says that it is ALL CONV."""
     argv = tiny(tiny_cifar10, tmp_path / "r", "--all-conv", "--quantizer", "lsq", "--epochs", 1)
     assert run(argv) == 0
-    by_hand = MODELS["resnet8q"]([2, 32], 10, 1, True)
+    by_hand = MODELS["resnet4q"]([2, 32], 10, 1, True)
     models.set_quantizers(by_hand, "lsq", [2, 32])
     by_hand.load_state_dict(load(tmp_path / "r", "model_best")["state_dict"])
     assert_logits_equal(models.load(tmp_path / "r"), by_hand, [2, 32])
 
 
 def test_a_bit_width_that_is_asked_for(trained):
-    by_hand = MODELS["resnet8q"]([3, 32], 10, 1)
+    by_hand = MODELS["resnet4q"]([3, 32], 10, 1)
     weights = load(trained, "model_best")["state_dict"]
     by_hand.load_state_dict({key.replace("bn_dict.2.", "bn_dict.3."): value
                              for key, value in weights.items()})
@@ -105,13 +105,13 @@ def test_an_older_run_s_checkpoint(older, trained, tmp_path):
     for name in older:
         del content[name]
     path = tmp_path / "x.pth.tar"
-    by_hand = MODELS["resnet8q"]([2, 32], 10, 1)
+    by_hand = MODELS["resnet4q"]([2, 32], 10, 1)
     by_hand.load_state_dict(content["state_dict"])
     torch.save(content, path)
     assert_logits_equal(models.load(path), by_hand, [2, 32])
     content["arguments"].update(all_conv=True)
     torch.save(content, path)
-    by_hand = MODELS["resnet8q"]([2, 32], 10, 1, True)
+    by_hand = MODELS["resnet4q"]([2, 32], 10, 1, True)
     by_hand.load_state_dict(content["state_dict"])
     assert_logits_equal(models.load(path), by_hand, [2, 32])
 
@@ -298,7 +298,7 @@ def test_weights_that_are_no_dense_numbers(kind, trained, tmp_path):
     ("module.fc.bias", torch.ones(10), "has a key twice, with and without module."),
     ("bn.bn_dict.99.weight", torch.ones(10), "bit-width '99' does not exist"),
     ("fc.quantizer.step_dict.99", torch.ones(1), "bit-width '99' does not exist"),
-    ("bn.bn_dict.2.running_var", -torch.ones(16), "bn.bn_dict.2.running_var has variances below")])
+    ("bn.bn_dict.2.running_var", -torch.ones(8), "bn.bn_dict.2.running_var has variances below")])
 def test_weights_that_do_not_fit(key, value, told, trained, tmp_path, tiny_cifar10, capsys):
     content = load(trained)
     content["state_dict"][key] = value

@@ -214,7 +214,7 @@ def test_other_groups_than_were_saved_are_refused(groups, told, tmp_path, tiny_c
     (["--loss", "hard"], "--loss is recursive, not hard"),
     (["--seed", "4"], "--seed is 0, not 4"),
     (["--bit_width_list", "2"], "--bit-width-list is 2,32, not 2"),
-    (["--model", "resnet50q"], "--model is resnet8q, not resnet50q"),
+    (["--model", "resnet50q"], "--model is resnet4q, not resnet50q"),
     (["--optimizer", "sgd"], "--optimizer is adam, not sgd"),
     (["--batch-size", "4"], "--batch-size is 8"),
     (["--dataset", "cifar100"], "--dataset is cifar10, not cifar100"),
@@ -255,11 +255,13 @@ def test_resume_of_a_finished_run_tells_its_results_again(copied, capsys):
     assert_same(load(copied), before)
 
 
-def test_resume_from_an_older_checkpoint_goes_on_elsewhere(trained, tmp_path, monkeypatch):
+def test_resume_from_an_older_checkpoint_goes_on_elsewhere(copied, begun, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = snapshot(trained)
-    assert run(["--resume", trained / "ckpt" / "model_best.pth.tar", "--epochs", 4]) == 0
-    assert snapshot(trained) == before
+    older = copied / "ckpt" / "model_best.pth.tar"
+    shutil.copy(begun / "ckpt" / "model_latest.pth.tar", older)
+    before = snapshot(copied)
+    assert run(["--resume", older, "--epochs", 4]) == 0
+    assert snapshot(copied) == before
     (elsewhere,) = (tmp_path / "results").iterdir()
     assert load(elsewhere)["epoch"] == 4 and load(elsewhere, "model_best")["state_dict"]
 
@@ -286,7 +288,7 @@ def test_memory_formats_of_a_checkpoint_do_not_matter(begun, tmp_path):
 
 def test_a_published_checkpoint_resumed_with_another_optimizer(trained, tmp_path, tiny_cifar10,
                                                                capsys):
-    parameters = MODELS["resnet8q"]([2, 32], width=1).parameters()
+    parameters = MODELS["resnet4q"]([2, 32], width=1).parameters()
     sgd = torch.optim.SGD(parameters, 0.1, momentum=0.9)
     checkpoint = {key: load(trained)[key] for key in ("epoch", "model", "state_dict", "best_prec1")}
     torch.save({**checkpoint, "optimizer": sgd.state_dict()}, tmp_path / "x.pth.tar")
@@ -561,7 +563,7 @@ def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_pa
     assert told in capsys.readouterr().out
     before, after = load(trained, "model_best")["state_dict"], load(tmp_path / "r")["state_dict"]
     assert_same(after["bn.bn_dict.4.weight"], before["bn.bn_dict.2.weight"])
-    assert_same(after["layers.1.conv0.weight"], before["layers.1.conv0.weight"])
+    assert_same(after["layers.0.conv0.weight"], before["layers.0.conv0.weight"])
 
     assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0  # which remembers it
     config = json.loads((tmp_path / "r" / "config.json").read_text())

@@ -69,7 +69,7 @@ def test_unnamed_runs_take_free_names(tmp_path, tiny_cifar10, monkeypatch):
             if "--results-dir" not in (flag, word)]
     for _ in range(2):
         assert run(argv) == 0
-    name = "cifar10_resnet8q_2-32_recursive_seed0"
+    name = "cifar10_resnet4q_2-32_recursive_seed0"
     assert {path.name for path in Path("results").iterdir()} == {name, f"{name}_2"}
 
 

@@ -67,7 +67,7 @@ def test_a_file_without_weights_is_not_a_checkpoint(content, tmp_path):
 
 
 def test_tensors_copied_together_are_the_same_apart():
-    model = MODELS["resnet8q"]([2, 32], 10, 1).to(memory_format=torch.channels_last)
+    model = MODELS["resnet4q"]([2, 32], 10, 1).to(memory_format=torch.channels_last)
     expected = {key: value.clone() for key, value in model.state_dict().items()}
     weights = model.state_dict()
     others = {"step": torch.tensor(3.0), "rate": 0.5, "none": torch.zeros(0)}
@@ -84,11 +84,11 @@ def test_tensors_copied_together_are_the_same_apart():
 
 @pytest.fixture(scope="module")
 def state():
-    """A run of resnet8q, 20 images and 8 a step, that has done nothing yet."""
-    arguments = vars(merge_args(Namespace(model="resnet8q", dataset="cifar10", width=1,
+    """A run of resnet4q, 20 images and 8 a step, that has done nothing yet."""
+    arguments = vars(merge_args(Namespace(model="resnet4q", dataset="cifar10", width=1,
                                           bit_width_list=[2, 32], batch_size=8,
                                           epochs=3, lr_decay=[2])))
-    model = MODELS["resnet8q"]([2, 32], 10, 1)
+    model = MODELS["resnet4q"]([2, 32], 10, 1)
     optimizer = make_optimizer(Namespace(**arguments), model.parameters())
     return TrainingState(model, optimizer, [BitWidth(2), BitWidth(32)], torch.device("cpu"),
                          arguments, 20)

@@ -55,7 +55,7 @@ def test_checkpoints_and_configuration(trained):
     for name in ("model_latest", "model_best"):
         checkpoint = load(trained, name)
         assert {"epoch", "model", "state_dict", "best_prec1", "optimizer"} <= set(checkpoint)
-        assert checkpoint["model"] == "resnet8q"
+        assert checkpoint["model"] == "resnet4q"
     config = json.loads((trained / "config.json").read_text())
     assert config["arguments"]["lr"] == 0.001 and config["seed"] == 0
     assert config["device"].startswith("cpu")
@@ -122,7 +122,7 @@ def test_tensorboard_tags_and_values(trained):
 def test_metrics_are_those_of_the_saved_network(trained, tiny_cifar10):
     """Recomputes val loss and top-k from the checkpoint, one image at a time."""
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    model = MODELS["resnet8q"]([2, 32], width=1)
+    model = MODELS["resnet4q"]([2, 32], width=1)
     model.load_state_dict(load(trained)["state_dict"])
     model.eval()
     images = get_dataset("cifar10", "test", get_transform("cifar10", False), tiny_cifar10)
