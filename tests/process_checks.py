@@ -215,7 +215,7 @@ def first_fails(how):
     """End the first process in its turn; return 1 there, 2 where the other ends by itself."""
     try:
         with distributed.processes(CPU, 120):
-            distributed.Waiting.timeout = 3  # so long the other waits for one that is killed
+            distributed.Waiting.timeout = 1  # so long the other waits for one that is killed
             with distributed.one_at_a_time_per_machine():
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
