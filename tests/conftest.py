@@ -35,7 +35,7 @@ def pytest_runtestloop(session):
 
         # A tenth of the tests' time was spent on looking through what is imported.
         gc.freeze()
-        gc.set_threshold(20_000)
+        gc.set_threshold(50_000, 20, 20)
         os.fsync = lambda file: None  # nothing written here needs to survive a power cut
         session.config.forks = forks.Forks()
         session.config.add_cleanup(session.config.forks.close)
