@@ -54,7 +54,7 @@ def few_digits(split):
     return open_digits("", split)[:16]
 
 
-def ideas():
+def all_ideas():
     """Return {name: (title, [(file, code)], flags of train.py)}."""
     text = (ROOT / "docs" / "ideas.md").read_text()
     found = {}
@@ -344,14 +344,14 @@ def check(name, in_suite=False):
     """Return the results of one idea; in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        apply(ideas()[name][1], place)
+        apply(all_ideas()[name][1], place)
         chosen = ["train", "shared", SUITE[name]] if in_suite else []
         return run_of(name, place).check(chosen)
 
 
 def run_of(name, place):
     """Return the run of an idea, whose modules are from now on those of the changed copy."""
-    title, blocks, flags = ideas()[name]
+    title, blocks, flags = all_ideas()[name]
     torch.set_num_threads(1)
     sys.path.insert(0, str(place))
     sys.path[:] = [part for part in sys.path if part and Path(part).resolve() != ROOT]
@@ -373,12 +373,15 @@ def main(words):
         run_of(name, Path(place)).exchanged()
         return 0
     in_suite = "--suite" in words
-    chosen = [word for word in words if word != "--suite"] or list(ideas())
+    chosen = [word for word in words if word != "--suite"] or list(all_ideas())
     for library in ("matplotlib.figure", "sklearn.datasets", "tensorboardX", "torchvision",
                     "onnxruntime"):  # once for all processes
         importlib.import_module(library)
+    sys.path.append(str(ROOT))
+    import ideas  # what the copies import, also where this is a program
+
     for split in ("train", "val"):
-        few_digits(split)
+        ideas.few_digits(split)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         right = True
         checks = pool.imap(functools.partial(check, in_suite=in_suite), chosen)
