@@ -5,6 +5,7 @@ import gc
 import http.server
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,3 +159,16 @@ def training(tmp_path_factory, tiny_cifar10):
 def trained(training):
     """The results folder alone."""
     return training[0]
+
+
+@pytest.fixture
+def two_checkpoints(trained, tmp_path):
+    """A copy of it whose best and latest checkpoint differ, whichever epoch was best."""
+    import torch
+
+    folder = shutil.copytree(trained, tmp_path / "two")
+    path = folder / "ckpt" / "model_best.pth.tar"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["fc.bias"] += 1
+    torch.save(content, path)
+    return folder

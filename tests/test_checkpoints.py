@@ -117,9 +117,9 @@ def test_evaluation_through_the_recipe(tmp_path, recipe_argv):
 
 
 def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
-        trained, tiny_cifar10, tmp_path, capsys):
+        two_checkpoints, tiny_cifar10, tmp_path, capsys):
     saved = tmp_path / "calibrated.pth.tar"
-    argv = ["--evaluate", "--pretrain", trained, "--bit_width_list", "1,2,3,4,5,6,7,8,32",
+    argv = ["--evaluate", "--pretrain", two_checkpoints, "--bit_width_list", "1,2,3,4,5,6,7,8,32",
             "--data-dir", tiny_cifar10, "--calibrate", 2, "--save-calibrated", saved]
     assert run([*argv, "--results-dir", tmp_path / "e"]) == 0
     told = "3-bit was not trained: using the 2-bit BatchNorm, statistics re-estimated over 2"
@@ -127,7 +127,7 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
     assert list(evaluation(tmp_path / "e")) == ["1", "2", "3", "4", "5", "6", "7", "8", "32"]
     checkpoint = torch.load(saved, weights_only=True)
     assert {"epoch", "model", "state_dict", "best_prec1", "optimizer"} <= set(checkpoint)
-    before, after = load(trained, "model_best")["state_dict"], checkpoint["state_dict"]
+    before, after = load(two_checkpoints, "model_best")["state_dict"], checkpoint["state_dict"]
     assert_same({key: after[key] for key in before}, before)
 
     images = torch.rand(2, 3, 32, 32)

@@ -53,11 +53,11 @@ def assert_refused(path, *parts):
 @pytest.mark.parametrize("name, place", [
     ("model_best", ""), ("model_best", "ckpt/model_best.pth.tar"),
     ("model_latest", "ckpt/model_latest.pth.tar")])
-def test_a_run(name, place, trained):
-    content = load(trained, name)
+def test_a_run(name, place, two_checkpoints):
+    content = load(two_checkpoints, name)
     by_hand = MODELS["resnet4q"]([2, 32], 10, 1)
     by_hand.load_state_dict(content["state_dict"])
-    found = models.load(trained / place)
+    found = models.load(two_checkpoints / place)
     with torch.no_grad():  # it comes at its highest bit-width
         set_bit_width(by_hand.eval(), 32)
         assert torch.equal(found(images_of(32)), by_hand(images_of(32)))
