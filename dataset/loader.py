@@ -78,7 +78,7 @@ def ignore_stop_signals(worker: int | None = None) -> None:
 
 def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: int, train: bool,
                 seed: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0,
-                memory_format: torch.memory_format = torch.channels_last,
+                memory_format: torch.memory_format = torch.contiguous_format,
                 in_memory: bool = True) -> Loader:
     """Return a loader of (images (n, 3, H, W) float32, labels (n,) int64) on the device.
 
@@ -345,7 +345,7 @@ class InMemoryLoader:
 
     def __init__(self, images: Tensor, labels: Tensor, name: str,
                  batch_sampler: ShuffledBatches | None = None, batch_size: int = 1, rank: int = 0,
-                 world_size: int = 1, memory_format: torch.memory_format = torch.channels_last):
+                 world_size: int = 1, memory_format: torch.memory_format = torch.contiguous_format):
         self.images = images
         self.labels = labels
         self.name = name

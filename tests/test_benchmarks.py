@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
+import gradients  # noqa: E402
 import layer_bits  # noqa: E402
 import reference_way  # noqa: E402
 import speed  # noqa: E402
@@ -110,6 +111,25 @@ def test_a_bit_width_computed_as_another_is_seen():
     near = {2: expected[8] + 1e-3, 8: expected[8]}  # no distance by which to tell them apart
     with pytest.raises(AssertionError):
         gpu_checks.agree({**near, 8: near[2]}, near)
+
+
+def test_gradients_of_both_ways(trained, tiny_cifar10, monkeypatch):
+    """They are near each other; and where what is shared had another gradient, it would be seen."""
+    options = gradients.parse_args([str(trained), "--data-dir", str(tiny_cifar10), "--batches", "2",
+                                    "--batch-size", "8"])
+    distances = gradients.main(options)
+    assert {len(values) for values in distances.values()} == {2}
+    assert max(distances["default from reference"]) < 1e-4
+    assert min(distances["default from float64"]) > 0
+    backward = gradients.any_precision_backward
+
+    def halved(model, *args, shared):
+        backward(model, *args, shared=shared)
+        if shared:
+            model.conv0.weight.grad /= 2
+
+    monkeypatch.setattr(gradients, "any_precision_backward", halved)
+    assert min(gradients.main(options)["default from reference"]) > 1e-2
 
 
 def test_paired_test_by_hand():

@@ -1,0 +1,87 @@
+"""Compare one step's gradients of train.py's way and of the reference way with float64's.
+
+    python benchmarks/gradients.py results/RUN
+    python benchmarks/gradients.py results/RUN --batches 50 --loss hard
+
+Both ways start from the weights of a trained run, each batch anew, on its training images, without
+dropout and on the CPU. Prints a Markdown table of distances, relative to float64's gradient: the
+norm of the difference of all gradients together.
+"""
+import argparse
+import copy
+import statistics
+import sys
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import models  # noqa: E402
+from dataset.data import DATASETS, get_dataset  # noqa: E402
+from dataset.loader import make_loader  # noqa: E402
+from engine.arguments import OneLineParser, number  # noqa: E402
+from engine.errors import UserError, run_program  # noqa: E402
+from models.losses import NEXT_TARGET, any_precision_backward  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str, shared: bool) -> Tensor:
+    """Return all gradients of a step, from the model's weights, as one float64 vector.
+
+    shared: as train.py does it, what the bit-widths share is computed once.
+    """
+    model = copy.deepcopy(model).train()
+    any_precision_backward(model, images, labels, model.spec["bit_widths"], loss, shared=shared)
+    return torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()
+                      if parameter.grad is not None])
+
+
+def main(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Print the table; return {what is compared: a distance for each batch}."""
+    model = models.load(options.run)
+    name = (model.images or {}).get("dataset")
+    if name not in DATASETS:
+        raise UserError(f"{options.run} does not say which data set it was trained on: give a run "
+                        "of one of train.py's own data sets")
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    images = get_dataset(name, next(iter(DATASETS[name].val_split)), data_dir=options.data_dir)
+    loader = make_loader(images, name, CPU, options.batch_size, train=True)
+    distances = {"default from float64": [], "reference from float64": [],
+                 "default from reference": []}
+    for batch, labels in islice(loader, options.batches):
+        exact = gradient(model.double(), batch.double(), labels, options.loss, shared=False)
+        model.float()
+        default = gradient(model, batch, labels, options.loss, shared=True)
+        reference = gradient(model, batch, labels, options.loss, shared=False)
+        for what, difference in zip(distances, (default - exact, reference - exact,
+                                                default - reference)):
+            distances[what].append(float(difference.norm() / exact.norm()))
+    widths = ", ".join(map(str, model.spec["bit_widths"]))
+    print(f"{model.spec['model']} on {name} at {widths} bits, {options.loss} loss, "
+          f"{len(distances['default from reference'])} batches of {options.batch_size}, torch "
+          f"{torch.__version__}\n")
+    print("| relative distance of gradients | median | largest |\n|---|---|---|")
+    for what, values in distances.items():
+        print(f"| {what} | {statistics.median(values):.2g} | {max(values):.2g} |")
+    return distances
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a results folder or a checkpoint")
+    parser.add_argument("--batches", type=number(int, 1), default=20)
+    parser.add_argument("--batch-size", type=number(int, 2), default=64)
+    parser.add_argument("--loss", choices=list(NEXT_TARGET), default="recursive")
+    parser.add_argument("--data-dir", type=Path)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_program(main, partial(parse_args, None))
