@@ -5,11 +5,10 @@
 #                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
 #   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): an estimated eleven
 #                              hours on 2 cores of an AMD EPYC
-#   fashion_methods            MBQuant's loss, PACT's clips and LSQ beside recursive (12 runs): three
-#                              hours there
+#   fashion_methods            MBQuant's loss and LSQ beside recursive (9 runs): two hours there
 #   nine_widths                nine bit-widths on digits, all or three a step (6 runs): half an hour there
-#   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive, PACT, LSQ
-#                              and dedicated (24 runs each)
+#   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive, LSQ and
+#                              dedicated (21 runs each)
 # The same command again goes on where it stopped; flags go to every training.
 #   JOBS=2 benchmarks/table.sh TABLE [flags]             JOBS trainings at a time, a thread each
 # Runs of which benchmarks/runs/ has the metrics, without checkpoints, are not trained again, where
@@ -30,7 +29,7 @@ case "$table" in
         set -- --epochs 30 --lr_decay 15,24,28 "${@:2}" ;;
     fashion_methods)
         export recipe=fashion
-        methods=("recursive --loss recursive" "half --loss half" "pact --quantizer pact" "lsq --quantizer lsq")
+        methods=("recursive --loss recursive" "half --loss half" "lsq --quantizer lsq")
         dedicated=
         shift ;;
     nine_widths)
@@ -40,7 +39,7 @@ case "$table" in
         set -- --bit_width_list 1,2,3,4,5,6,7,8,32 "${@:2}" ;;
     resnet18 | mobilenet_v2)
         export recipe=digits
-        methods=("recursive --loss recursive" "pact --quantizer pact" "lsq --quantizer lsq")
+        methods=("recursive --loss recursive" "lsq --quantizer lsq")
         evaluated=yes
         set -- --model "torchvision:$table" --batch-size 32 --epochs 5 --lr_decay 3,4 "${@:2}" ;;
     *) echo "table.sh: error: '$table' has no table: choose digits, fashion, fashion30," \

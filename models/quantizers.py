@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from models.bit_widths import BitWidth, check_bit_widths
 from models.lsq import lsq
-from models.pact import pact
 from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              Quantizer, set_bit_width)
 
@@ -20,7 +19,6 @@ def dorefa(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
 QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer]] = {
     "dorefa": dorefa,
     "lsq": lsq,
-    "pact": pact,
 }
 
 

@@ -57,7 +57,7 @@ class Change(NamedTuple):
 
 CHANGES = {"none": Change(), "own bits": Change(OwnBits), "a linear layer": Change(LinearNetwork),
            "a scale per channel": Change(weight_quantizer=ChannelScale),
-           "lsq": Change(quantizer="lsq"), "pact": Change(quantizer="pact")}
+           "lsq": Change(quantizer="lsq")}
 
 
 def network(name, bit_widths, all_conv=False, change="none"):

@@ -90,9 +90,9 @@ def test_a_bit_width_that_is_asked_for(trained):
 
 
 def test_what_only_training_gives_a_quantizer_is_said():
-    model = models.build("svhnq", [4, 32], 10, 1, quantizer="pact")
+    model = models.build("svhnq", [4, 32], 10, 1, quantizer="lsq")
     whole = model.state_dict()
-    for missing, is_said in (("clip_dict", True), ("bn_dict", False)):
+    for missing, is_said in (("step_dict", True), ("bn_dict", False)):
         state_dict = {key: value for key, value in whole.items() if missing not in key}
         with pytest.raises(FileError, match=f"missing .*{missing}.* check --model") as caught:
             load_weights(model, state_dict, "x")

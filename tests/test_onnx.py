@@ -65,8 +65,7 @@ def test_logits_are_the_networks_at_every_bit_width(name, widths, all_conv, runt
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("change, widths", [
-    ("own bits", [1, 4]), ("a scale per channel", [1, 2, 8]), ("lsq", [1, 4, "w2a4"]),
-    ("pact", [1, 4, "w2a4"])])
+    ("own bits", [1, 4]), ("a scale per channel", [1, 2, 8]), ("lsq", [1, 4, "w2a4"])])
 def test_changed_networks(change, widths, runtime, tmp_path):
     pytest.importorskip(runtime)
     widths = [bits for bits in widths if right_in(runtime, bits)]
@@ -166,7 +165,7 @@ def test_convolutions_are_integer(tmp_path):
 
 @pytest.mark.parametrize("change, widths", [
     ("none", [1, 2, 4, 8]), ("none", [3, 5]), ("own bits", [1, 4]), ("a scale per channel", [2, 8]),
-    ("lsq", [1, 2]), ("pact", [1, 2])])
+    ("lsq", [1, 2])])
 def test_one_file_of_any_bit_width_gives_the_same_bits(change, widths, tmp_path):
     model, images = network("svhnq", widths, change=change)
     with torch.no_grad():  # exact zeros, and a weight within rounding of a threshold

@@ -161,7 +161,7 @@ def test_another_quantizer_is_packed_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, widths", [
     ("none", ["w2a4", 4, "w1a8"]), ("own bits", [1, 2, 4, 8]), ("own bits", ["w2a4"]),
     ("a scale per channel", WIDTHS), ("a linear layer", WIDTHS), ("lsq", [4]), ("lsq", WIDTHS),
-    ("lsq", ["w2a4"]), ("pact", WIDTHS), ("pact", ["w2a4"])])
+    ("lsq", ["w2a4"])])
 def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
     model, images = exported_network("svhnq", widths, change=change)
     monkeypatch.setitem(MODELS, "svhnq", CHANGES[change].network)

@@ -14,7 +14,6 @@ from models import MODELS, calibrate, quan_ops, set_bit_width
 from models.bit_widths import BITS, BitWidth, check_bit_widths
 from models.losses import any_precision_backward
 from models.lsq import lsq
-from models.pact import pact
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 from small_networks import Bottlenecks, ResNet8, ShortSVHN
 
@@ -56,43 +55,15 @@ def test_activation_keeps_what_is_not_a_number():
 
 
 @pytest.mark.parametrize("bits", LEVELS)
-def test_learned_clip_by_hand(bits):
-    """Of a clip of 2: levels are of x / 2, and the gradient from 2 up goes to the clip."""
-    n, six_tenths, _, _ = LEVELS[bits]
-    layer = ActivationQ()
-    layer.quantizer = pact(layer, [BitWidth(bits), BitWidth.of("w2a5")])
-    layer.double().switch_bit_width(BitWidth(bits))
-    x = double(-0.3, 0.0, 1.2, 2.0, 2.5, 9.0).requires_grad_()
-    clip = layer.quantizer.clip_dict[str(bits)]
-    assert_close(layer(x), double(0, 0, 1, 1, 1, 1))  # a clip of 1, as the published quantizer
-    with torch.no_grad():
-        clip.fill_(2)
-    y = layer(x)
-    assert_close(y, double(0, 0, 2 * six_tenths / n, 2, 2, 2))
-    assert_close(layer.quantizer.step(), double(2 / n)[0])
-    y.backward(double(1, 1, 10, 100, 1000, 10000))
-    assert_close(x.grad, double(0, 1, 10, 0, 0, 0))  # it passes at 0, as the published one's
-    assert_close(clip.grad, double(11100)[0])
-    assert layer(double(math.nan)).isnan().all()
-    assert layer.quantizer.clip_dict["w2a5"].grad is None
-    layer.switch_bit_width(BitWidth(32))
-    assert_close(layer(x), x.relu())
-    layer.switch_bit_width(BitWidth(1 if bits > 1 else 2))
-    with pytest.raises(ValueError, match="pact has no clip for"):
-        layer(x)
-
-
-@pytest.mark.parametrize("quantizer", [pact, lsq])
-@pytest.mark.parametrize("bits", LEVELS)
-def test_learned_scales_are_not_rounded_to_the_type_of_bf16_activations(bits, quantizer):
+def test_a_learned_step_is_not_rounded_to_the_type_of_bf16_activations(bits):
     x = torch.linspace(-0.5, 4, 1001).bfloat16()
     layer = ActivationQ()
-    layer.quantizer = quantizer(layer, [BitWidth(bits)])
+    layer.quantizer = lsq(layer, [BitWidth(bits)])
     layer.switch_bit_width(BitWidth(bits))
     for clip in torch.linspace(0.5, 3, 50):
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter.copy_(clip if quantizer is pact else clip / (2**bits - 1))
+                parameter.copy_(clip / (2**bits - 1))
         integers, scale = layer.quantizer.integers(x)
         expected = (x.double().clamp(0, clip) / scale.double()).round()
         assert integers.dtype == torch.float32 and integers.max() == 2**bits - 1

@@ -321,13 +321,12 @@ def test_low_precision_is_near(make):
         assert bf16_error(layer, levels) < 0.02, bits
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "pact"])
 @pytest.mark.parametrize("width", ["w4a32", "w32a4", 4])
-def test_learned_scales_in_bf16(width, quantizer):
+def test_learned_steps_in_bf16(width):
     from engine.forward_pass import ForwardPass
 
     torch.manual_seed(0)
-    model = build("resnet20q", [width], 10, quantizer=quantizer).eval()
+    model = build("resnet20q", [width], 10, quantizer="lsq").eval()
     images = torch.randn(2, 3, 16, 16)
     initialize_quantizers(model, images, check_bit_widths([width]))
     forward = ForwardPass(model, torch.device("cpu"), "bf16")
