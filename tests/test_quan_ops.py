@@ -71,6 +71,14 @@ def test_a_learned_step_is_not_rounded_to_the_type_of_bf16_activations(bits):
         assert torch.equal(integers.double()[~near_a_threshold], expected[~near_a_threshold])
 
 
+def test_a_learned_step_at_a_bit_width_that_has_none():
+    layer = ActivationQ()
+    layer.quantizer = lsq(layer, [BitWidth(4)])
+    layer.switch_bit_width(BitWidth(2))
+    with pytest.raises(ValueError, match="lsq has no step for"):
+        layer(torch.ones(3))
+
+
 @pytest.mark.parametrize("bits", LEVELS)
 def test_weight_by_hand(bits):
     n, _, half, three_quarters = LEVELS[bits]
