@@ -248,7 +248,8 @@ def nothing_waits(device, compiled=False):
     """No step, eager or a CUDA graph, metric or in-memory batch makes the CPU wait for the GPU."""
     images = torch.zeros(4 * COUNT, 40, 40, 3, dtype=torch.uint8, device=device)
     loader = InMemoryLoader(images, torch.zeros(4 * COUNT, dtype=torch.int64, device=device),
-                            "digits", ShuffledBatches(4 * COUNT, COUNT, seed=0))
+                            "digits", ShuffledBatches(4 * COUNT, COUNT, seed=0),
+                            memory_format=torch.channels_last)
     for name in ("resnet20q", "svhnq"):
         for precision in precisions(device):
             for is_graph in (False, True) if device.type == "cuda" else (False,):

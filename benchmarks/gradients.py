@@ -3,7 +3,7 @@
     python benchmarks/gradients.py results/RUN
     python benchmarks/gradients.py results/RUN --batches 50 --loss hard
 
-Both ways start from the weights of a trained run, each batch anew, on its training images, without
+Each batch starts from the run's weights again, on its data set's default training split, without
 dropout and on the CPU. Prints a Markdown table of distances, relative to float64's gradient: the
 norm of the difference of all gradients together.
 """
@@ -64,9 +64,9 @@ def main(options: argparse.Namespace) -> dict[str, list[float]]:
                                                 default - reference)):
             distances[what].append(float(difference.norm() / exact.norm()))
     widths = ", ".join(map(str, model.spec["bit_widths"]))
-    print(f"{model.spec['model']} on {name} at {widths} bits, {options.loss} loss, "
-          f"{len(distances['default from reference'])} batches of {options.batch_size}, torch "
-          f"{torch.__version__}\n")
+    count = len(distances["default from reference"])
+    print(f"{model.spec['model']} on {name} at {widths} bits, {options.loss} loss, {count} batches "
+          f"of at most {options.batch_size}, torch {torch.__version__}\n")
     print("| relative distance of gradients | median | largest |\n|---|---|---|")
     for what, values in distances.items():
         print(f"| {what} | {statistics.median(values):.2g} | {max(values):.2g} |")

@@ -351,13 +351,16 @@ def network_spec(content: dict, path: str | Path) -> dict:
     fits = {"num_classes": lambda value: is_count(value) and value <= largest,
             "width": lambda value: is_count(value) and value <= largest,
             "all_conv": lambda value: isinstance(value, bool),
-            "quantizer": lambda value: isinstance(value, str) and value in QUANTIZERS,
+            "quantizer": lambda value: isinstance(value, str),
             "keep": lambda value: isinstance(value, list) and all(
                 isinstance(name, str) for name in value)}
     for field, is_right in fits.items():
         if not is_right(spec[field]):
             raise FileError(f"{path}: its network's {field} is {brief(spec[field])}, which does "
                             "not fit its weights: it may be damaged")
+    if spec["quantizer"] not in QUANTIZERS:
+        raise FileError(f"{path}: its network's quantizer is {brief(spec['quantizer'])}, which is "
+                        f"not one of {', '.join(QUANTIZERS)}: add it to models/quantizers.py")
     spec["assignments"] = saved_assignments(saved.get("assignments", []), path)
     return spec
 

@@ -77,7 +77,7 @@ def network(name, bit_widths, all_conv=False, change="none"):
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer) and change.weight_quantizer:
                 layer.quantizer = change.weight_quantizer()
-            if isinstance(layer, nn.ParameterDict):  # the quantizers' steps or clips
+            if isinstance(layer, nn.ParameterDict):  # the quantizers' steps
                 for step in layer.values():
                     step *= torch.empty(()).uniform_(0.6, 1.4)
             if isinstance(layer, nn.BatchNorm2d):

@@ -87,7 +87,8 @@ def apply(blocks, place):
     """Copy the project to `place`, and change its files."""
     for name in PROJECT:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, place / name)
+            shutil.copytree(ROOT / name, place / name,
+                            ignore=shutil.ignore_patterns("*.pyc.*"))  # which come and go
         else:
             shutil.copy(ROOT / f"{name}.py", place)
     with open(place / "dataset" / "data.py", "a") as file:

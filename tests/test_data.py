@@ -562,11 +562,11 @@ def test_training_batches_do_not_depend_on_the_workers(tiny_cifar10):
 # ---- in memory
 
 
-def loader_of(name, data_dir, in_memory=True, train=True, batch_size=5, seed=0):
+def loader_of(name, data_dir, in_memory=True, train=True, batch_size=5, seed=0, **more):
     row = DATASETS[name]
     split = next(iter(row.val_split)) if train else next(iter(row.val_split.values()))
     dataset = get_dataset(name, split, data_dir=data_dir)
-    return make_loader(dataset, name, CPU, batch_size, train, seed, in_memory=in_memory)
+    return make_loader(dataset, name, CPU, batch_size, train, seed, in_memory=in_memory, **more)
 
 
 def epoch_of(loader, epoch=0, start=0):
@@ -607,8 +607,10 @@ def test_batches_from_memory_are_those_of_the_per_sample_transforms(name, tmp_pa
     samples = get_dataset(name, split, get_transform(name, train=False), tmp_path)
     expected = torch.stack([image for image, _ in samples])
     torch.testing.assert_close(memory[0], expected, rtol=0, atol=0)  # torchvision's own, one by one
-    first = next(iter(loader_of(name, tmp_path)))[0]
-    assert first.is_contiguous()
+    for in_memory in (True, False):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            loader = loader_of(name, tmp_path, in_memory, memory_format=memory_format)
+            assert next(iter(loader))[0].is_contiguous(memory_format=memory_format)
 
 
 def test_flips_and_crops_in_memory_are_drawn_as_those_per_sample():

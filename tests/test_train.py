@@ -349,11 +349,14 @@ def on_a_terminal(argv, errors):
     fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
     process = fork(functools.partial(run, argv), os.ttyname(inner), errors)
     os.close(inner)
+    shown = b""
     try:
         while part := os.read(outer, 4096):
-            print(part.decode(), end="")
+            shown += part
     except OSError:  # the other end is closed
         pass
+    os.close(outer)
+    print(shown.decode(), end="")
     return wait(process)
 
 
