@@ -170,7 +170,7 @@ def read_images(dataset: Samples, settings: Namespace,
     """
     wanted = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     loader = make_loader(Subset(dataset, wanted), settings.dataset, torch.device("cpu"),
-                         check.BATCH, train=False, memory_format=torch.contiguous_format)
+                         check.BATCH, train=False)
     with progress(loader, "reading images") as shown:
         images, labels = zip(*shown)
     return torch.cat(images).numpy(), torch.cat(labels).numpy()

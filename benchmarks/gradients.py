@@ -10,33 +10,30 @@ norm of the difference of all gradients together.
 import argparse
 import copy
 import statistics
-import sys
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from reference_way import ReferenceForwardPass  # first: it adds the project to the path
 
-import models  # noqa: E402
-from dataset.data import DATASETS, get_dataset  # noqa: E402
-from dataset.loader import make_loader  # noqa: E402
-from engine.arguments import OneLineParser, number  # noqa: E402
-from engine.errors import UserError, run_program  # noqa: E402
-from models.losses import NEXT_TARGET, any_precision_backward  # noqa: E402
+import models
+from dataset.data import DATASETS, get_dataset
+from dataset.loader import make_loader
+from engine.arguments import OneLineParser, number
+from engine.errors import UserError, run_program
+from engine.forward_pass import ForwardPass
+from models.losses import NEXT_TARGET
 
 CPU = torch.device("cpu")
 
 
-def gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str, shared: bool) -> Tensor:
-    """Return all gradients of a step, from the model's weights, as one float64 vector.
-
-    shared: as train.py does it, what the bit-widths share is computed once.
-    """
+def gradient(way: type[ForwardPass], model: nn.Module, images: Tensor, labels: Tensor,
+             loss: str) -> Tensor:
+    """Return all gradients of a step, from the model's weights, as one float64 vector."""
     model = copy.deepcopy(model).train()
-    any_precision_backward(model, images, labels, model.spec["bit_widths"], loss, shared=shared)
+    way(model, CPU).backward(images, labels, model.spec["bit_widths"], loss)
     return torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()
                       if parameter.grad is not None])
 
@@ -56,10 +53,10 @@ def main(options: argparse.Namespace) -> dict[str, list[float]]:
     distances = {"default from float64": [], "reference from float64": [],
                  "default from reference": []}
     for batch, labels in islice(loader, options.batches):
-        exact = gradient(model.double(), batch.double(), labels, options.loss, shared=False)
+        exact = gradient(ReferenceForwardPass, model.double(), batch.double(), labels, options.loss)
         model.float()
-        default = gradient(model, batch, labels, options.loss, shared=True)
-        reference = gradient(model, batch, labels, options.loss, shared=False)
+        default = gradient(ForwardPass, model, batch, labels, options.loss)
+        reference = gradient(ReferenceForwardPass, model, batch, labels, options.loss)
         for what, difference in zip(distances, (default - exact, reference - exact,
                                                 default - reference)):
             distances[what].append(float(difference.norm() / exact.norm()))
@@ -78,10 +75,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a results folder or a checkpoint")
     parser.add_argument("--batches", type=number(int, 1), default=20)
     parser.add_argument("--batch-size", type=number(int, 2), default=64)
-    parser.add_argument("--loss", choices=list(NEXT_TARGET), default="recursive")
+    parser.add_argument("--loss", choices=NEXT_TARGET, default="recursive")
     parser.add_argument("--data-dir", type=Path)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_program(main, partial(parse_args, None))
+    run_program(main, parse_args)

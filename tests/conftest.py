@@ -166,9 +166,10 @@ def two_checkpoints(trained, tmp_path):
     """A copy of it whose best and latest checkpoint differ, whichever epoch was best."""
     import torch
 
+    import runs
+
     folder = shutil.copytree(trained, tmp_path / "two")
-    path = folder / "ckpt" / "model_best.pth.tar"
-    content = torch.load(path, weights_only=True)
+    content = runs.load(folder, "model_best")
     content["state_dict"]["fc.bias"] += 1
-    torch.save(content, path)
+    torch.save(content, folder / "ckpt" / "model_best.pth.tar")
     return folder

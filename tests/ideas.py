@@ -34,9 +34,10 @@ COMMON = "--width 1 --bit_width_list 1,4,32 --batch-size 8 --epochs 2 --device c
 PROJECT = ("models", "engine", "dataset", "deploy", "train", "export", "utils")
 FEW = """
 
-import ideas
+import functools
+
 DATASETS["digits"] = DATASETS["digits"]._replace(
-    open=lambda root, split: ideas.few_digits(split), shapes={})
+    open=functools.cache(lambda root, split: open_digits(root, split)[:16]), shapes={})
 """
 # What run_tests.sh checks: of every idea training, shared gradients and one path more, so that
 # every path but two processes is that of an idea which could be wrong there.
@@ -46,15 +47,7 @@ SUITE = {"a": "calibrate", "b": "resume", "c": "bf16", "d": "packed", "e": "its 
 REFUSALS = ("packed", "onnx")  # formats, which may refuse
 
 
-@functools.cache
-def few_digits(split):
-    """Return 16 digits, as (PIL image, label)."""
-    from dataset.data import open_digits
-
-    return open_digits("", split)[:16]
-
-
-def all_ideas():
+def ideas():
     """Return {name: (title, [(file, code)], flags of train.py)}."""
     text = (ROOT / "docs" / "ideas.md").read_text()
     found = {}
@@ -205,8 +198,7 @@ class Run:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
              *map(str, command)], cwd=self.place, capture_output=True, text=True,
-            timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1",
-                              "PYTHONPATH": str(ROOT / "tests")})
+            timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
 
     def exchanged(self):
@@ -345,14 +337,14 @@ def check(name, in_suite=False):
     """Return the results of one idea; in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        apply(all_ideas()[name][1], place)
+        apply(ideas()[name][1], place)
         chosen = ["train", "shared", SUITE[name]] if in_suite else []
         return run_of(name, place).check(chosen)
 
 
 def run_of(name, place):
     """Return the run of an idea, whose modules are from now on those of the changed copy."""
-    title, blocks, flags = all_ideas()[name]
+    title, blocks, flags = ideas()[name]
     torch.set_num_threads(1)
     sys.path.insert(0, str(place))
     sys.path[:] = [part for part in sys.path if part and Path(part).resolve() != ROOT]
@@ -374,15 +366,10 @@ def main(words):
         run_of(name, Path(place)).exchanged()
         return 0
     in_suite = "--suite" in words
-    chosen = [word for word in words if word != "--suite"] or list(all_ideas())
+    chosen = [word for word in words if word != "--suite"] or list(ideas())
     for library in ("matplotlib.figure", "sklearn.datasets", "tensorboardX", "torchvision",
                     "onnxruntime"):  # once for all processes
         importlib.import_module(library)
-    sys.path.append(str(ROOT))
-    import ideas  # what the copies import, also where this is a program
-
-    for split in ("train", "val"):
-        ideas.few_digits(split)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         right = True
         checks = pool.imap(functools.partial(check, in_suite=in_suite), chosen)

@@ -12,6 +12,7 @@ from dataset.loader import InMemoryLoader, WorkerLoader
 from engine import setup
 from engine.arguments import parse_flags
 from engine.errors import UsageError
+from engine.forward_pass import ForwardPass
 from engine.run_folder import read_metrics
 from models import quan_ops
 from runs import ROOT
@@ -121,14 +122,14 @@ def test_gradients_of_both_ways(trained, tiny_cifar10, monkeypatch):
     assert {len(values) for values in distances.values()} == {2}
     assert max(distances["default from reference"]) < 1e-4
     assert min(distances["default from float64"]) > 0
-    backward = gradients.any_precision_backward
+    backward = ForwardPass.backward
 
-    def halved(model, *args, shared):
-        backward(model, *args, shared=shared)
-        if shared:
-            model.conv0.weight.grad /= 2
+    def halved(self, *args):
+        backward(self, *args)
+        if self.shared:
+            self.model.conv0.weight.grad /= 2
 
-    monkeypatch.setattr(gradients, "any_precision_backward", halved)
+    monkeypatch.setattr(ForwardPass, "backward", halved)
     assert min(gradients.main(options)["default from reference"]) > 1e-2
 
 
