@@ -119,12 +119,14 @@ def how_to(bits: str, args: Namespace) -> str:
 
 def image_description(args: Namespace, checkpoint: Checkpoint) -> dict:
     """Return a description of the network's images: the checkpoint's, or its data set's."""
-    images = dict(checkpoint.content.get("images") or {})
+    images = {field: value for field, value in (checkpoint.content.get("images") or {}).items()
+              if value is not None}
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
-    if args.dataset or not images.get("size"):
-        row = row_of(name, images.get("size"))
-        images.update(size=row.image_size, mean=list(row.mean), std=list(row.std))
-    return {**images, "dataset": name}
+    row = row_of(name, images.get("size"))
+    if args.dataset:
+        images["size"] = row.image_size
+    return {"size": row.image_size, "mean": list(row.mean), "std": list(row.std),
+            "class_names": None, **images, "dataset": name}
 
 
 def run_arguments(checkpoint: Checkpoint) -> dict:
@@ -157,9 +159,11 @@ def export_errors(args: Namespace) -> Iterator[None]:
 
 def data_settings(args: Namespace, checkpoint: Checkpoint, model: str, about: dict) -> Namespace:
     """Return the settings with which train.py would open the data set."""
-    return merge_args(Namespace(dataset=about["dataset"], evaluate=True), {
+    settings = merge_args(Namespace(dataset=about["dataset"], evaluate=True), {
         "train_split": checkpoint.arguments.get("train_split"), "image_size": about["size"],
         "model": model, "data_dir": args.data_dir})
+    checkpoint.follow_normalization(settings.dataset)
+    return settings
 
 
 def read_images(dataset: Samples, settings: Namespace,

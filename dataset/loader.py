@@ -217,14 +217,15 @@ def count_classes(name: str, *parts: Samples) -> int:
 
 def normalize(images: Tensor, name: str, memory_format: torch.memory_format) -> Tensor:
     """Normalize images (N, 3, H, W): uint8 -> float32, as the data set's transform does."""
-    mean, std = statistics(name, images.device)
+    row = DATASETS[name]
+    mean, std = statistics(tuple(row.mean), tuple(row.std), images.device)
     return images.to(torch.float32, memory_format=memory_format).div_(255).sub_(mean).div_(std)
 
 
 @functools.cache  # each copy to the device would wait for it
-def statistics(name: str, device: torch.device) -> Tensor:
+def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """Return a row's mean and std on the device, (2, 3, 1, 1)."""
-    return torch.tensor([DATASETS[name].mean, DATASETS[name].std], device=device)[..., None, None]
+    return torch.tensor([mean, std], device=device)[..., None, None]
 
 
 class SeededSamples(Transformed):

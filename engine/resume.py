@@ -3,6 +3,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dataset.data import DATASETS
 from dataset.folder import is_folder
 from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
@@ -51,7 +52,6 @@ class Checkpoint:
             self.arguments["dataset"] = published.DATASET.get(self.network["name"],
                                                               DEFAULTS["dataset"])
 
-
     def check_network(self, saved: dict) -> None:
         """Raise FileError where the arguments are of another network than the one it holds."""
         for name in names_of(NETWORK):
@@ -60,6 +60,24 @@ class Checkpoint:
             if value is not None and value != own:
                 raise FileError(f"{self.path}: its argument {name} is {brief(value)}, and its "
                                 f"network's is {brief(own)}: the file may be damaged")
+
+    def follow_normalization(self, dataset: str) -> None:
+        """Make the images of folder:PATH be normalized as those that the network was trained on.
+
+        Raises UserError for another data set whose row says otherwise.
+        """
+        images = self.content.get("images") or {}
+        saved = {field: tuple(images[field]) for field in ("mean", "std") if images.get(field)}
+        row = DATASETS[dataset]
+        changed = [f"{field} {flag_text(value)}, not {flag_text(getattr(row, field))}"
+                   for field, value in saved.items() if value != tuple(getattr(row, field))]
+        if is_folder(dataset):
+            DATASETS[dataset] = row._replace(**saved)
+        elif changed:
+            raise UserError(f"{self.path} was trained on images normalized by "
+                            f"{' and '.join(changed)} as in {dataset}'s row of dataset/data.py: "
+                            "choose the data set that it was trained on, by --dataset, or correct "
+                            "the row")
 
 
 def are_bit_widths(value: object) -> bool:
@@ -136,7 +154,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
         given.pop("resume", None)
         given["results_dir"] = str(checkpoint.path.parent.parent)
-    return merge_args(Namespace(**given), saved), checkpoint
+    args = merge_args(Namespace(**given), saved)
+    checkpoint.follow_normalization(args.dataset)
+    return args, checkpoint
 
 
 def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Namespace, Checkpoint]:
@@ -207,4 +227,5 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if unknown and args.calibrate is None:
         raise UsageError(f"{flag_text(unknown)} bits were not trained; choose from "
                          f"{flag_text(trained)}, or pass --calibrate N")
+    checkpoint.follow_normalization(args.dataset)
     return args, checkpoint

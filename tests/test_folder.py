@@ -9,11 +9,12 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import export
 import models
 import tiny_data
-from dataset.data import DATASETS, DataError, get_dataset, row_of
+from dataset.data import DATASETS, DataError, get_dataset, get_transform, row_of
 from dataset.files import load_image
 from dataset.folder import place_of
 from dataset.loader import make_loader
@@ -250,6 +251,39 @@ def test_train_resume_evaluate_export(photos, tmp_path, monkeypatch, capsys):
                     "it lacks bee and has besides wasp")
     assert run(["--resume", results, "--epochs", 3, *again]) == 1
     assert_one_line(capsys, "folder:again does not have the 3 class folders", "has besides wasp")
+
+
+def test_images_are_normalized_as_the_network_was_trained(trained, tmp_path):
+    name = f"folder:{tmp_path / 'photos'}"
+    for label in range(10):
+        folder = tmp_path / "photos" / "val" / f"class {label}"
+        folder.mkdir(parents=True)
+        picture(32, 32, 3).save(folder / "x.png")
+    path = trained / "ckpt" / "model_latest.pth.tar"
+    argv = ["--evaluate", "--pretrain", path, "--dataset", name, "--results-dir", tmp_path / "e"]
+    assert run(argv) == 0
+
+    val = get_dataset(name, "val", get_transform(name, train=False, normalized=False))
+    pixels = torch.stack([image for image, _ in val]) / 255
+    cifar10 = DATASETS["cifar10"]
+    images = transforms.Normalize(cifar10.mean, cifar10.std)(pixels)
+    logits = models.load(path, [32])(images)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(val.dataset.targets))
+    assert evaluation(tmp_path / "e")["32"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+    shutil.copytree(tmp_path / "photos" / "val", tmp_path / "photos" / "train")
+    output = tmp_path / "net.safetensors"
+    assert run_export(path, "--format", "packed", "--output", output, "--dataset", name,
+                      "--check", 4) == 0
+    assert models.load(output).images["mean"] == list(cifar10.mean)
+
+
+@pytest.mark.parametrize("task", [["--resume"], ["--evaluate", "--pretrain"]])
+def test_another_normalization_in_a_row_is_refused(task, trained, monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "cifar10", DATASETS["cifar10"]._replace(std=(0.5, 0.5, 0.5)))
+    assert run([*task, trained]) == 1
+    assert_one_line(capsys, "was trained on images normalized by std 0.2", "not 0.5,0.5,0.5 as in "
+                    "cifar10's row of dataset/data.py", "correct the row")
 
 
 def test_a_class_that_val_lacks(photos, tmp_path, capsys):

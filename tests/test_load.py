@@ -260,7 +260,7 @@ def test_an_epoch_that_is_none_is_one_line(epoch, trained, tmp_path, capsys):
     ({"network": {"classes": 10**9}}, "its network's num_classes is 1000000000"),
     ({"network": {"width": 4000}}, "its network's width is 4000, which does not fit its weights"),
     ({"network": {"model": "\x1b[2J"}}, r"is of model '\x1b[2J'"),
-    ({"network": {"model": "torchvision:googlenet"}, "arguments": None},
+    ({"network": {"model": "torchvision:googlenet"}, "arguments": None, "images": None},
      "torchvision:googlenet cannot be built")])
 def test_a_field_of_another_type_is_one_line(changes, told, trained, tmp_path, capsys):
     content = load(trained)
