@@ -75,7 +75,10 @@ for seed in 0 1 2; do
     done
 done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
 
-trained=("$results"/{recursive,hard,soft,half,pact,lsq,all,three,dedicated_*}_seed?)
+trained=()
+for folder in "$results"/*_seed?; do  # without the evaluations
+    if [ -s "$folder/metrics.jsonl" ]; then trained+=("$folder"); fi
+done
 "$PYTHON" report.py "${trained[@]}" --output "$results/last"
 "$PYTHON" report.py "${trained[@]}" --epoch best --output "$results/best"
 if [ "$evaluated" ]; then
