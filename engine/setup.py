@@ -19,6 +19,7 @@ from models import (BitWidth, add_missing_bit_widths, build, initialize_quantize
                     layers_to_initialize, saved_bit_widths, zoo)
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
+from models.quan_ops import Quantizer
 
 
 def open_data(args: Namespace, train: bool = True) -> list[Samples | None]:
@@ -166,12 +167,21 @@ def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -
 
 
 def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
-    """Return the optimizer's groups: one of all parameters. Edit this to train some differently.
+    """Return the optimizer's groups. Edit this to train some parameters differently.
 
-    A group is a dict of "params" and, where they differ from --lr and --weight-decay, "lr" and
-    "weight_decay". The schedule multiplies each group's own learning rate.
+    Parameters of quantizers, where there are any, are without weight decay and have their
+    quantizer's lr_factor. A group is a dict of "params" and, where they differ from --lr and
+    --weight-decay, "lr" and "weight_decay". The schedule multiplies each group's own learning rate.
     """
-    return [{"params": list(model.parameters())}]
+    factors = {parameter: module.lr_factor for module in model.modules()
+               if isinstance(module, Quantizer) for parameter in module.parameters()}
+    groups = [{"params": [parameter for parameter in model.parameters()
+                          if parameter not in factors]}]
+    for factor in sorted(set(factors.values())):
+        of_factor = [parameter for parameter in model.parameters()
+                     if factors.get(parameter) == factor]
+        groups.append({"params": of_factor, "lr": factor * args.lr, "weight_decay": 0.0})
+    return groups
 
 
 def make_optimizer(args: Namespace,

@@ -1,6 +1,10 @@
 """LSQ: a learned step per layer and bit-width (Esser et al., ICLR 2020, arXiv 1902.08153).
 
 At 1 bit, which is not in the paper, weights are -s and s, and s is initialized to mean |w|.
+
+What is learned is log s, as in TQT (Jain et al., MLSys 2020, arXiv 1903.08066): Adam's updates are
+about as large as its learning rate, whatever the gradient, and so change small steps and large ones
+by the same percentage. Gradients are scaled such that SGD changes s as in the LSQ paper.
 """
 import math
 from collections.abc import Iterable
@@ -12,6 +16,8 @@ from models.bit_widths import FULL_PRECISION, BitWidth
 from models.quan_ops import (ActivationQuantizer, QuantizedLayer, Quantizer, WeightQuantizer, clamp,
                              round_ste)
 
+LR_FACTOR = 10.0  # with Adam and --lr 0.001, steps change by at most about 1 % at a time
+
 
 def lsq(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
     """Return an LSQ quantizer for a layer's weight, or for activations."""
@@ -20,13 +26,16 @@ def lsq(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
     return LSQActivation(layer, bit_widths)
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
+def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     """Return x, with its gradient multiplied by `factor`."""
-    return (x - x * factor).detach() + x * factor
+    constant = x.detach()
+    return constant + (x - constant) * factor
 
 
 class LSQWeight(WeightQuantizer):
     """Quantizes w to round(clamp(w / s, -2^(bits - 1), 2^(bits - 1) - 1)) s; at 32 bits to w."""
+
+    lr_factor = LR_FACTOR
 
     def __init__(self, layer: QuantizedLayer, bit_widths: Iterable[BitWidth]):
         super().__init__()
@@ -34,19 +43,19 @@ class LSQWeight(WeightQuantizer):
         for width in bit_widths:
             bits = layer.own_bits or width.weights
             if bits != FULL_PRECISION:
-                steps[str(width)] = initial_weight_step(layer.weight, bits)
-        self.step_dict = nn.ParameterDict(steps)
+                steps[str(width)] = initial_weight_step(layer.weight, bits).log()
+        self.log_step_dict = nn.ParameterDict(steps)
 
     def initialize(self, w: Tensor) -> None:
         if self.bits != FULL_PRECISION:
-            self.step_dict[self.width].copy_(initial_weight_step(w, self.bits))
+            self.log_step_dict[self.width].copy_(initial_weight_step(w, self.bits).log())
 
     def full_precision(self, w: Tensor) -> Tensor:
         return w
 
     def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
         largest = largest_weight(self.bits)
-        s = scale_gradient(step_of(self), 1 / math.sqrt(w.numel() * largest))
+        s = learned_step(self, w.numel() * largest)
         if self.bits == 1:
             return 2 * round_ste((clamp(w / s, -1, 1) + 1) / 2) - 1, s
         return round_ste(clamp(w / s, -largest - 1, largest)), s
@@ -55,36 +64,49 @@ class LSQWeight(WeightQuantizer):
 class LSQActivation(ActivationQuantizer):
     """Quantizes x to round(clamp(x / s, 0, 2^bits - 1)) s; at 32 bits to ReLU(x)."""
 
+    lr_factor = LR_FACTOR
+
     def __init__(self, layer: nn.Module, bit_widths: Iterable[BitWidth]):
         super().__init__()
         steps = {}
         for width in bit_widths:
             bits = layer.own_bits or width.activations
             if bits != FULL_PRECISION:
-                steps[str(width)] = torch.tensor(1 / (2**bits - 1))  # until `initialize`
-        self.step_dict = nn.ParameterDict(steps)
+                steps[str(width)] = -torch.tensor(2**bits - 1.0).log()  # until `initialize`
+        self.log_step_dict = nn.ParameterDict(steps)
 
     def initialize(self, x: Tensor) -> None:
         if self.bits != FULL_PRECISION and (x > 0).any():
-            self.step_dict[self.width].copy_(initial_step(torch.relu(x), 2**self.bits - 1))
+            step = initial_step(torch.relu(x), 2**self.bits - 1)
+            self.log_step_dict[self.width].copy_(step.log())
 
     def full_precision(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor]:
         largest = 2**self.bits - 1
-        features = x[0].numel()
-        s = scale_gradient(step_of(self), 1 / math.sqrt(features * largest))
+        s = learned_step(self, x[0].numel() * largest)
         a = clamp(x.to(s.dtype) / s, 0, largest)  # bf16 would round the step
         return round_ste(a) if rounding else a, s
 
     def step(self) -> Tensor:
-        return step_of(self).detach()
+        return log_step(self).detach().exp()
 
 
-def step_of(quantizer: Quantizer) -> Tensor:
-    """Return the step of a quantizer at its bit-width; ValueError where it has none."""
-    return quantizer.of_width(quantizer.step_dict, "lsq has no step").abs()
+def log_step(quantizer: Quantizer) -> Tensor:
+    """Return the logarithm of the step at the bit-width; ValueError where there is none."""
+    return quantizer.of_width(quantizer.log_step_dict, "lsq has no step")
+
+
+def learned_step(quantizer: Quantizer, count: int) -> Tensor:
+    """Return the step at the bit-width, its gradient scaled.
+
+    count: elements times the largest integer. The paper scales the gradient of s by count^-1/2.
+    That of log s is s times it, and s changes by s times what log s does: s^-2 undoes both.
+    """
+    log_s = log_step(quantizer)
+    scale = (-2 * log_s.detach()).exp() / (math.sqrt(count) * LR_FACTOR)
+    return scale_gradient(log_s, scale).exp()
 
 
 def largest_weight(bits: int) -> int:

@@ -24,6 +24,7 @@ class Quantizer(nn.Module):
     name ends in `_dict`, as BatchNorms in `bn_dict`.
     """
 
+    lr_factor = 1.0  # learning rate of its parameters, as a multiple of --lr
     preparing = False
 
     def __init__(self):

@@ -101,7 +101,7 @@ def test_each_layer_has_its_bits():
     set_bit_width(model, "mix")
     assert {name: model.get_submodule(name).bits for name in BITS} == BITS
     for name, bits in BITS.items():  # the quantizer's state is that of the layer's bits
-        steps = model.get_submodule(name).quantizer.step_dict
+        steps = model.get_submodule(name).quantizer.log_step_dict
         assert torch.equal(steps["mix"], steps[str(bits)]), name
     for name, bits in {"layers.0.bn0": 1, "layers.1.bn0": 2, "bn": 2}.items():
         norms = model.get_submodule(name).bn_dict  # that of the activation behind

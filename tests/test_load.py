@@ -92,7 +92,7 @@ def test_a_bit_width_that_is_asked_for(trained):
 def test_what_only_training_gives_a_quantizer_is_said():
     model = models.build("svhnq", [4, 32], 10, 1, quantizer="lsq")
     whole = model.state_dict()
-    for missing, is_said in (("step_dict", True), ("bn_dict", False)):
+    for missing, is_said in (("log_step_dict", True), ("bn_dict", False)):
         state_dict = {key: value for key, value in whole.items() if missing not in key}
         with pytest.raises(FileError, match=f"missing .*{missing}.* check --model") as caught:
             load_weights(model, state_dict, "x")
@@ -299,7 +299,7 @@ def test_weights_that_are_no_dense_numbers(kind, trained, tmp_path):
     ("fc.\x1b[31mbias\n", torch.ones(10), r"1 unexpected (fc.\x1b[31mbias\n)"),
     ("module.fc.bias", torch.ones(10), "has a key twice, with and without module."),
     ("bn.bn_dict.99.weight", torch.ones(10), "bit-width '99' does not exist"),
-    ("fc.quantizer.step_dict.99", torch.ones(1), "bit-width '99' does not exist"),
+    ("fc.quantizer.log_step_dict.99", torch.ones(1), "bit-width '99' does not exist"),
     ("bn.bn_dict.2.running_var", -torch.ones(8), "bn.bn_dict.2.running_var has variances below")])
 def test_weights_that_do_not_fit(key, value, told, trained, tmp_path, tiny_cifar10, capsys):
     content = load(trained)

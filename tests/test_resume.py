@@ -186,6 +186,17 @@ def test_groups_keep_their_own_learning_rates_and_decays(optimizer, tmp_path, ti
     assert lrs == pytest.approx([0.001, 0.001, 0.0001])
 
 
+def test_parameters_of_quantizers_have_a_group_of_their_own(tmp_path, tiny_cifar10):
+    argv = tiny(tiny_cifar10, tmp_path, "--quantizer", "lsq", "--weight-decay", 0.3, "--epochs", 1)
+    assert run(argv) == 0
+    content = load(tmp_path)
+    groups = content["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0]
+    assert [group["lr"] for group in groups] == pytest.approx([0.001, 0.01])  # lsq's lr_factor
+    steps = [name for name in content["state_dict"] if ".log_step_dict." in name]
+    assert 0 < len(steps) == len(groups[1]["params"])
+
+
 def two_groups_in_another_order(model, args):
     groups = two_groups()(model, args)
     groups[0]["params"].reverse()
