@@ -4,7 +4,7 @@ At 1 bit, which is not in the paper, weights are -s and s, and s is initialized 
 
 What is learned is log s, as in TQT (Jain et al., MLSys 2020, arXiv 1903.08066): Adam's updates are
 about as large as its learning rate, whatever the gradient, and so change small steps and large ones
-by the same percentage. Gradients are scaled such that SGD changes s as in the LSQ paper.
+by about the same percentage. The gradient of log s is the one that LSQ gives s.
 """
 import math
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from models.bit_widths import FULL_PRECISION, BitWidth
 from models.quan_ops import (ActivationQuantizer, QuantizedLayer, Quantizer, WeightQuantizer, clamp,
                              round_ste)
 
-LR_FACTOR = 10.0  # with Adam and --lr 0.001, steps change by at most about 1 % at a time
+LR_FACTOR = 10.0  # with Adam and --lr 0.001, steps change by about 1 % at a time
 
 
 def lsq(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
@@ -24,12 +24,6 @@ def lsq(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
     if isinstance(layer, QuantizedLayer):
         return LSQWeight(layer, bit_widths)
     return LSQActivation(layer, bit_widths)
-
-
-def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
-    """Return x, with its gradient multiplied by `factor`."""
-    constant = x.detach()
-    return constant + (x - constant) * factor
 
 
 class LSQWeight(WeightQuantizer):
@@ -99,14 +93,13 @@ def log_step(quantizer: Quantizer) -> Tensor:
 
 
 def learned_step(quantizer: Quantizer, count: int) -> Tensor:
-    """Return the step at the bit-width, its gradient scaled.
+    """Return the step s at the bit-width; the gradient of log s is count^-1/2 times that of s.
 
-    count: elements times the largest integer. The paper scales the gradient of s by count^-1/2.
-    That of log s is s times it, and s changes by s times what log s does: s^-2 undoes both.
+    count: elements times the largest integer.
     """
     log_s = log_step(quantizer)
-    scale = (-2 * log_s.detach()).exp() / (math.sqrt(count) * LR_FACTOR)
-    return scale_gradient(log_s, scale).exp()
+    constant = log_s.detach()
+    return constant.exp() + (log_s - constant) / math.sqrt(count)
 
 
 def largest_weight(bits: int) -> int:
@@ -115,11 +108,16 @@ def largest_weight(bits: int) -> int:
 
 
 def initial_weight_step(w: Tensor, bits: int) -> Tensor:
-    """Return the initial step of a weight."""
-    w = w.detach()
-    return w.abs().mean() if bits == 1 else initial_step(w, largest_weight(bits))
+    """Return the initial step of a weight; at 1 bit mean |w|."""
+    return positive_mean(w) if bits == 1 else initial_step(w, largest_weight(bits))
 
 
 def initial_step(x: Tensor, largest: int) -> Tensor:
     """Return the initial step 2 mean |x| / sqrt(largest integer) (section 2.1 of the paper)."""
-    return 2 * x.detach().abs().mean() / math.sqrt(largest)
+    return 2 * positive_mean(x) / math.sqrt(largest)
+
+
+def positive_mean(x: Tensor) -> Tensor:
+    """Return mean |x|, or where that is 0 a tiny number, whose logarithm is finite."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # bf16 is too coarse
+    return x.abs().mean().clamp(min=1e-30)
