@@ -4,7 +4,7 @@ At 1 bit, which is not in the paper, weights are -s and s, and s is initialized 
 
 What is learned is log s, as in TQT (Jain et al., MLSys 2020, arXiv 1903.08066): Adam's updates are
 about as large as its learning rate, whatever the gradient, and so change small steps and large ones
-by about the same percentage. The gradient of log s is the one that LSQ gives s.
+by about the same percentage. With SGD log s changes as s does in the LSQ paper.
 """
 import math
 from collections.abc import Iterable
@@ -93,13 +93,14 @@ def log_step(quantizer: Quantizer) -> Tensor:
 
 
 def learned_step(quantizer: Quantizer, count: int) -> Tensor:
-    """Return the step s at the bit-width; the gradient of log s is count^-1/2 times that of s.
+    """Return the step s at the bit-width.
 
+    The gradient of log s is count^-1/2 times that of s, as that of s in the paper, over LR_FACTOR.
     count: elements times the largest integer.
     """
     log_s = log_step(quantizer)
     constant = log_s.detach()
-    return constant.exp() + (log_s - constant) / math.sqrt(count)
+    return constant.exp() + (log_s - constant) / (math.sqrt(count) * LR_FACTOR)
 
 
 def largest_weight(bits: int) -> int:

@@ -73,8 +73,8 @@ def test_a_learned_step_is_not_rounded_to_the_type_of_bf16_activations(bits):
 
 @pytest.mark.parametrize("bits", LEVELS)
 @pytest.mark.parametrize("step", [1e-4, 0.3])
-def test_the_gradient_of_a_learned_step_by_hand(bits, step):
-    """d(s round(w / s))/ds, over sqrt(N Q), is what the logarithm of the step gets."""
+def test_sgd_changes_the_logarithm_of_a_step_as_lsq_its_step(bits, step):
+    """By -lr d(s round(w / s))/ds / sqrt(N Q)."""
     torch.manual_seed(0)
     w = step * 2**bits * torch.randn(200, dtype=torch.float64)
     layer = Conv2dQ(200, 1, 1, bias=False)
@@ -94,7 +94,8 @@ def test_the_gradient_of_a_learned_step_by_hand(bits, step):
         levels = ratio.sign()
     inside = (lowest <= ratio) & (ratio <= largest)
     expected = torch.where(inside, levels - ratio, levels) @ upstream / math.sqrt(200 * largest)
-    assert_close(parameter.grad, expected)
+    torch.optim.SGD([parameter], 0.1 * layer.quantizer.lr_factor).step()
+    assert_close(math.log(step) - parameter.detach(), 0.1 * expected)
 
 
 @pytest.mark.parametrize("step", [1e-4, 0.3])
