@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch.utils.data import Subset
 
-from dataset.data import Samples, row_of
+from dataset.data import Samples, described, row_of
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
@@ -119,14 +119,13 @@ def how_to(bits: str, args: Namespace) -> str:
 
 def image_description(args: Namespace, checkpoint: Checkpoint) -> dict:
     """Return a description of the network's images: the checkpoint's, or its data set's."""
-    images = {field: value for field, value in (checkpoint.content.get("images") or {}).items()
-              if value is not None}
+    saved = checkpoint.images(args.dataset or "")
+    images = {field: value for field, value in saved.items() if value is not None}
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
     row = row_of(name, images.get("size"))
     if args.dataset:
         images["size"] = row.image_size
-    return {"size": row.image_size, "mean": list(row.mean), "std": list(row.std),
-            "class_names": None, **images, "dataset": name}
+    return {**described(name), "class_names": None, **images, "dataset": name}
 
 
 def run_arguments(checkpoint: Checkpoint) -> dict:

@@ -76,9 +76,8 @@ for seed in 0 1 2; do
 done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
 
 trained=()
-for folder in "$results"/*_seed?; do  # without the evaluations
-    if [ -s "$folder/metrics.jsonl" ]; then trained+=("$folder"); fi
-done
+for method in "${methods[@]}"; do trained+=("$results/${method%% *}"_seed?); done
+for bits in $dedicated; do trained+=("$results/dedicated_${bits}"_seed?); done
 "$PYTHON" report.py "${trained[@]}" --output "$results/last"
 "$PYTHON" report.py "${trained[@]}" --epoch best --output "$results/best"
 if [ "$evaluated" ]; then

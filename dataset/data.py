@@ -182,6 +182,12 @@ def row_of(name: str, image_size: int | None = None) -> DataSet:
     return DATASETS[name]
 
 
+def described(name: str) -> dict:
+    """Return a description of a data set's images, as checkpoints hold it."""
+    row = DATASETS[name]
+    return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std)}
+
+
 def get_transform(name: str, train: bool, normalized: bool = True) -> transforms.Compose:
     """Return a data set's transform: PIL image -> (3, size, size) float32, or uint8 in [0, 255]."""
     row = DATASETS[name]

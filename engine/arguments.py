@@ -227,7 +227,7 @@ def add_training(add: Callable[..., None]) -> None:
     add("--optimizer", kind=SCHEDULE, default="adam",
         **choice(("adam", "adamw", "sgd"), " (momentum 0.9)"))
     add("--lr", kind=SCHEDULE, type=number(float, 0, 1e30, above=True), default=0.001,
-        help="learning rate")
+        help="learning rate; that of lsq's steps is ten times it")
     add("--schedule", kind=RUN, default="step",
         **choice(("step", "cosine"), ", of the learning rate: --lr_decay, or half a cosine over "
                  "--epochs"))
@@ -235,7 +235,7 @@ def add_training(add: Callable[..., None]) -> None:
         metavar="N,...", help="--schedule step: epochs after which the learning rate is divided by "
         '10; "" for never')
     add("--weight-decay", kind=SCHEDULE, type=number(float, 0, 1e30), default=0.0,
-        help="L2 penalty, adamw's decoupled; 0 is off")
+        help="L2 penalty, adamw's decoupled, of all but quantizers' parameters; 0 is off")
     add("--best-by", kind=RUN, default="highest", **choice(
         ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
         "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))

@@ -3,7 +3,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dataset.data import DATASETS
+from dataset.data import DATASETS, described
 from dataset.folder import is_folder
 from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
@@ -49,8 +49,10 @@ class Checkpoint:
             self.check_network(saved)
             self.arguments = {**later, **self.arguments, **saved}
         else:  # a published checkpoint
-            self.arguments["dataset"] = published.DATASET.get(self.network["name"],
-                                                              DEFAULTS["dataset"])
+            name = (self.content.get("images") or {}).get("dataset")
+            if name not in DATASETS:
+                name = published.DATASET.get(self.network["name"], DEFAULTS["dataset"])
+            self.arguments["dataset"] = name
 
     def check_network(self, saved: dict) -> None:
         """Raise FileError where the arguments are of another network than the one it holds."""
@@ -61,23 +63,42 @@ class Checkpoint:
                 raise FileError(f"{self.path}: its argument {name} is {brief(value)}, and its "
                                 f"network's is {brief(own)}: the file may be damaged")
 
+    def images(self, dataset: str) -> dict:
+        """Return a description of the images that the network was trained on; {} if not known.
+
+        dataset: to evaluate on. Where that is a folder, a published network's are taken to be those
+        of its paper.
+        """
+        saved = self.content.get("images")
+        name = self.arguments.get("dataset")
+        is_known = self.has_arguments or (is_folder(dataset)
+                                          and self.network["name"] in published.DATASET)
+        if saved or not is_known or name not in DATASETS or is_folder(name):
+            return saved or {}
+        return described(name)
+
     def follow_normalization(self, dataset: str) -> None:
-        """Make the images of folder:PATH be normalized as those that the network was trained on.
+        """Normalize images of folder:PATH as those that the network was trained on.
 
         Raises UserError for another data set whose row says otherwise.
         """
-        images = self.content.get("images") or {}
+        images = self.images(dataset)
         saved = {field: tuple(images[field]) for field in ("mean", "std") if images.get(field)}
         row = DATASETS[dataset]
-        changed = [f"{field} {flag_text(value)}, not {flag_text(getattr(row, field))}"
-                   for field, value in saved.items() if value != tuple(getattr(row, field))]
         if is_folder(dataset):
             DATASETS[dataset] = row._replace(**saved)
-        elif changed:
-            raise UserError(f"{self.path} was trained on images normalized by "
-                            f"{' and '.join(changed)} as in {dataset}'s row of dataset/data.py: "
-                            "choose the data set that it was trained on, by --dataset, or correct "
-                            "the row")
+            self.content["images"] = images or None  # for a calibrated copy
+        elif any(value != tuple(getattr(row, field)) for field, value in saved.items()):
+            raise UserError(
+                f"{self.path} was trained on {images.get('dataset')}, {normalization(saved)}, and "
+                f"the row of {dataset} in dataset/data.py says {normalization(row._asdict())}: "
+                "give the data set that it was trained on, by --dataset, or correct the row")
+
+
+def normalization(fields: dict) -> str:
+    """Return mean and standard deviation as a message says them."""
+    return " and ".join(f"{field} {', '.join(f'{value:.4g}' for value in fields[field])}"
+                        for field in ("mean", "std") if field in fields)
 
 
 def are_bit_widths(value: object) -> bool:
@@ -211,7 +232,7 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if changed:
         raise UsageError(f"{path} holds another network: {changed}; leave these flags out")
     trained = saved_bit_widths(checkpoint.content["state_dict"])
-    size = (checkpoint.content.get("images") or {}).get("size")
+    size = checkpoint.images(getattr(flags, "dataset", "")).get("size")
     if is_count(size):  # for a folder's images, whatever data set the network was trained on
         saved["image_size"] = saved.get("image_size") or size
     args = merge_args(flags, {**saved, "bit_width_list": plain(trained)})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from dataset.data import DATASETS, Samples, get_dataset
+from dataset.data import DATASETS, Samples, described, get_dataset
 from dataset.loader import Loader, make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
@@ -35,13 +35,11 @@ def open_data(args: Namespace, train: bool = True) -> list[Samples | None]:
 
 
 def describe_images(name: str, dataset: Samples) -> dict:
-    """Return a description of a data set's images, as checkpoints hold it."""
-    row = DATASETS[name]
+    """Return a description of a data set's images and classes, as checkpoints hold it."""
     names = getattr(dataset, "classes", None)
     if names:  # those of folders may be no UTF-8, which files in JSON could not hold
         names = [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
-    return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std),
-            "class_names": names or None}
+    return {**described(name), "class_names": names or None}
 
 
 def check_class_names(content: dict, path: str | Path, images: dict) -> None:
@@ -169,9 +167,10 @@ def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -
 def parameter_groups(model: torch.nn.Module, args: Namespace) -> list[dict]:
     """Return the optimizer's groups. Edit this to train some parameters differently.
 
-    Parameters of quantizers, where there are any, are without weight decay and have their
-    quantizer's lr_factor. A group is a dict of "params" and, where they differ from --lr and
-    --weight-decay, "lr" and "weight_decay". The schedule multiplies each group's own learning rate.
+    Parameters of quantizers, where there are any, have no weight decay, and a learning rate of
+    --lr times their quantizer's lr_factor. A group is a dict of "params" and, where they differ
+    from --lr and --weight-decay, "lr" and "weight_decay". The schedule multiplies each group's own
+    learning rate.
     """
     factors = {parameter: module.lr_factor for module in model.modules()
                if isinstance(module, Quantizer) for parameter in module.parameters()}

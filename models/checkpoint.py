@@ -446,11 +446,14 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
         found = "; ".join(
             f"{len(keys)} {what} ({', '.join([*map(escaped, keys[:3]), '...'][:len(keys)])})"
             for what, keys in problems.items() if keys)
-        learned = any(".quantizer." in key for key in problems["missing"])
-        hint = "; a quantizer learns its parameters at the bit-widths that are trained"
+        hint = ""
+        if any(".quantizer." in key for key in problems["missing"]):
+            hint = "; a quantizer learns its parameters at the bit-widths that are trained"
+        if any(".quantizer.step_dict." in key for key in problems["unexpected"]):
+            hint = "; it is of an older lsq, which learned other parameters: train it anew"
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
                         "--quantizer, --bit_width_list and, by its classes, --dataset"
-                        f"{hint if learned else ''}")
+                        f"{hint}")
 
     check_finite(state_dict, path)
     model.load_state_dict(state_dict)

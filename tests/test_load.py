@@ -99,6 +99,14 @@ def test_what_only_training_gives_a_quantizer_is_said():
         assert ("; a quantizer learns its parameters at" in str(caught.value)) == is_said
 
 
+def test_parameters_of_an_older_lsq_are_said():
+    model = models.build("svhnq", [4, 32], 10, 1, quantizer="lsq")
+    older = {key.replace(".log_step_dict.", ".step_dict."): value
+             for key, value in model.state_dict().items()}
+    with pytest.raises(FileError, match="it is of an older lsq"):
+        load_weights(model, older, "x")
+
+
 @pytest.mark.parametrize("older", [("network", "images", "best")])
 def test_an_older_run_s_checkpoint(older, trained, tmp_path):
     content = load(trained, "model_best")
