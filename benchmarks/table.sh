@@ -5,7 +5,7 @@
 #                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
 #   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): an estimated eleven
 #                              hours on 2 cores of an AMD EPYC
-#   fashion_methods            MBQuant's loss and LSQ beside recursive (9 runs): an estimated two
+#   fashion_methods            MBQuant's loss, LSQ and both beside recursive (12 runs): an estimated three
 #                              hours there
 #   nine_widths                nine bit-widths on digits, all or three a step (6 runs): half an hour there
 #   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive, LSQ and
@@ -30,7 +30,8 @@ case "$table" in
         set -- --epochs 30 --lr_decay 15,24,28 "${@:2}" ;;
     fashion_methods)
         export recipe=fashion
-        methods=("recursive --loss recursive" "half --loss half" "lsq --quantizer lsq")
+        methods=("recursive --loss recursive" "half --loss half" "lsq --quantizer lsq"
+            "half_lsq --loss half --quantizer lsq")
         dedicated=
         shift ;;
     nine_widths)
