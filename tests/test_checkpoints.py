@@ -10,6 +10,7 @@ from runs import assert_one_line, assert_same, evaluation, load, run, snapshot, 
 import reference
 import report
 import tiny_data
+from dataset.data import DATASETS
 from engine import published
 from engine.run_folder import read_metrics
 from models import MODELS, add_missing_bit_widths, calibrate, set_bit_width
@@ -187,6 +188,9 @@ def test_model_is_given_where_the_checkpoint_does_not_name_it(trained, tmp_path,
 
 def test_other_classes_do_not_fit(trained, tmp_path, monkeypatch, capsys):
     tiny_data.cifar100(tmp_path / "data100", monkeypatch)
+    ten = DATASETS["cifar10"]
+    hundred = DATASETS["cifar100"]._replace(mean=ten.mean, std=ten.std)
+    monkeypatch.setitem(DATASETS, "cifar100", hundred)
     assert run(["--evaluate", "--pretrain", trained, "--dataset", "cifar100",
                 "--data-dir", tmp_path / "data100"]) == 1
     assert_one_line(capsys, "has 10 classes and cifar100 has 100: choose the data set", "--dataset")
