@@ -5,8 +5,8 @@
 #                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
 #   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): an estimated eleven
 #                              hours on 2 cores of an AMD EPYC
-#   fashion_methods            MBQuant's loss, LSQ and both beside recursive (12 runs): an estimated three
-#                              hours there
+#   fashion_methods            MBQuant's loss, LSQ and both beside recursive (12 runs): an estimated
+#                              three hours there
 #   nine_widths                nine bit-widths on digits, all or three a step (6 runs): half an hour there
 #   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive, LSQ and
 #                              dedicated (21 runs each)

@@ -73,9 +73,9 @@ class Checkpoint:
         name = self.arguments.get("dataset")
         is_known = self.has_arguments or (is_folder(dataset)
                                           and self.network["name"] in published.DATASET)
-        if saved or not is_known or name not in DATASETS or is_folder(name):
-            return saved or {}
-        return described(name)
+        if saved:
+            return saved
+        return described(name) if is_known and name in DATASETS and not is_folder(name) else {}
 
     def follow_normalization(self, dataset: str) -> None:
         """Normalize images of folder:PATH as those that the network was trained on.

@@ -452,8 +452,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
         if any(".quantizer.step_dict." in key for key in problems["unexpected"]):
             hint = "; it is of an older lsq, which learned other parameters: train it anew"
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
-                        "--quantizer, --bit_width_list and, by its classes, --dataset"
-                        f"{hint}")
+                        f"--quantizer, --bit_width_list and, by its classes, --dataset{hint}")
 
     check_finite(state_dict, path)
     model.load_state_dict(state_dict)

@@ -27,6 +27,13 @@ def double(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def with_lsq(layer, bits):
+    """Give a layer an LSQ quantizer of one bit-width, and return it."""
+    layer.quantizer = lsq(layer, [BitWidth(bits)])
+    layer.switch_bit_width(BitWidth(bits))
+    return layer
+
+
 @pytest.mark.parametrize("bits", LEVELS)
 def test_activation_by_hand(bits):
     n, six_tenths, half, _ = LEVELS[bits]
@@ -57,9 +64,7 @@ def test_activation_keeps_what_is_not_a_number():
 @pytest.mark.parametrize("bits", LEVELS)
 def test_a_learned_step_is_not_rounded_to_the_type_of_bf16_activations(bits):
     x = torch.linspace(-0.5, 4, 1001).bfloat16()
-    layer = ActivationQ()
-    layer.quantizer = lsq(layer, [BitWidth(bits)])
-    layer.switch_bit_width(BitWidth(bits))
+    layer = with_lsq(ActivationQ(), bits)
     for clip in torch.linspace(0.5, 3, 50):
         with torch.no_grad():
             for parameter in layer.parameters():
@@ -79,8 +84,7 @@ def test_sgd_changes_the_logarithm_of_a_step_as_lsq_its_step(bits, step):
     w = step * 2**bits * torch.randn(200, dtype=torch.float64)
     layer = Conv2dQ(200, 1, 1, bias=False)
     layer.weight = torch.nn.Parameter(w.view(1, 200, 1, 1))
-    layer.quantizer = lsq(layer, [BitWidth(bits)])
-    layer.switch_bit_width(BitWidth(bits))
+    with_lsq(layer, bits)
     parameter, = layer.quantizer.parameters()
     parameter.data = torch.tensor(step, dtype=torch.float64).log()
     upstream = torch.randn(200, dtype=torch.float64)
@@ -100,9 +104,7 @@ def test_sgd_changes_the_logarithm_of_a_step_as_lsq_its_step(bits, step):
 
 @pytest.mark.parametrize("step", [1e-4, 0.3])
 def test_adam_changes_small_and_large_learned_steps_by_the_same_percentage(step):
-    layer = ActivationQ()
-    layer.quantizer = lsq(layer, [BitWidth(8)])
-    layer.switch_bit_width(BitWidth(8))
+    layer = with_lsq(ActivationQ(), 8)
     parameter, = layer.quantizer.parameters()
     parameter.data.fill_(math.log(step))
     layer(torch.full((2, 3), 300 * step)).sum().backward()  # beyond the clip: a lower step
@@ -113,14 +115,12 @@ def test_adam_changes_small_and_large_learned_steps_by_the_same_percentage(step)
 def test_a_weight_of_zeros_has_a_learned_step():
     layer = Conv2dQ(3, 2, 1)
     layer.weight.data.zero_()
-    layer.quantizer = lsq(layer, [BitWidth(4)])
-    layer.switch_bit_width(BitWidth(4))
+    with_lsq(layer, 4)
     assert not layer.quantized_weight().any()
 
 
 def test_a_learned_step_at_a_bit_width_that_has_none():
-    layer = ActivationQ()
-    layer.quantizer = lsq(layer, [BitWidth(4)])
+    layer = with_lsq(ActivationQ(), 4)
     layer.switch_bit_width(BitWidth(2))
     with pytest.raises(ValueError, match="lsq has no step for"):
         layer(torch.ones(3))
