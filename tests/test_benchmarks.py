@@ -142,6 +142,27 @@ def test_paired_test_by_hand():
     assert "+1.100 ± 0.058 over 3 seeds, p = 0.0027: differs" in line
 
 
+def test_accuracy_over_seeds_by_hand(tmp_path, monkeypatch, capsys):
+    """Mean ± standard error, of differences seed by seed; finished runs are not trained again."""
+    last = {"default": 1.0, "reference": 0.0}
+    monkeypatch.setattr(accuracy, "trained", lambda program, folder, flags: {
+        "2": [90.0, 90, 90, 90, 90 + int(flags[-1])],
+        "w2a4": [95.0] * 4 + [95 + last[folder.name.split("_")[0]] * int(flags[-1])]})
+    options = accuracy.parse_args(["--seeds", "3", "--jobs", "2", "--folder", str(tmp_path)])
+    differences = accuracy.main(options)
+    assert differences == {"2": [0, 0, 0], "w2a4": pytest.approx([0, 0.2, 0.4])}
+    table = capsys.readouterr().out
+    for row in ("| last epoch, default | 91.00 ± 0.58 | 96.00 ± 0.58 |",
+                "| last epoch, default less reference | +0.00 ± 0.00 | +1.00 ± 0.58 |",
+                "| mean of the last five, reference | 90.20 ± 0.12 | 95.00 ± 0.00 |",
+                "| mean of the last five, default less reference | +0.00 ± 0.00 | +0.20 ± 0.12 |"):
+        assert row in table
+    assert "+0.100 ± 0.058 over 3 seeds, p = 0.23: no difference shows" in table
+    monkeypatch.delattr(accuracy, "trained")
+    assert accuracy.main(options) == differences
+    assert capsys.readouterr().out == table
+
+
 def test_accuracy_fails_by_chance_as_rarely_as_said():
     draws = 0.5 * torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) - 0.3
     alarms = sum(gpu_checks.shown_below(row, -0.3, 0.05) for row in draws.tolist())
