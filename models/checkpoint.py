@@ -2,9 +2,9 @@
 
 A checkpoint is a dict. Besides `state_dict` it holds `network`, the arguments that build its
 network: model, width, classes, all_conv, quantizer, bit_widths, keep, and assignments, where it has
-some; and `images`, a description of the images that it was trained on: dataset, size, mean, std,
-class_names (or None). Older and published checkpoints lack both: what is missing is inferred from
-the shapes of their weights.
+some; and `images`, a description of the images that it was trained on: dataset, size, transforms
+of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack both: what
+is missing is inferred from the shapes of their weights.
 """
 import hashlib
 import os
@@ -85,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict:
     cannot be read, or its weights or what describes network and images are of another type.
     """
     if Path(path).exists() and not Path(path).is_file():  # reading a pipe could last for ever
-        raise FileError(f"{path} is no file but a folder, a pipe or a device: give a checkpoint")
+        raise FileError(f"{path} is not a file but a folder, a pipe or a device: give a checkpoint")
     if packed.is_packed(path):
         try:
             content = packed.read_checkpoint(path)
@@ -208,6 +208,7 @@ def check_images(images: dict, path: str | Path) -> None:
     for field, is_right, what in (
             ("dataset", is_text, "the name of a data set"),
             ("size", is_count, "a number of pixels"),
+            ("transforms", is_text, "the names of transforms"),
             ("mean", is_three_numbers, "three numbers"),
             ("std", is_three_positive, "three numbers above 0"),
             ("class_names", is_names, "a list of names")):
@@ -370,7 +371,7 @@ def saved_assignments(saved: object, path: str | Path) -> list[Assignment]:
     try:
         assignments = list(map(Assignment.of, saved)) if isinstance(saved, list) else None
         if assignments is None:
-            raise ValueError(f"{brief(saved)} is no list")
+            raise ValueError(f"{brief(saved)} is not a list")
         if assignments:
             check_assignments(assignments)
     except ValueError as error:
@@ -449,7 +450,8 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
         hint = ""
         if any(".quantizer." in key for key in problems["missing"]):
             hint = "; a quantizer learns its parameters at the bit-widths that are trained"
-        if any(".quantizer.step_dict." in key for key in problems["unexpected"]):
+        if any(f".quantizer.{name}." in key for key in problems["unexpected"]
+               for name in ("step_dict", "log_step_dict")):
             hint = "; it is of an older lsq, which learned other parameters: train it anew"
         raise FileError(f"{path} does not fit the model: {found}; check --model, --width, "
                         f"--quantizer, --bit_width_list and, by its classes, --dataset{hint}")

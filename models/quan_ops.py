@@ -58,7 +58,7 @@ class Quantizer(nn.Module):
     def of_width(self, parameters: nn.ParameterDict, name: str) -> Tensor:
         """Return the parameter of the current bit-width; ValueError where it has none.
 
-        name: of quantizer and parameter, for the message, such as "lsq has no step".
+        name: of quantizer and parameter, for the message, such as "lsq has no step size".
         """
         if self.width not in parameters:
             raise ValueError(f"{name} for {self.bits} bits at bit-width {self.width}: build the "

@@ -77,9 +77,9 @@ def network(name, bit_widths, all_conv=False, change="none"):
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer) and change.weight_quantizer:
                 layer.quantizer = change.weight_quantizer()
-            if isinstance(layer, nn.ParameterDict):  # logarithms of the quantizers' steps
-                for log_step in layer.values():
-                    log_step += torch.empty(()).uniform_(0.6, 1.4).log()
+            if isinstance(layer, nn.ParameterDict):  # logarithms of lsq's ranges
+                for log_range in layer.values():
+                    log_range += torch.empty(()).uniform_(0.6, 1.4).log()
             if isinstance(layer, nn.BatchNorm2d):
                 layer.weight.uniform_(-0.2, 1)
                 layer.bias.uniform_(-0.2, 0.6)

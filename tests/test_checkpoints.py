@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.testing import assert_close
 from runs import assert_one_line, assert_same, evaluation, load, run, snapshot, tiny
 
 import reference
@@ -13,8 +14,8 @@ import tiny_data
 from dataset.data import DATASETS
 from engine import published
 from engine.run_folder import read_metrics
-from models import MODELS, add_missing_bit_widths, calibrate, set_bit_width
-from models.quan_ops import SwitchableBatchNorm2d
+from models import MODELS, add_missing_bit_widths, build, calibrate, set_bit_width
+from models.quan_ops import Quantizer, SwitchableBatchNorm2d
 from small_networks import Bottlenecks, ResNet8
 
 
@@ -37,6 +38,25 @@ def test_a_missing_bit_width_starts_as_the_nearest():
         "bn.bn_dict.3.weight": 4, "bn.bn_dict.8.weight": 4, "bn.bn_dict.32.weight": 32}
 
 
+def test_a_missing_bit_width_of_lsq_has_the_range_of_the_nearest():
+    trained = build("svhnq", [2, 8, 32], 10, 1, quantizer="lsq")
+    model = build("svhnq", [2, 6, 8, 32], 10, 1, quantizer="lsq")
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.ndim == 0:
+                parameter.uniform_(-1, 1)  # logarithms of ranges
+    model.load_state_dict(add_missing_bit_widths(trained.state_dict(), model)[0])
+    quantizers = [layer for layer in model.modules() if isinstance(layer, Quantizer)]
+    largest = {}
+    for bits in (2, 6, 8):
+        set_bit_width(model, bits)
+        products = [integers * scale for integers, scale in
+                    (quantizer.integers(torch.full((1, 1), 100.0)) for quantizer in quantizers)]
+        largest[bits] = torch.cat(products).detach()
+    assert_close(largest[6], largest[8])
+    assert not any(largest[2] == largest[8])
+
+
 @pytest.mark.parametrize("kind, size", [(ResNet8, 32), (Bottlenecks, 64), (MODELS["svhnq"], 40)])
 def test_calibration_averages_over_the_batches_and_touches_nothing_else(kind, size):
     model = reference.fill(kind([2, 3, 32], width=1).double(), seed=0)
@@ -50,8 +70,8 @@ def test_calibration_averages_over_the_batches_and_touches_nothing_else(kind, si
     hook.remove()
     mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
     var = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0)
-    torch.testing.assert_close(first.bn_dict["3"].running_mean, mean)
-    torch.testing.assert_close(first.bn_dict["3"].running_var, var)
+    assert_close(first.bn_dict["3"].running_mean, mean)
+    assert_close(first.bn_dict["3"].running_var, var)
 
     for key, value in model.state_dict().items():
         moved = ".bn_dict.3.running_" in f".{key}"
@@ -253,7 +273,7 @@ def bad_sources(trained, folder, url):
     (folder / "empty").mkdir()
     os.mkfifo(folder / "pipe")
     sources = {
-        "a pipe": (folder / "pipe", "is no file but a folder, a pipe or a device"),
+        "a pipe": (folder / "pipe", "is not a file but a folder, a pipe or a device"),
         "no file": (folder / "none.pth.tar", "does not exist"),
         "unknown name": ("resnet20q_3", "does not exist: give a file, a results folder, a URL, or "
                                         "a published name"),

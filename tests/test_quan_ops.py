@@ -68,7 +68,7 @@ def test_a_learned_step_is_not_rounded_to_the_type_of_bf16_activations(bits):
     for clip in torch.linspace(0.5, 3, 50):
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter.copy_((clip / (2**bits - 1)).log())
+                parameter.copy_(clip.log())
         integers, scale = layer.quantizer.integers(x)
         expected = (x.double().clamp(0, clip) / scale.double()).round()
         assert integers.dtype == torch.float32 and integers.max() == 2**bits - 1
@@ -78,7 +78,7 @@ def test_a_learned_step_is_not_rounded_to_the_type_of_bf16_activations(bits):
 
 @pytest.mark.parametrize("bits", LEVELS)
 @pytest.mark.parametrize("step", [1e-4, 0.3])
-def test_sgd_changes_the_logarithm_of_a_step_as_lsq_its_step(bits, step):
+def test_sgd_changes_the_logarithm_of_a_range_as_lsq_its_step(bits, step):
     """By -lr d(s round(w / s))/ds / sqrt(N Q)."""
     torch.manual_seed(0)
     w = step * 2**bits * torch.randn(200, dtype=torch.float64)
@@ -86,11 +86,11 @@ def test_sgd_changes_the_logarithm_of_a_step_as_lsq_its_step(bits, step):
     layer.weight = torch.nn.Parameter(w.view(1, 200, 1, 1))
     with_lsq(layer, bits)
     parameter, = layer.quantizer.parameters()
-    parameter.data = torch.tensor(step, dtype=torch.float64).log()
+    largest = max(1, 2**(bits - 1) - 1)
+    parameter.data = torch.tensor(step * largest, dtype=torch.float64).log()
     upstream = torch.randn(200, dtype=torch.float64)
     (layer.quantized_weight().flatten() @ upstream).backward()
 
-    largest = max(1, 2**(bits - 1) - 1)
     lowest = -1 if bits == 1 else -largest - 1
     ratio = w / step
     levels = ratio.clamp(lowest, largest).round()
@@ -99,17 +99,17 @@ def test_sgd_changes_the_logarithm_of_a_step_as_lsq_its_step(bits, step):
     inside = (lowest <= ratio) & (ratio <= largest)
     expected = torch.where(inside, levels - ratio, levels) @ upstream / math.sqrt(200 * largest)
     torch.optim.SGD([parameter], 0.1 * layer.quantizer.lr_factor).step()
-    assert_close(math.log(step) - parameter.detach(), 0.1 * expected)
+    assert_close(math.log(step * largest) - parameter.detach(), 0.1 * expected)
 
 
 @pytest.mark.parametrize("step", [1e-4, 0.3])
 def test_adam_changes_small_and_large_learned_steps_by_the_same_percentage(step):
     layer = with_lsq(ActivationQ(), 8)
     parameter, = layer.quantizer.parameters()
-    parameter.data.fill_(math.log(step))
+    parameter.data.fill_(math.log(255 * step))
     layer(torch.full((2, 3), 300 * step)).sum().backward()  # beyond the clip: a lower step
     torch.optim.Adam([parameter], 0.01).step()
-    assert math.log(step) - parameter.item() == pytest.approx(0.01, rel=1e-3)
+    assert math.log(255 * step) - parameter.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_weight_of_zeros_has_a_learned_step():
@@ -122,7 +122,7 @@ def test_a_weight_of_zeros_has_a_learned_step():
 def test_a_learned_step_at_a_bit_width_that_has_none():
     layer = with_lsq(ActivationQ(), 4)
     layer.switch_bit_width(BitWidth(2))
-    with pytest.raises(ValueError, match="lsq has no step for"):
+    with pytest.raises(ValueError, match="lsq has no step size for"):
         layer(torch.ones(3))
 
 

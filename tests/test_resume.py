@@ -193,8 +193,8 @@ def test_parameters_of_quantizers_have_a_group_of_their_own(tmp_path, tiny_cifar
     groups = content["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0]
     assert [group["lr"] for group in groups] == pytest.approx([0.001, 0.01])  # lsq's lr_factor
-    steps = {name for name in content["state_dict"] if ".log_step_dict." in name}
-    assert steps and set(groups[1]["param_names"]) == steps
+    ranges = {name for name in content["state_dict"] if ".log_range_dict." in name}
+    assert ranges and set(groups[1]["param_names"]) == ranges
 
 
 def two_groups_in_another_order(model, args):
@@ -566,7 +566,7 @@ def test_pretrain_starts_from_those_weights_prefixed_or_not(trained, tmp_path, t
             assert_same(after[0][key], value)
 
 
-def test_pretrain_with_other_bit_widths_says_what_it_initialised(trained, tmp_path, tiny_cifar10,
+def test_pretrain_with_other_bit_widths_says_what_it_initialized(trained, tmp_path, tiny_cifar10,
                                                                  capsys):
     argv = tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1, "--lr", "1e-30", "--pretrain", trained)
     assert run([*argv, "--bit_width_list", "4,8,32"]) == 0
