@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch.utils.data import Subset
 
-from dataset.data import Samples, described, row_of
+from dataset.data import Samples, described, row_of, text_of
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
@@ -124,7 +124,7 @@ def image_description(args: Namespace, checkpoint: Checkpoint) -> dict:
     name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
     row = row_of(name, images.get("size"))
     if args.dataset:
-        images["size"] = row.image_size
+        images.update(size=row.image_size, transforms=text_of(row.eval))
     return {**described(name), "class_names": None, **images, "dataset": name}
 
 
@@ -191,13 +191,13 @@ def report_check(args: Namespace, stem: str, exported: files.Exported, model: to
     for name, found in results.items():
         missed = check.shortfall(found)
         if missed:
-            print(f"on this CPU the files fall short of the network in {name}: {missed}; 8 bits "
-                  "need VNNI there (docs/deploy.md)")
+            print(f"on this CPU the files fall short of the network in {name}: {missed} (8 bits "
+                  "need a CPU with VNNI there, see docs/deploy.md)")
         else:
             agreed = sum(round(values["agree"] * values["images"] / 100)
                          for values in found.values())
             total = sum(values["images"] for values in found.values())
-            print(f"check passed in {name}: {agreed} of {total} answers agree")
+            print(f"check passed in {name}: {agreed} of {total} predictions agree")
 
 
 def in_openvino(args: Namespace, exported: files.Exported, model: torch.nn.Module, about: dict,
@@ -221,15 +221,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--format", choices=files.FORMATS, required=True, help="packed: for this project, bit for "
         "bit; onnx: for ONNX Runtime, OpenVINO and others")
     add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, and names of "
-        "assignments; or any: one file that switches; default: all that the network has")
-    add("--output", type=path_text, required=True, metavar="FILE", help="of several bit-widths "
-        "onnx writes a file each: net.onnx is net_4.onnx")
+        "assignments; or any: one file that switches; default: the network's bit-widths of 1 to 8, "
+        "and its assignments")
+    add("--output", type=path_text, required=True, metavar="FILE", help="onnx writes a file for "
+        "each bit-width: of net.onnx net_1.onnx, net_4.onnx")
     add("--input", choices=files.INPUTS, default="float32", help="float32: normalized images (N, "
         "3, H, W); uint8: images as they are (N, H, W, 3), which an ONNX file normalizes")
     add("--check", type=number(int, 1), metavar="N", help="compare with the network on N images of "
-        "the validation split, not on 16 random ones; exit code 1 where a file falls short")
-    add("--benchmark", action="store_true", help="measure against float32 and the int8 that the "
-        "runtimes' own tools make of it after training")
+        "the validation split, not on 16 random ones; exit code 1, and no file, if it falls short, "
+        "in ONNX Runtime if it is of onnx; how it does in OpenVINO is only reported")
+    add("--benchmark", action="store_true", help="also measure speed and accuracy against "
+        "float32 and the int8 that the runtimes' own tools make of it after training")
     add("--dataset", type=dataset_name, metavar="NAME", help="data set to check on; "
         "default: that of the checkpoint")
     add("--data-dir", type=path_text,

@@ -76,8 +76,8 @@ def main(args: Namespace) -> Path | None:
                     "seed": args.seed}
         path = read_path(run.path / "path.json", identity)
         log.info(f"searching bits for {len(search.units)} layers of {checkpoint.path}, of "
-                 f"{flag_text(bit_widths)} bits: answers on {count} training images, BatchNorm of "
-                 f"{sum(map(len, calibration))} others")
+                 f"{flag_text(bit_widths)} bits: predictions on {count} training images, BatchNorm "
+                 f"of {sum(map(len, calibration))} others")
         if path:
             log.info(f"going on after {len(path) - 1} steps, in {run.path}")
 
@@ -247,9 +247,9 @@ def path_table(path: list[Step], uniform: dict[BitWidth, Step], found: dict[str,
         lines.append(row(str(place), ", ".join(step.unit), width, step, budgets))
     for width, step in uniform.items():
         lines.append(row("", "all", str(width), step, ""))
-    return ("\n".join(lines) + "\n\ndivergence (Kullback-Leibler, from the answers of the highest "
-            "bit-width) and top-1 on training images that were held out for the search; the "
-            "bit-widths in the last rows have their own BatchNorms\n")
+    return ("\n".join(lines) + "\n\ndivergence (Kullback-Leibler, from the predictions of the "
+            "highest bit-width) and top-1 on training images that were held out for the search; "
+            "the bit-widths in the last rows have their own BatchNorms\n")
 
 
 def draw(path: Path, steps: list[Step], uniform: dict[BitWidth, Step], found: dict[str, Step],
@@ -293,7 +293,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--cost", nargs="?", const="highest", metavar="BITS", help="print what each layer costs at "
         "a bit-width, or an assignment of the checkpoint, and search nothing")
     add("--images", type=number(int, 1), default=2000, metavar="N", help="training images held out "
-        "to compare answers on, and as many others to calibrate on; at most half of the split")
+        "to compare predictions on, and as many others to calibrate on; at most half of the split")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed that draws the images")
     add("--results-dir", type=path_text, help="folder of the search; the same command goes on with "
         "what is there; default: results/NAME_search, named after the run")
@@ -325,7 +325,7 @@ def parse_budget(text: str) -> Budget:
         if not 0 < value < 1e18:
             raise ValueError
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no budget: give a number above 0, a share such as "
+        raise ArgumentTypeError(f"{text!r} is not a budget: give a number above 0, a share such as "
                                 "25%, or a bit-width such as 4bit") from None
     is_fraction = text.endswith("%")
     return Budget(text, value / 100 if is_fraction else value, is_fraction)

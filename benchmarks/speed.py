@@ -49,7 +49,7 @@ def medians(functions, repeats):
 def seconds_a_step(runs, options):
     """Return the median time of a step of each run."""
     for run in runs:
-        run.steps(5)  # lazy initialisation, compiling
+        run.steps(5)  # lazy initialization, compiling
     return medians([lambda run=run: run.steps(options.steps) for run in runs], options.repeats)
 
 

@@ -5,8 +5,8 @@
 #                              an hour, and an hour and a half, on 2 cores of an Intel Xeon
 #   fashion30                  recursive, hard and dedicated, 30 epochs (21 runs): an estimated eleven
 #                              hours on 2 cores of an AMD EPYC
-#   fashion_methods            MBQuant's loss, LSQ and both beside recursive (12 runs): an estimated
-#                              three hours there
+#   fashion_methods            MBQuant's loss, LSQ and both beside recursive, and dedicated with LSQ
+#                              (27 runs): an estimated four hours there
 #   nine_widths                nine bit-widths on digits, all or three a step (6 runs): half an hour there
 #   resnet18, mobilenet_v2     torchvision's, converted, on digits, recursive, LSQ and
 #                              dedicated (21 runs each)
@@ -18,7 +18,7 @@ set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
 cd "$here"
 shopt -s nullglob
-table=${1:-} methods=() dedicated="1 2 4 8 32" evaluated=
+table=${1:-} methods=() dedicated="1 2 4 8 32" dedicated_flags= evaluated=
 case "$table" in
     digits | fashion)
         export recipe=$table
@@ -32,7 +32,7 @@ case "$table" in
         export recipe=fashion
         methods=("recursive --loss recursive" "half --loss half" "lsq --quantizer lsq"
             "half_lsq --loss half --quantizer lsq")
-        dedicated=
+        dedicated_flags="--quantizer lsq"
         shift ;;
     nine_widths)
         export recipe=digits
@@ -72,7 +72,8 @@ for seed in 0 1 2; do
         echo "one_run $results/${name}_seed$seed $flags --seed $seed $*"
     done
     for bits in $dedicated; do
-        echo "one_run $results/dedicated_${bits}_seed$seed --seed $seed --bit_width_list $bits $*"
+        echo "one_run $results/dedicated_${bits}_seed$seed $dedicated_flags --seed $seed" \
+            "--bit_width_list $bits $*"
     done
 done | xargs -d '\n' -P "${JOBS:-2}" -I COMMAND bash -c COMMAND
 

@@ -4,13 +4,13 @@ import gzip
 import os
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, transforms
 
@@ -185,7 +185,14 @@ def row_of(name: str, image_size: int | None = None) -> DataSet:
 def described(name: str) -> dict:
     """Return a description of a data set's images, as checkpoints hold it."""
     row = DATASETS[name]
-    return {"dataset": name, "size": row.image_size, "mean": list(row.mean), "std": list(row.std)}
+    return {"dataset": name, "size": row.image_size, "transforms": text_of(row.eval),
+            "mean": list(row.mean), "std": list(row.std)}
+
+
+def text_of(steps: Sequence[Callable]) -> str:
+    """Return what transforms are, as torchvision says it, such as `CenterCrop(size=(224, 224))`."""
+    return ", ".join(repr(step) if isinstance(step, nn.Module) else
+                     getattr(step, "__name__", type(step).__name__) for step in steps)
 
 
 def get_transform(name: str, train: bool, normalized: bool = True) -> transforms.Compose:

@@ -63,7 +63,7 @@ def open_folder(root: str | Path, split: str) -> ClassFolders:
         folder = Path(root, split) if parts else Path(root)
         dataset = ClassFolders(folder, loader=load_image)
     except OSError as error:
-        raise DataError(f"{root} is no folder of images ({one_line(error)}): give --dataset "
+        raise DataError(f"{root} is not a folder of images ({one_line(error)}): give --dataset "
                         f"{PREFIX}PATH, whose PATH holds a folder of images per class, or train/ "
                         "and val/ with such folders") from None
     check_flat(dataset)

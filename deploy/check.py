@@ -11,14 +11,14 @@ from models import Width, set_bit_width
 from models.quan_ops import ActivationQ
 from utils import progress, write_json, write_text
 
-AGREE = 99.5  # % of the answers that must agree
+AGREE = 99.5  # % of the predictions that must agree
 POINTS = 0.1  # largest difference of top-1 in %, or one image where that is more
 BATCH = 64
 RELATIVE = 1e-4  # of the mean logit: a smaller mean difference from float64 is rounding
 ALLOWED = 3  # images that rounding may move further than that, and FREQUENCY of all others
 FREQUENCY = 0.02
 COLUMNS = {  # heading of the table: (key of a result, format)
-    "answers that agree (%)": ("agree", ".2f"),
+    "predictions that agree (%)": ("agree", ".2f"),
     "top-1 (%), file": ("top1", ".2f"), "network": ("network_top1", ".2f"),
     "logits, mean difference from float64": ("mean64", ".1e"),
     "torch float32's": ("torch_mean64", ".1e"), "largest": ("largest64", ".1e"),
@@ -115,7 +115,7 @@ def shortfall(results: Results) -> str:
                 f"at {bits} bits its logits are off by {values['relative']:.1g} of the network's, "
                 f"in {values['flipped']} of {values['images']} images by more than rounding")
         elif values["agree"] < AGREE and (1 - values["agree"] / 100) * values["images"] > 1.5:
-            shortfalls.append(f"at {bits} bits {values['agree']:.2f} % of answers agree, and "
+            shortfalls.append(f"at {bits} bits {values['agree']:.2f} % of predictions agree, and "
                               f"{AGREE} % must")
         elif abs(values.get("top1", 0) - values.get("network_top1", 0)) > max(
                 POINTS, 100 / values["images"]) + 1e-9:

@@ -40,9 +40,9 @@ def export(model: nn.Module, path: str | Path,
     in the network, or its assignments; None for all of its integer ones and all assignments; "any"
     for one file of all of them, in onnx without the assignments. format: packed or onnx. input:
     "uint8" for an ONNX file whose input is images of 0 to 255, (N, H, W, 3), which it normalizes.
-    about_images: their size, mean, std, and where known dataset and class_names; None for
-    model.images. images, labels: normalized (N, 3, H, W) float32 and (N,) to compare on; None for
-    random images. arguments: of the run, for a packed file.
+    about_images: their size, mean, std, and where known dataset, transforms and class_names; None
+    for model.images. images, labels: normalized (N, 3, H, W) float32 and (N,) to compare on; None
+    for random images. arguments: of the run, for a packed file.
 
     Raises ValueError where the format cannot represent the network or a file falls short of it, and
     OSError where a file exists or cannot be written. Then nothing is left behind.
@@ -146,7 +146,8 @@ def write_packed(model: nn.Module, widths: list[Width], path: Path, is_any: bool
     """Write a packed file, of all of 1 to 8 bits where is_any."""
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
     packed.save(model, widths, path, {
-        **spec, "image_size": about["size"], "mean": about.get("mean"), "std": about.get("std"),
+        **spec, "image_size": about["size"], "transforms": about.get("transforms"),
+        "mean": about.get("mean"), "std": about.get("std"),
         "class_names": about.get("class_names"), "calibrated": getattr(model, "calibrated", []),
         "arguments": {**(arguments or {}), "dataset": about.get("dataset")}},
         packed.ANY if is_any else None)
@@ -161,7 +162,8 @@ def write_onnx(model: nn.Module, written: dict[Width, Path], is_any: bool, about
     if input == "uint8":
         pixels = about["mean"], about["std"]
     metadata = {"model": model.spec["model"] if hasattr(model, "spec") else type(model).__name__,
-                "dataset": about.get("dataset") or "", "size": about["size"], "input": input,
+                "dataset": about.get("dataset") or "", "size": about["size"],
+                "transforms": about.get("transforms") or "", "input": input,
                 "mean": about.get("mean"), "std": about.get("std"),
                 "class_names": about.get("class_names"), "commit": commit() or ""}
     for path in dict.fromkeys(written.values()):

@@ -140,7 +140,7 @@ def source(text: str) -> str | None:
 
 class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if any(action.default is value for value in (None, False, argparse.SUPPRESS)):
             return action.help
         return f"{action.help} (default: {flag_text(action.default)})"
 

@@ -1,4 +1,5 @@
-"""The search for bits per layer: lower one layer at a time, the one that changes answers least."""
+"""The search for bits per layer: lower one layer at a time, the one that changes predictions least.
+"""
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -18,8 +19,8 @@ NAME = "search"  # of the assignment that is tried
 class Step(NamedTuple):
     """A point of the path. unit: the layers that were lowered to get there, none for the first.
 
-    layers: {layer: bit-width} of all that are not at the highest. divergence: of its answers from
-    those of the highest bit-width. cost: as `totals` gives it.
+    layers: {layer: bit-width} of all that are not at the highest. divergence: of its predictions
+    from those of the highest bit-width. cost: as `totals` gives it.
     """
     unit: list[str]
     layers: dict[str, BitWidth]
@@ -44,8 +45,8 @@ class Search:
     """Greedy descent from all layers at the highest of `bit_widths`.
 
     bit_widths: integer ones. calibration: batches of images (N, 3, H, W) over which BatchNorm is
-    re-estimated. held_out: batches of (images, labels) on which answers are compared. by: the field
-    of a cost that is to fall.
+    re-estimated. held_out: batches of (images, labels) on which predictions are compared. by: the
+    field of a cost that is to fall.
 
     What is compared is the Kullback-Leibler divergence of the probabilities from those of the
     highest bit-width, not the loss: on training images, which the network knows, a bit-width may
@@ -94,7 +95,7 @@ class Search:
         hits = [own.argmax(1) == labels for own, (_, labels) in zip(found, self.held_out)]
         divergence = torch.cat(divergences).mean().item()
         if not math.isfinite(divergence):
-            raise UserError(f"at {width} the network's answers are not finite: take another "
+            raise UserError(f"at {width} the network's logits are not finite: take another "
                             "checkpoint")
         return divergence, 100 * torch.cat(hits).double().mean().item()
 

@@ -24,7 +24,7 @@ def check_launch() -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_MAX_RESTARTS"):
         text = os.environ.get(name)
         if text and not text.isdecimal():
-            raise ProcessError(f"{name} is {text!r} in the environment, and no whole number from 0 "
+            raise ProcessError(f"{name} is {text!r} in the environment, not a whole number from 0 "
                                "up: unset it, or start with torchrun, which sets it")
     if rank() >= world_size():
         raise ProcessError(f"RANK is {rank()} in the environment, and WORLD_SIZE only "

@@ -110,7 +110,7 @@ def load_pretrained(model: nn.Module, path: str | Path,
     Returns a message for the log, and whether the quantizers' parameters are new, as they are
     where the checkpoint has none. Raises UserError where the state dict does not fit.
     """
-    message = f"initialised from {path}"
+    message = f"initialized from {path}"
     if isinstance(model, AnyPrecisionNetwork) and not saved_bit_widths(state_dict):
         state_dict, resized = fit_float_weights(model, state_dict)
         count = len(state_dict) - len(resized)

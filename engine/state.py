@@ -143,8 +143,8 @@ class TrainingState:
             if self.device.type == "cuda" and states[rank()]["cuda"] is not None:
                 torch.cuda.set_rng_state(states[rank()]["cuda"], self.device)
         except (RuntimeError, TypeError) as error:
-            raise FileError(f"{path}: its random_states are none ({one_line(error)}): the file may "
-                            "be damaged") from None
+            raise FileError(f"{path}: its random_states are not valid ({one_line(error)}): the "
+                            "file may be damaged") from None
 
 
 def is_epoch(value: object) -> bool:

@@ -56,8 +56,8 @@ class Assignment:
         """Return the assignment of a dict of name, default and layers; ValueError for others."""
         fields = {"name", "default", "layers"}
         if not isinstance(content, dict) or content.keys() != fields:
-            raise ValueError(f"{brief(content)} is no assignment: give a dict of name, default and "
-                             'layers, such as {"name": "mix", "default": 8, "layers": '
+            raise ValueError(f"{brief(content)} is not an assignment: give a dict of name, default "
+                             'and layers, such as {"name": "mix", "default": 8, "layers": '
                              '{"layers.0.*": 4}}')
         layers = content["layers"]
         if not isinstance(layers, dict) or not all(isinstance(key, str) for key in layers):

@@ -109,8 +109,8 @@ def check_layers(model: nn.Module, assignment: Assignment) -> None:
     layers = assignable_layers(model)
     for pattern in assignment.layers:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise ValueError(f"assignment {assignment}: {brief(pattern)} is no layer with bits, "
-                             f"and matches none: such are {', '.join(layers[:4])}, ...")
+            raise ValueError(f"assignment {assignment}: {brief(pattern)} matches no layer "
+                             f"with bits: choose from {', '.join(layers[:4])}, ...")
 
 
 def assignable_layers(model: nn.Module) -> list[str]:

@@ -437,6 +437,7 @@ def read_checkpoint(path: str | Path) -> dict:
                                   for each in about.get("assignments", [])]
         images = {field: about.get(field) for field in ("mean", "std")}
         images["size"] = about.get("image_size")
+        images["transforms"] = about.get("transforms")
         images["class_names"] = about.get("class_names")
         arguments = about.get("arguments", {})
         images["dataset"] = arguments.get("dataset")
@@ -466,7 +467,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
     owners = quantizers.quantized_layers(model)
     for name, bits in (own_bits or {}).items():
         if name not in owners:
-            raise ValueError(f"it has bits of {brief(name)}, which is no quantized layer")
+            raise ValueError(f"it has bits of {brief(name)}, which is not a quantized layer")
         owners[name].own_bits = bits
 
     bit_widths = [*trained_bit_widths(model), *assignments_of(model).values()]
@@ -483,7 +484,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
         columns = {key: place for place, (key, _) in enumerate(group["columns"])}
         for name in group["layers"]:
             if name not in layers:
-                raise ValueError(f"it has weights of {brief(name)}, which is no quantized layer")
+                raise ValueError(f"it has weights of {brief(name)}, which is not a quantized layer")
             layer = layers.pop(name)
             weight = tensor_of(tensors, f"{name}.weight")
             prefix = f"{name}.quantizer."

@@ -18,7 +18,7 @@ def check_name(name: str) -> str:
     given = name.removeprefix(PREFIX)
     if given not in known:
         near = difflib.get_close_matches(given, known, 3) or ["resnet18", "mobilenet_v2"]
-        raise ValueError(f"{given!r} is no classification network of torchvision: choose one of "
+        raise ValueError(f"{given!r} is not a classification network of torchvision: choose one of "
                          f"its names, such as {', '.join(near)}")
     return name
 

@@ -303,7 +303,7 @@ def test_a_symbolic_link_to_itself(flag, capsys, tmp_path):
 @pytest.mark.parametrize("variables, told", [
     ({"RANK": "1"}, "RANK is 1 in the environment, and WORLD_SIZE only 1: unset both"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 in the environment, and WORLD_SIZE only 2"),
-    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, and no whole number"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, not a whole number"),
     ({"RANK": "-1"}, "RANK is '-1' in the environment"),
     ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' in the environment")])
 def test_an_environment_that_torchrun_does_not_make(variables, told, monkeypatch, capsys, tmp_path):

@@ -9,12 +9,13 @@ from importlib.util import find_spec
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 import deploy
 import export
 from deploy import benchmark, check, runtimes
+from dataset.data import get_transform
 from engine.errors import run_program
 from exported import network
 from models import MODELS, BitWidth, packed, resnet20q, set_bit_width
@@ -58,7 +59,7 @@ def test_packed_with_check_and_benchmark(arguments, tmp_path, capsys, monkeypatc
     assert len(times) >= 2 * len(rows) and all(value > 0 for value in times)
     out = capsys.readouterr().out
     assert "| 2 | 100.00 |" in out and f"{output}: " in out
-    assert "check passed in torch: 6 of 6 answers agree" in out
+    assert "check passed in torch: 6 of 6 predictions agree" in out
     metadata = packed.read(output)[1]
     assert os.fspath(arguments[-1]) not in json.dumps(metadata)
     assert metadata["bit_widths"] == [2] and metadata["mean"][0] == 125.3 / 255
@@ -195,7 +196,7 @@ def test_onnx(bits, source, more, arguments, tmp_path, capsys):
     assert run_export(*arguments, "--format", "onnx", "--bits", bits, "--output", output,
                       "--check", 6, *more) == 0
     assert (tmp_path / "net_onnx_check.md").exists()
-    assert "check passed in ONNX Runtime: 6 of 6 answers agree" in capsys.readouterr().out
+    assert "check passed in ONNX Runtime: 6 of 6 predictions agree" in capsys.readouterr().out
     found = onnxruntime.InferenceSession(output).get_modelmeta().custom_metadata_map
     assert found["model"] == "resnet4q" and found["dataset"] == "cifar10" and found["bits"] == "2"
     assert json.loads(found["size"]) == 32 and found["top1_images"] == "6"
@@ -295,7 +296,10 @@ def test_the_lines_in_the_docs(tmp_path, monkeypatch):
     about = {"size": 40, "mean": [0.5] * 3, "std": [0.25] * 3,
              "class_names": [f"class {number}" for number in range(10)]}
     deploy.export(model, tmp_path / "net_4.onnx", [4], input="uint8", about_images=about)
-    Image.fromarray(numpy.zeros((30, 50, 3), numpy.uint8)).save(tmp_path / "photo.jpg")
+    draws = numpy.random.default_rng(0)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(draws.integers(0, 256, (8, 8, 3), numpy.uint8)).save(path)
+    evaluated = get_transform("digits", train=False, normalized=False)(Image.open(path))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.S)
     blocks = [block for block in blocks if "net_4.onnx" in block and "import" in block]
@@ -307,7 +311,20 @@ def test_the_lines_in_the_docs(tmp_path, monkeypatch):
         names = {}
         exec(block, names)
         answers.append(names["name"])
+        assert numpy.array_equal(numpy.asarray(names["image"]), evaluated.permute(1, 2, 0))
     assert answers[0] in about["class_names"] and len(set(answers)) == 1
+
+
+def test_the_lines_in_the_docs_on_a_photo_are_nearly_imagenet_s_transforms():
+    x, y = numpy.meshgrid(numpy.arange(500), numpy.arange(375))
+    photo = Image.fromarray(numpy.stack(
+        [127 + 127 * numpy.sin(x / period) * numpy.cos(y / 30) for period in (15, 20, 40)],
+        2).astype(numpy.uint8))
+    found = ImageOps.fit(photo, [224] * 2, Image.Resampling.BILINEAR, bleed=1 / 16)
+    evaluated = get_transform("imagenet", train=False, normalized=False)(photo).permute(1, 2, 0)
+    assert numpy.abs(numpy.asarray(found, float) - evaluated.numpy()).mean() < 2
+    for other in (photo.resize([224] * 2), ImageOps.fit(photo, [224] * 2)):
+        assert numpy.abs(numpy.asarray(other, float) - evaluated.numpy()).mean() > 10
 
 
 def test_logits_of_another_shape_are_seen():
@@ -356,7 +373,7 @@ def test_a_check_that_falls_short():
     two = one.copy()
     two[5] = two[1]
     message = check.shortfall(results_of(two, expected, labels))
-    assert message == "at 4 bits 99.44 % of answers agree, and 99.5 % must"
+    assert message == "at 4 bits 99.44 % of predictions agree, and 99.5 % must"
 
 
 def test_a_check_that_falls_short_ends_with_1(arguments, tmp_path, capsys, monkeypatch):

@@ -122,10 +122,11 @@ def one_image(folder):
 
 
 @pytest.mark.parametrize("change, parts", [
-    (shutil.rmtree, ["photos is no folder of images (", "No such file"]),
+    (shutil.rmtree, ["photos is not a folder of images (", "No such file"]),
     (only, ["photos holds no folders"]),
     (lambda folder: only(folder, "ant"), ["the folder ant alone", "give folder:", "photos/ant"]),
-    (lambda folder: (folder / "dog").mkdir(), ["photos is no folder of", "without an image: dog"]),
+    (lambda folder: (folder / "dog").mkdir(),
+     ["photos is not a folder of", "without an image: dog"]),
     (lambda folder: shutil.copy(folder / "ant" / "alpha.png", folder),
      ["photos/alpha.png is in no class folder"]),
     (lambda folder: (folder / "ant").rename(folder / "train"),
@@ -228,7 +229,7 @@ def test_train_resume_evaluate_export(photos, tmp_path, monkeypatch, capsys):
     moved = f"folder:{shutil.move(photos, tmp_path / 'elsewhere')}"
     capsys.readouterr()
     assert run(["--resume", results, "--epochs", 2]) == 1
-    assert_one_line(capsys, "photos is no folder of images", "give --dataset folder:PATH")
+    assert_one_line(capsys, "photos is not a folder of images", "give --dataset folder:PATH")
     assert run(["--resume", results, "--epochs", 2, "--dataset", moved]) == 0
     assert load(results)["epoch"] == 2 and load(results)["arguments"]["dataset"] == moved
 

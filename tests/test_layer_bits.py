@@ -59,7 +59,7 @@ def test_names_that_cannot_be(name):
 
 
 @pytest.mark.parametrize("content, part", [
-    ([], "is no assignment"), ({"name": "mix", "default": 8}, "is no assignment"),
+    ([], "is not an assignment"), ({"name": "mix", "default": 8}, "is not an assignment"),
     ({"name": "mix", "default": 9, "layers": {}}, "mix: bit-width 9 does not exist"),
     ({"name": "mix", "default": 8, "layers": {"a": 4.5}}, "mix: bit-width 4.5 does not exist"),
     ({"name": "mix", "default": 8, "layers": [4]}, "the layers of an assignment are [4]")])
@@ -101,8 +101,8 @@ def test_each_layer_has_its_bits():
     set_bit_width(model, "mix")
     assert {name: model.get_submodule(name).bits for name in BITS} == BITS
     for name, bits in BITS.items():  # the quantizer's state is that of the layer's bits
-        steps = model.get_submodule(name).quantizer.log_step_dict
-        assert torch.equal(steps["mix"], steps[str(bits)]), name
+        ranges = model.get_submodule(name).quantizer.log_range_dict
+        assert torch.equal(ranges["mix"], ranges[str(bits)]), name
     for name, bits in {"layers.0.bn0": 1, "layers.1.bn0": 2, "bn": 2}.items():
         norms = model.get_submodule(name).bn_dict  # that of the activation behind
         assert torch.equal(norms["mix"].running_mean, norms[str(bits)].running_mean), name
@@ -112,10 +112,10 @@ def test_each_layer_has_its_bits():
 
 def test_refusals():
     model, _ = network()
-    with pytest.raises(ValueError, match="'layers.7.*' is no layer with bits, and matches none: "
-                       "such are layers.0.act0, "):
+    with pytest.raises(ValueError, match="'layers.7.*' matches no layer with bits: choose "
+                       "from layers.0.act0, "):
         add_assignment(model, Assignment("mix", 4, {"layers.0.*": 2, "layers.7.*": 2}))
-    with pytest.raises(ValueError, match="'layers.0.bn0' is no layer"):
+    with pytest.raises(ValueError, match="'layers.0.bn0' matches no layer"):
         add_assignment(model, Assignment("mix", 4, {"layers.0.bn0": 2}))
     with pytest.raises(ValueError, match="assignment mix is not of this network: add it first"):
         set_bit_width(model, Assignment("mix", 4))
@@ -251,8 +251,8 @@ def export_args(path, output, bits):
 
 
 @pytest.mark.parametrize("saved, part", [
-    ("mix", "'mix' is no list"), ([{"name": "4"}], "is no assignment"),
-    ([{"name": "mix", "default": 4, "layers": {"x": 1}}], "'x' is no layer with bits"),
+    ("mix", "'mix' is not a list"), ([{"name": "4"}], "is not an assignment"),
+    ([{"name": "mix", "default": 4, "layers": {"x": 1}}], "'x' matches no layer with bits"),
     ([{"name": "mix", "default": 4, "layers": {}}] * 2, "two assignments have the name mix")])
 def test_damaged_checkpoints(saved, part, tmp_path):
     path, *_ = checkpoint(tmp_path)
@@ -327,7 +327,7 @@ def load_names(path):
 @pytest.mark.parametrize("text, parts", [
     (None, ["mix.json cannot be read (No such file or directory)"]),
     ("{", ["mix.json: Expecting property name"]), ("[]", ["mix.json: there is no assignment"]),
-    ('{"name": "mix", "default": 3, "layers": {"layers.9": 2}}', ["'layers.9' is no layer"]),
+    ('{"name": "mix", "default": 3, "layers": {"layers.9": 2}}', ["'layers.9' matches no layer"]),
     ('{"name": "mix", "default": 3, "layers": {"a": 2, "a": 4}}', ["'a' stands there twice"]),
     ('{"name": "mix", "default": 33, "layers": {}}', ["mix: bit-width 33 does not exist"])])
 def test_files_of_bits_that_cannot_be(text, parts, trained, tiny_cifar10, tmp_path, capsys):
@@ -437,7 +437,7 @@ def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
     (["--budget", "8bit"], 1, "--budget 8bit: the network was not trained at 8 bits: choose from "
      "1,2,4"),
     (["--bytes", "10"], 1, "--bytes 10 is 10, and all layers at 1 bits take"),
-    (["--budget", "4bits,0"], 2, "'0' is no budget"), ([], 2, "give one of --budget"),
+    (["--budget", "4bits,0"], 2, "'0' is not a budget"), ([], 2, "give one of --budget"),
     (["--budget", "1e9", "--cost"], 2, "give one of --budget"),
     (["--cost", "8"], 1, "--cost: 8-bit was not trained; choose from 1, 2, 4")])
 def test_searches_that_cannot_be(argv, code, part, tiny_cifar10, tmp_path, capsys):

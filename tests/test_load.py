@@ -64,7 +64,8 @@ def test_a_run(name, place, two_checkpoints):
     assert_logits_equal(found, by_hand, [2, 32])
     row = DATASETS["cifar10"]
     assert found.images == content["images"] == {
-        "dataset": "cifar10", "size": 32, "mean": list(row.mean), "std": list(row.std),
+        "dataset": "cifar10", "size": 32, "transforms": "", "mean": list(row.mean),
+        "std": list(row.std),
         "class_names": [f"class {index}" for index in range(10)]}
     assert content["network"] == found.spec == {
         "model": "resnet4q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
@@ -92,16 +93,17 @@ def test_a_bit_width_that_is_asked_for(trained):
 def test_what_only_training_gives_a_quantizer_is_said():
     model = models.build("svhnq", [4, 32], 10, 1, quantizer="lsq")
     whole = model.state_dict()
-    for missing, is_said in (("log_step_dict", True), ("bn_dict", False)):
+    for missing, is_said in (("log_range_dict", True), ("bn_dict", False)):
         state_dict = {key: value for key, value in whole.items() if missing not in key}
         with pytest.raises(FileError, match=f"missing .*{missing}.* check --model") as caught:
             load_weights(model, state_dict, "x")
         assert ("; a quantizer learns its parameters at" in str(caught.value)) == is_said
 
 
-def test_parameters_of_an_older_lsq_are_said():
+@pytest.mark.parametrize("name", ["step_dict", "log_step_dict"])
+def test_parameters_of_an_older_lsq_are_said(name):
     model = models.build("svhnq", [4, 32], 10, 1, quantizer="lsq")
-    older = {key.replace(".log_step_dict.", ".step_dict."): value
+    older = {key.replace(".log_range_dict.", f".{name}."): value
              for key, value in model.state_dict().items()}
     with pytest.raises(FileError, match="it is of an older lsq"):
         load_weights(model, older, "x")
@@ -127,12 +129,13 @@ def test_an_older_run_s_checkpoint(older, trained, tmp_path):
 def test_a_packed_file(tmp_path):
     model, _ = exported_network("svhnq", [1, 4])
     about = {"model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "image_size": 40,
-             "mean": [0.5] * 3, "std": [0.25] * 3, "class_names": list("abcdefghij"),
-             "arguments": {"dataset": "digits"}}
+             "transforms": "Resize(size=40)", "mean": [0.5] * 3, "std": [0.25] * 3,
+             "class_names": list("abcdefghij"), "arguments": {"dataset": "digits"}}
     packed.save(model, [1, 4], tmp_path / "net", about)
     found = models.load(tmp_path / "net")
     assert_logits_equal(found, model, [1, 4], 40)
-    assert found.images == {"dataset": "digits", "size": 40, "mean": [0.5] * 3, "std": [0.25] * 3,
+    assert found.images == {"dataset": "digits", "size": 40, "transforms": "Resize(size=40)",
+                            "mean": [0.5] * 3, "std": [0.25] * 3,
                             "class_names": list("abcdefghij")}
 
 
@@ -307,7 +310,7 @@ def test_weights_that_are_no_dense_numbers(kind, trained, tmp_path):
     ("fc.\x1b[31mbias\n", torch.ones(10), r"1 unexpected (fc.\x1b[31mbias\n)"),
     ("module.fc.bias", torch.ones(10), "has a key twice, with and without module."),
     ("bn.bn_dict.99.weight", torch.ones(10), "bit-width '99' does not exist"),
-    ("fc.quantizer.log_step_dict.99", torch.ones(1), "bit-width '99' does not exist"),
+    ("fc.quantizer.log_range_dict.99", torch.ones(1), "bit-width '99' does not exist"),
     ("bn.bn_dict.2.running_var", -torch.ones(8), "bn.bn_dict.2.running_var has variances below")])
 def test_weights_that_do_not_fit(key, value, told, trained, tmp_path, tiny_cifar10, capsys):
     content = load(trained)

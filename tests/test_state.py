@@ -153,7 +153,7 @@ FIELDS = {
     "its metrics' sums is tensor([[nan": lambda c: first_step(c)["sums"].fill_(math.nan),
     "its random_states is []": lambda c: c.update(random_states=[]),
     "its random_states is [3]": lambda c: c.update(random_states=[3]),
-    "its random_states are none": lambda c: c["random_states"][0].update(torch=torch.zeros(3)),
+    "its random_states are not valid": lambda c: c["random_states"][0].update(torch=torch.zeros(3)),
     "lacks its optimizer's state": lambda c: c["optimizer"].pop("state"),
     "its optimizer's state is [1]": lambda c: c["optimizer"].update(state=[1]),
     "its optimizer's param_groups is 5": lambda c: c["optimizer"].update(param_groups=5),
