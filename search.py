@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dataset.data import DATASETS, get_dataset
-from dataset.loader import make_loader
+from dataset.loader import fingerprint, make_loader
 from engine.arguments import OneLineParser, dataset_name, number, path_text, run_name
 from engine.bit_search import Search, Step
 from engine.device import choose_device
@@ -64,7 +64,7 @@ def main(args: Namespace) -> Path | None:
         return None
 
     forward_pass = make_forward_pass(settings, model, device)
-    calibration, held_out, count = read_images(args, settings, forward_pass, device)
+    calibration, held_out, count, data = read_images(args, settings, forward_pass, device)
     field = next(name for name in FIELDS if getattr(args, name))
     search = Search(model, forward_pass, costs, bit_widths, calibration, held_out, FIELDS[field][0])
     budgets = resolve_budgets(search, getattr(args, field), field)
@@ -72,8 +72,8 @@ def main(args: Namespace) -> Path | None:
     name = f"{run_name(settings)}_search"
     with RunFolder(args.results_dir or f"results/{name}", name, in_place=True) as run:
         identity = {"checkpoint": packed.digest(checkpoint.content["state_dict"], {}),
-                    "bit_widths": flag_text(bit_widths), "by": search.by, "images": count,
-                    "seed": args.seed}
+                    "data": data, "bit_widths": flag_text(bit_widths), "by": search.by,
+                    "images": count, "seed": args.seed}
         path = read_path(run.path / "path.json", identity)
         log.info(f"searching bits for {len(search.units)} layers of {checkpoint.path}, of "
                  f"{flag_text(bit_widths)} bits: predictions on {count} training images, BatchNorm "
@@ -117,8 +117,10 @@ def usable_bit_widths(checkpoint: Checkpoint) -> list[BitWidth]:
 
 
 def read_images(args: Namespace, settings: Namespace, forward_pass: ForwardPass,
-                device: torch.device) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], int]:
-    """Return calibration batches, held-out batches, and the number of held-out images.
+                device: torch.device,
+                ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], int, str]:
+    """Return calibration batches, held-out batches, the number of held-out images, and a digest of
+    the data set.
 
     Both are of the training split, drawn by the seed, without augmentation. They share no image,
     and each takes --images, or half of the split where that is less.
@@ -139,7 +141,8 @@ def read_images(args: Namespace, settings: Namespace, forward_pass: ForwardPass,
     calibration = [images for images, _ in batches(order[count:2 * count])]
     if len(calibration) > 1 and len(calibration[-1]) < len(calibration[0]):
         calibration.pop()  # which would count as much as a whole batch
-    return calibration, batches(order[:count]), count
+    data = packed.digest({}, fingerprint(dataset))
+    return calibration, batches(order[:count]), count, data
 
 
 def resolve_budgets(search: Search, budgets: list[Budget], flag: str) -> dict[str, int]:

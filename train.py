@@ -81,6 +81,8 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     """
     state, forward_pass, train_loader, val_loader = prepare(args, device)
     message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
+    if args.sync_bn and world_size() > 1:  # in place, once rank 0 alone has run the network
+        synchronize_batch_norm(state.model, device)
     step = partial(take_step, state, forward_pass, args.loss)
     if args.cuda_graph:
         step = GraphStep(step, state.optimizer, args.batch_size, device)
@@ -186,8 +188,6 @@ def prepare(args: Namespace,
     train_set, val_set = open_data(args)
     classes = count_classes(args.dataset, train_set, val_set)
     model = make_model(args, args.bit_width_list, classes).to(device)
-    if args.sync_bn and world_size() > 1:
-        model = synchronize_batch_norm(model, device)
     if rank() > 0:
         torch.manual_seed(args.seed + 1_000_003 * rank())  # same weights as rank 0, other dropout
     forward_pass = make_forward_pass(args, model, device)
@@ -212,6 +212,9 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
     if checkpoint:
         check_class_names(checkpoint.content, checkpoint.path, state.images)
         state.restore(checkpoint.path, checkpoint.content)
+        if not checkpoint.in_place:  # the other folder's best is not in this one
+            state.best = (-math.inf, -math.inf)
+            state.best_prec1 = -math.inf
     elif args.pretrain:
         with one_at_a_time_per_machine():
             path = published.find_checkpoint(args.pretrain, BEST)

@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from deploy.graph import Run, is_rounding, step_of
+from deploy.graph import Run, is_rounding
 from models import Width, set_bit_width
 from models.quan_ops import ActivationQ
 from utils import progress, write_json, write_text
@@ -62,13 +62,22 @@ def forward(model: nn.Module, images: numpy.ndarray,
 
     def note(layer, inputs, out):
         if is_rounding(layer):
-            levels.append((out / step_of(layer)).round().to(torch.uint8))
+            step = layer.quantizer.step()
+            if step is None:  # it depends on the input
+                found = layer.quantizer.integers(*inputs)[0]
+            else:
+                found = out / step
+            levels.append(found.round().to(torch.uint8))
 
     hooks = [layer.register_forward_hook(note) for layer in model.modules()
              if isinstance(layer, ActivationQ)]
     try:
         set_bit_width(model, bits)
-        return model(torch.from_numpy(images)).numpy(), levels
+        logits = model(torch.from_numpy(images))
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"the network returns a {type(logits).__name__}, and a file holds one "
+                             "output, the logits: wrap it in a module that returns these")
+        return logits.numpy(), levels
     finally:
         for hook in hooks:
             hook.remove()

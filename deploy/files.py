@@ -13,7 +13,7 @@ from torch import nn
 
 from deploy import check, runtimes
 from deploy.graph import Run, image_shape
-from models import Width, assignments_of, packed, trained_bit_widths
+from models import Width, assignments_of, packed, bit_widths_of
 from models.bit_widths import check_bit_widths
 from utils import commit, writing
 
@@ -89,7 +89,7 @@ def exported_widths(model: nn.Module,
     with_assignments: whether None and "any" mean those too. Raises ValueError where there are no
     bit-widths, or one that the model lacks.
     """
-    present = trained_bit_widths(model)
+    present = bit_widths_of(model)
     known = assignments_of(model)
     if wanted in (None, "any"):
         wanted = [width for width in present if width.is_integer]
@@ -191,7 +191,7 @@ def images_and_run(written: dict[Width, Path], format: str, input: str, about: d
 
     With uint8 input these are what remains of the images when they are rounded to 0 to 255.
     """
-    open_file = runtimes.packed_run if format == "packed" else runtimes.onnxruntime_run
+    open_file = packed.load_runner if format == "packed" else runtimes.onnxruntime_run
     runs = {path: open_file(path) for path in dict.fromkeys(written.values())}
     if images is None:
         generator = torch.Generator().manual_seed(0)

@@ -136,9 +136,14 @@ def pool_settings(layer: nn.MaxPool2d) -> list[list[int]]:
             for part in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)]
 
 
+def norm_of(layer: nn.Module) -> nn.Module:
+    """Return a BatchNorm, or the one of a SwitchableBatchNorm2d at its bit-width."""
+    return layer.bn_dict[layer.width] if isinstance(layer, SwitchableBatchNorm2d) else layer
+
+
 def affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Return a BatchNorm's scale and shift in evaluation, (C,) in float64."""
-    norm = layer.bn_dict[layer.width] if isinstance(layer, SwitchableBatchNorm2d) else layer
+    norm = norm_of(layer)
     mean = norm.running_mean.double()
     var = norm.running_var.double()
     scale = norm.weight.double() / (var + norm.eps).sqrt()
@@ -213,6 +218,10 @@ def check_layer(operation: Operation) -> None:
         expected = nn.functional.conv2d(x, float_weight(layer), layer.bias, layer.stride,
                                         layer.padding, layer.dilation, layer.groups)
     elif operation.kind == "batch_norm":
+        norm = norm_of(layer)
+        if not isinstance(norm, nn.BatchNorm2d):
+            raise ValueError(f"layer {name} ({type(norm).__name__}) has no place in an exported "
+                             "file: take the packed format")
         scale, shift = affine_of(layer)
         x = torch.randn(2, len(scale), 3, 3, generator=generator)
         expected = (x.double() * scale[:, None, None] + shift[:, None, None]).float()
@@ -248,8 +257,9 @@ def check_activation(layer: ActivationQ, name: str) -> None:
                 x = x[(levels - levels.floor() - 0.5).abs() > TIE]  # there float32 may choose
                 levels = (x.double() / step).clamp(0, n).round()
             expected = (levels * step).float()
-        found = layer(x.view(1, 1, 1, -1)).flatten()
-        wrong = not torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * step)
+        found = layer(x.view(1, 1, 1, -1))
+        wrong = found.numel() != x.numel() or not torch.allclose(
+            found.flatten(), expected, rtol=1e-5, atol=1e-5 * step)
     if wrong:
         raise ValueError(f"layer {name} at {layer.bits} bits: it is not a clip to a range from 0, "
                          "rounded to steps of one size, which integer formats hold")

@@ -146,7 +146,7 @@ class Writer:
         integers, unit = integer_weight(operation)
         integers = integers.numpy()
         gain = scale * (unit if isinstance(unit, float) else unit[:, 0, 0])
-        if abs(integers).max() > LARGEST:
+        if integers.max() > LARGEST or integers.min() < -LARGEST - 1:  # then they are odd
             return self.halved_convolution(operation, value, integers, gain, shift, settings)
 
         found = None

@@ -7,13 +7,7 @@ from pathlib import Path
 import numpy
 
 from deploy.graph import Run
-from models import packed
 from utils import one_line
-
-
-def packed_run(path: str | Path, **options: object) -> Run:
-    """Return run(images, bits) of a packed file, in torch; options: of packed.load_runner."""
-    return packed.load_runner(path, **options)
 
 
 def onnxruntime_run(path: str | Path, threads: int = 1) -> Run:

@@ -33,12 +33,17 @@ def find_units(costs: Costs) -> list[list[str]]:
     """Return the groups of layers that are lowered together.
 
     They are an ActivationQ and the quantized layers that read it, which share multiply-accumulates;
-    or one quantized layer, where no ActivationQ rounds its input.
+    several, where a layer reads their values together; or one quantized layer, where no ActivationQ
+    rounds its input.
     """
-    units = {}
-    for layer, activation in costs.inputs.items():
-        units.setdefault(activation or layer, [activation] if activation else []).append(layer)
-    return list(units.values())
+    units = []
+    for layer, activations in costs.inputs.items():
+        joined = [unit for unit in units if not set(activations).isdisjoint(unit)]
+        unit = [*dict.fromkeys([name for other in joined for name in other] + activations), layer]
+        place = units.index(joined[0]) if joined else len(units)
+        units[place:place + 1] = [unit]
+        units = [other for other in units if other not in joined]
+    return units
 
 
 class Search:
@@ -100,15 +105,15 @@ class Search:
         return divergence, 100 * torch.cat(hits).double().mean().item()
 
     def lowered(self, step: Step) -> list[tuple[list[str], dict[str, BitWidth]]]:
-        """Return (unit, layers) of each way to lower one unit by one bit-width, at less cost."""
+        """Return (unit, layers) of each way to lower one unit to the next that costs less."""
         found = []
         for unit in self.units:
             width = step.layers.get(unit[0], self.bit_widths[-1])
-            place = self.bit_widths.index(width)
-            if place:
-                layers = {**step.layers, **dict.fromkeys(unit, self.bit_widths[place - 1])}
+            for lower in reversed(self.bit_widths[:self.bit_widths.index(width)]):
+                layers = {**step.layers, **dict.fromkeys(unit, lower)}
                 if self.cost(layers) < step.cost[self.by]:  # not of layers with bits of their own
                     found.append((unit, layers))
+                    break
         return found
 
     def cost(self, layers: dict[str, BitWidth]) -> int:

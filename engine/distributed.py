@@ -205,9 +205,14 @@ def broadcast_parameters(model: torch.nn.Module) -> None:
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
-    """Overwrite BatchNorm statistics with rank 0's, as the published multi-GPU training does."""
+    """Overwrite BatchNorm statistics with rank 0's, as the published multi-GPU training does.
+
+    And parameters without gradient, as a quantizer's statistics per bit-width may be.
+    """
+    fixed = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    tensors = [*model.buffers(), *fixed]
     for integers in (False, True):  # batch counts cannot be concatenated with the rest
-        exchange([buffer for buffer in model.buffers() if buffer.is_floating_point() != integers],
+        exchange([tensor for tensor in tensors if tensor.is_floating_point() != integers],
                  broadcast)
 
 

@@ -14,6 +14,7 @@ from models import BitWidth
 from models.graph import link_inputs
 from models.losses import (any_precision_backward, forward_loss, prepare_weights,
                            shared_computation)
+from models.quan_ops import find_other_weights
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 AUTO = "auto"  # tf32 where all processes have it, else fp32
@@ -75,6 +76,7 @@ class ForwardPass:
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
         if precision != "fp32":
             link_inputs(model)
+            find_other_weights(model)
 
     def compile(self, device: torch.device, precision: str, backend: str | Callable) -> None:
         """Compile the forward pass, and the preparation of weights."""

@@ -76,12 +76,17 @@ class RunFolder:
                 path.stat().st_size for pattern in outputs for path in folder.glob(pattern)):
             raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
                             f"{ANOTHER}")
-        while not results_dir and folder.exists():
-            count += 1
-            folder = Path(f"results/{name}_{count}")
 
         try:
-            folder.mkdir(parents=True, exist_ok=bool(results_dir))
+            while True:
+                try:
+                    folder.mkdir(parents=True, exist_ok=bool(results_dir))
+                    break
+                except FileExistsError:  # perhaps by another run, at this moment
+                    if results_dir:
+                        raise
+                    count += 1
+                    folder = Path(f"results/{name}_{count}")
             self.lock = open(folder / ".lock", "w")  # held until it is closed
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

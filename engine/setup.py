@@ -15,8 +15,8 @@ from dataset.loader import Loader, make_loader
 from engine.distributed import one_at_a_time_per_machine, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass, choose_precision
-from models import (BitWidth, add_missing_bit_widths, build, initialize_quantizers,
-                    layers_to_initialize, saved_bit_widths, zoo)
+from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
+                    initialize_quantizers, layers_to_initialize, saved_bit_widths, zoo)
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 from models.quan_ops import Quantizer
@@ -94,13 +94,18 @@ def images_per_process(args: Namespace) -> int:
 
 def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
                num_classes: int) -> nn.Module:
-    """Build the network of --model; raises UsageError where one of torchvision's does not fit."""
+    """Build the network of --model; raises UsageError where it does not fit."""
     try:
-        return build(args.model, bit_widths, num_classes, args.width, args.all_conv, args.quantizer)
+        model = build(args.model, bit_widths, num_classes, args.width, args.all_conv,
+                      args.quantizer)
     except ValueError as error:
         if not zoo.is_torchvision(args.model):
             raise
         raise UsageError(f"--model {args.model}: {error}") from None
+    if not bit_widths_of(model):
+        raise UsageError(f"--model {args.model} has no SwitchableBatchNorm2d, by which a "
+                         "checkpoint says its bit-widths: give it one")
+    return model
 
 
 def load_pretrained(model: nn.Module, path: str | Path,
@@ -150,12 +155,13 @@ def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader
         initialize_quantizers(model, images, bit_widths)
 
 
-def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Convert to torch's SyncBatchNorm; raises UserError on CPUs, which it does not support."""
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Convert to torch's SyncBatchNorm, in place; raises UserError on CPUs, which it does not have.
+    """
     if device.type != "cuda":
         raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs, and this run is on "
                         f"{device}: leave it out")
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def make_forward_pass(args: Namespace, model: nn.Module, device: torch.device) -> ForwardPass:

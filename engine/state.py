@@ -12,8 +12,9 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth
-from models.checkpoint import (FileError, add_hash, check_field, is_count, is_dense,
-                               is_finite_number, is_named_values, is_whole, load_weights, take)
+from models.checkpoint import (FileError, add_hash, check_field, check_own_bits, is_count, is_dense,
+                               is_finite_number, is_named_values, is_whole, load_weights,
+                               network_content, take)
 from utils import WriteError, brief, one_line, escaped, replacing, writing
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -79,7 +80,8 @@ class TrainingState:
             copy_to_cpu([weights, *kept.values()], "cuda")
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
-            "best": list(self.best), "network": self.model.spec, "images": self.images,
+            "best": list(self.best), "network": network_content(self.model),
+            "images": self.images,
             "data": self.data,
             "state_dict": weights, "optimizer": optimizer,
             "arguments": self.arguments, "num_samples": self.num_samples,
@@ -103,6 +105,7 @@ class TrainingState:
         if changed:
             raise UserError(f"{path} is of a run on other data: {changed}; resume on the same "
                             "data, or start a new run from it with --pretrain")
+        check_own_bits(content.get("network"), self.model, path)
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)

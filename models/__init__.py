@@ -10,7 +10,7 @@ from models.calibration import (add_assignment, add_missing_bit_widths, calibrat
                                 saved_bit_widths)
 from models.convert import convert
 from models.converted import layer_table
-from models.quan_ops import assignments_of, set_bit_width, trained_bit_widths
+from models.quan_ops import assignments_of, bit_widths_of, set_bit_width
 from models.quantizers import (QUANTIZERS, initialize_quantizers, layers_to_initialize,
                                set_quantizers)
 from models.resnet_quan import ResNet20 as resnet20q

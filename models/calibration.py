@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
-from models.quan_ops import (ActivationQ, SwitchableBatchNorm2d, assignments_of, set_bit_width,
-                             trained_bit_widths)
+from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assignments_of,
+                             bit_widths_of, set_bit_width)
 from utils import brief
 
 # The key of a tensor that exists once per bit-width: in a bn_dict, or in a quantizer's *_dict.
@@ -41,7 +41,7 @@ def add_missing_bit_widths(state_dict: dict[str, Tensor], model: nn.Module,
     Returns:
         The fitted state dict, and {added bit-width: the one that it copies}.
     """
-    wanted = trained_bit_widths(model)
+    wanted = bit_widths_of(model)
     own = model.state_dict().keys()
     trained = saved_bit_widths(state_dict)
     added = {width: min(trained, key=width.distance) for width in wanted
@@ -57,14 +57,30 @@ def add_missing_bit_widths(state_dict: dict[str, Tensor], model: nn.Module,
             entries = per_width[entry["prefix"]][BitWidth.of(entry["width"])]
             entries[entry["suffix"] or ""] = value
 
+    layers = dict(model.named_modules())
     for prefix, widths in per_width.items():
+        layer = layers.get(prefix.partition(".quantizer.")[0])
         for width in wanted:
-            source = width if width not in added else min(widths, key=width.distance)
+            source = width if width not in added else nearest(widths, width, layer)
             for suffix, value in widths.get(source, {}).items():
                 key = f"{prefix}{width}{suffix}"
                 if width not in added or key in own:
                     result[key] = value
     return result, added
+
+
+def nearest(known: Iterable[BitWidth], width: BitWidth, layer: nn.Module | None) -> BitWidth:
+    """Return the known bit-width whose state a layer copies for another one.
+
+    A weight's quantizer goes by bits of weights first, an activation's by bits of activations.
+    """
+    def distance(other: BitWidth) -> tuple:
+        if isinstance(layer, QuantizedLayer):
+            return abs(width.weights - other.weights), width.distance(other)
+        if isinstance(layer, ActivationQ):
+            return abs(width.activations - other.activations), width.distance(other)
+        return width.distance(other)
+    return min(known, key=distance)
 
 
 def without_assignments(state_dict: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -97,7 +113,7 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
         known = {BitWidth.of(key): key for key in states if key not in model.assignments}
         if not known:
             continue
-        source = min(known, key=width.distance)
+        source = nearest(known, width, model.get_submodule(owner))
         states[assignment.name] = copy.deepcopy(states[known[source]])
         if last == "bn_dict":
             copied.add(source)
@@ -138,22 +154,28 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
     """Re-estimate one bit-width's BatchNorm statistics over batches of images (N, 3, H, W).
 
     Each statistic becomes its average over the batches. Nothing else changes, not even resnet20q's
-    shared shortcut BatchNorm. Leaves the model in evaluation mode at that bit-width.
+    shared shortcut BatchNorm. Leaves the model in evaluation mode at that bit-width. Raises
+    ValueError where there are no batches.
     """
     model.eval()
     set_bit_width(model, bit_width)
-    layers = [layer.bn_dict[layer.width] for layer in model.modules()
-              if isinstance(layer, SwitchableBatchNorm2d)]
+    norms = [layer.bn_dict[layer.width] for layer in model.modules()
+             if isinstance(layer, SwitchableBatchNorm2d)]
+    layers = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     momentum = [layer.momentum for layer in layers]
     for layer in layers:
-        layer.reset_running_stats()
         layer.train()
 
+    count = 0
     for count, images in enumerate(batches, start=1):
         for layer in layers:
+            if count == 1:
+                layer.reset_running_stats()
             layer.momentum = 1 / count  # a cumulative average; torch's own waits for the count
         model(images)
 
     for layer, value in zip(layers, momentum, strict=True):
         layer.momentum = value
         layer.eval()
+    if not count:
+        raise ValueError("there is no batch to calibrate over; an iterator gives its batches once")

@@ -28,6 +28,7 @@ from models.assignment import check_assignments
 from models.bit_widths import FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
+from models.quantizers import own_bits_of
 from utils import brief, one_line, escaped
 
 # NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
@@ -292,6 +293,7 @@ def network_of(content: dict, path: str | Path,
     assignments = spec.pop("assignments")
     bit_widths = present if bit_widths is None else list(map(BitWidth.of, bit_widths))
     model = build_for(path, **spec, bit_widths=bit_widths)
+    check_own_bits(content.get("network"), model, path)
 
     state_dict = content["state_dict"]
     if not set(present) <= set(bit_widths):
@@ -382,8 +384,28 @@ def saved_assignments(saved: object, path: str | Path) -> list[Assignment]:
 
 def network_content(model: nn.Module) -> dict:
     """Return what a checkpoint of a network that `build` built holds as its `network`."""
+    found = {**model.spec, "own_bits": own_bits_of(model)}
     assignments = [assignment.content for assignment in assignments_of(model).values()]
-    return {**model.spec, "assignments": assignments} if assignments else model.spec
+    return {**found, "assignments": assignments} if assignments else found
+
+
+def check_own_bits(network: dict | None, model: nn.Module, path: str | Path) -> None:
+    """Raise FileError naming a layer that has other bits of its own than in a checkpoint.
+
+    network: of the checkpoint; older ones do not say.
+    """
+    saved = (network or {}).get("own_bits")
+    check_field(path, "network's own_bits", saved, lambda value: isinstance(value, dict),
+                "a dict of layers and bits")
+    if saved is None:
+        return
+    own = own_bits_of(model)
+    for name in sorted({*saved, *own}, key=str):
+        if saved.get(name) != own.get(name):
+            raise FileError(
+                f"{path}: layer {brief(name)} has {brief(saved.get(name))} bits of its own there, "
+                f"and {own.get(name)} in the network that its name builds here: give layers their "
+                "bits where the network is built, as in docs/ideas.md")
 
 
 def check_model(name: object, path: str | Path) -> str:

@@ -81,9 +81,9 @@ def fit_float_weights(model: AnyPrecisionNetwork,
                       state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Fit a float network's state dict to its converted model.
 
-    Every bit-width's BatchNorm is a copy of the float one. Quantizers, and a classifier of another
-    size, have the model's own values. Other entries that do not fit are unchanged, so that loading
-    reports them.
+    Every bit-width's BatchNorm is a copy of the float one. A classifier of another size has the
+    model's own values. The parameters of quantizers are not in it. Other entries that do not fit
+    are unchanged, so that loading reports them.
 
     Returns:
         The fitted state dict, and the names of a classifier's entries that have another size.
@@ -94,8 +94,7 @@ def fit_float_weights(model: AnyPrecisionNetwork,
               if key not in source.values()}
     fitted.update((key, state_dict[name]) for key, name in source.items() if name in state_dict)
     fitted.update((key, own[key]) for key in own.keys() - fitted.keys()
-                  if key.endswith(".num_batches_tracked")  # which torch once did not save
-                  or ".quantizer." in key)
+                  if key.endswith(".num_batches_tracked"))  # which torch once did not save
     classifier = [f"network.{layer.name}." for layer in model.layers if layer.why == CLASSIFIER]
     resized = [key for key in own if key.startswith(tuple(classifier)) and key in fitted
                and getattr(fitted[key], "shape", None) != own[key].shape]

@@ -2,8 +2,9 @@
 
 The bit-operations of a layer are its multiply-accumulates times the bits of its weight times the
 bits of its input. Layers without a quantized weight, such as stem and classifier, count as 32 x 32,
-and an input that no ActivationQ rounds as 32. The bytes of a layer are its weights at their bits,
-its scales and its bias in float32. BatchNorms, additions and pools are not counted.
+an input that no ActivationQ rounds as 32, and one of several activations as the most of their bits.
+The bytes of a layer are its weights at their bits, its scales and its bias in float32. BatchNorms,
+additions and pools are not counted.
 """
 from collections import Counter
 from collections.abc import Iterable
@@ -39,9 +40,9 @@ class LayerCost(NamedTuple):
 class Costs:
     """The costs of a network's convolutions and linear layers, measured on one image.
 
-    image_size: pixels. inputs: {name of a quantized layer: name of the ActivationQ that it reads,
-    or None}. Raises ValueError where the network cannot be traced, or calls such a layer as a
-    function, whose cost is not known.
+    image_size: pixels. inputs: {name of a quantized layer: names of the ActivationQs that it reads,
+    none where it reads other values too}. Raises ValueError where the network cannot be traced, or
+    calls such a layer as a function, whose cost is not known.
     """
 
     def __init__(self, model: nn.Module, image_size: int):
@@ -57,8 +58,8 @@ class Costs:
             if node.op != "call_module" and name_of(node, modules) in FUNCTIONS:
                 raise ValueError(f"what it costs is not known: {node.name} is a function, not a "
                                  "layer")
-        self.inputs = {names[layer]: activation and names[activation]
-                       for layer, activation in input_activations(model, graph).items()}
+        self.inputs = {names[layer]: sorted(names[activation] for activation in activations)
+                       for layer, activations in input_activations(model, graph).items()}
         self.macs = measure(model, image_size)
         self.scales = {}
 
@@ -72,10 +73,8 @@ class Costs:
         layer = self.model.get_submodule(name)
         is_quantized = isinstance(layer, QuantizedLayer)
         bits = layer.bits if is_quantized else FULL_PRECISION
-        activation = self.inputs.get(name)
-        input_bits = FULL_PRECISION
-        if activation:
-            input_bits = self.model.get_submodule(activation).bits
+        input_bits = max((self.model.get_submodule(activation).bits
+                          for activation in self.inputs.get(name, ())), default=FULL_PRECISION)
         floats = 0 if layer.bias is None else layer.bias.numel()
         if bits != FULL_PRECISION:
             if name not in self.scales:

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d in float32, also after a convolution of lower precision."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        return super().forward(input.to(self.weight.dtype))
 
 
 class Classifier(nn.Linear):
     """nn.Linear in float32, also within autocast: its logits are targets of lower bit-widths."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C) -> (N, classes)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+    def forward(self, input: Tensor) -> Tensor:  # (N, C) -> (N, classes)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))

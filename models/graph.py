@@ -15,6 +15,7 @@ REARRANGING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identi
                "ChannelShuffle", "max_pool2d", "dropout", "cat", "concat", "chunk", "split",
                "getitem", "flatten", "view", "reshape", "transpose", "permute", "contiguous",
                "squeeze"}
+JOINING = {"cat", "concat"}  # those of them whose inputs are all taken
 FUNCTIONS = {"conv2d", "linear"}  # layers that are not modules
 SHAPE_QUERIES = {"size", "getattr", "dim"}
 SOURCES = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
@@ -34,48 +35,55 @@ class Tracer(fx.Tracer):
 
 
 def link_inputs(model: nn.Module) -> None:
-    """Set each quantized layer's input_quantizer, where torch.fx finds one.
+    """Set each quantized layer's input_quantizer, where torch.fx finds a single one.
 
-    It makes operands of low precision exact; the output is the same without it.
+    It makes operands of low precision exact; without it they are rounded as any others.
     """
     try:
         sources = input_activations(model, Tracer().trace(model))
     except Exception:  # of torch.fx, or of the network's own code
         return
-    for layer, source in sources.items():
-        quantizer = source.quantizer if source else None
+    for layer, activations in sources.items():
+        quantizer = activations.pop().quantizer if len(activations) == 1 else None
         object.__setattr__(layer, "input_quantizer", quantizer)  # it is no submodule of the layer
 
 
 def input_activations(model: nn.Module,
-                      graph: fx.Graph) -> dict[QuantizedLayer, ActivationQ | None]:
-    """Return {layer: the rounding ActivationQ whose values it reads, None without one}.
+                      graph: fx.Graph) -> dict[QuantizedLayer, set[ActivationQ]]:
+    """Return {layer: the rounding ActivationQs of whose values its input consists}.
 
-    graph: of the model, by Tracer.
+    They are none where it holds other values too. graph: of the model, by Tracer.
     """
     modules = dict(model.named_modules())
-    sources = {}
+    sources = sources_of(graph, modules)
+    found = {}
     for node in graph.nodes:
         layer = module_of(node, modules)
         if isinstance(layer, QuantizedLayer):
-            sources.setdefault(layer, set()).add(activation_before(node.args[0], modules))
-    found = {}
-    for layer, activations in sources.items():
-        source = activations.pop() if len(activations) == 1 else None
-        found[layer] = source if source and source.rounding else None
-    return found
+            found.setdefault(layer, []).append(sources[node.all_input_nodes[0]])
+    return {layer: set() if any(isinstance(source, str) for source in calls)
+            else set().union(*calls) for layer, calls in found.items()}
 
 
-def activation_before(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQ | None:
-    """Return the ActivationQ that a node's values come from unchanged, or None."""
-    while isinstance(node, fx.Node):
-        layer = module_of(node, modules)
-        if isinstance(layer, ActivationQ):
-            return layer
-        if name_of(node, modules) not in REARRANGING or not node.args:
-            return None
-        node = node.args[0]
-    return None
+def sources_of(graph: fx.Graph,
+               modules: dict[str, nn.Module]) -> dict[fx.Node, set[ActivationQ] | str]:
+    """Return {node: the rounding ActivationQs of whose values its output consists}.
+
+    Where it holds other values too, a text says where these come from.
+    """
+    sources = {}
+    for node in graph.nodes:
+        name = name_of(node, modules)
+        module = module_of(node, modules)
+        if isinstance(module, ActivationQ):
+            sources[node] = {module} if module.rounding else "an activation without rounding"
+        elif name in REARRANGING and node.all_input_nodes:
+            parts = node.all_input_nodes if name in JOINING else node.all_input_nodes[:1]
+            others = [sources[part] for part in parts if isinstance(sources[part], str)]
+            sources[node] = others[0] if others else set().union(*map(sources.get, parts))
+        else:
+            sources[node] = SOURCES.get(name, name)
+    return sources
 
 
 class IsTraining(nn.Module):
@@ -200,23 +208,16 @@ def input_sources(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, s
 
     Layers that are functions have the names of their nodes.
     """
-    source_of = {}  # of each node's output
+    source_of = sources_of(graph, modules)
     sources = {}
     for node in graph.nodes:
-        name = name_of(node, modules)
         module = module_of(node, modules)
-        if isinstance(module, ActivationQ):
-            source_of[node] = "" if module.rounding else "an activation without rounding"
-        elif name in REARRANGING and node.args:
-            first = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
-            source_of[node] = next((source_of[part] for part in first if source_of[part]), "")
-        else:
-            source_of[node] = SOURCES.get(name, name)
-
-        if isinstance(module, (nn.Conv2d, nn.Linear)) or (not module and name in FUNCTIONS):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) or (
+                not module and name_of(node, modules) in FUNCTIONS):
             source = source_of[node.all_input_nodes[0]]
             key = node.target if module else node.name
-            sources[key] = sources.get(key) or source  # of several calls, one not quantized
+            said = source if isinstance(source, str) else ""
+            sources[key] = sources.get(key) or said  # of several calls, one not quantized
     return sources
 
 

@@ -14,9 +14,10 @@ import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from models import (Assignment, Width, assignments_of, check_bit_widths, quantizers, set_bit_width,
-                    trained_bit_widths)
+from models import (Assignment, Width, assignments_of, bit_widths_of, check_bit_widths, quantizers,
+                    set_bit_width)
 from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.calibration import ENTRY, without_assignments
@@ -147,9 +148,16 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
     """
     widths = [width_of(model, width) for width in bit_widths]
     assignments = [width for width in widths if isinstance(width, Assignment)]
-    bit_widths = sorted(check_bit_widths([width for width in widths if width not in assignments]))
+    bit_widths = [width for width in widths if width not in assignments]
+    if not bit_widths:
+        raise ValueError("a packed file needs a bit-width beside its assignments: give one, too")
+    bit_widths = sorted(check_bit_widths(bit_widths))
     stored = stored_bit_widths(model, bit_widths, stored)
     layers = quantized_layers(model)
+    for name, layer in layers.items():
+        if is_parametrized(layer):
+            raise ValueError(f"layer {name} has a parametrization, which a packed file does not "
+                             "hold: remove it by torch.nn.utils.parametrize")
     left_out = [name for name in assignments_of(model) if name not in assignments]
     tensors = {key: value.contiguous()
                for key, value in without_assignments(model.state_dict(), left_out).items()
@@ -186,8 +194,7 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
     set_bit_width(model, bit_widths[-1])
     about = {**about, "format": FORMAT, "bit_widths": [width.plain for width in bit_widths],
              "stored": [width.plain for width in stored], "groups": named_columns,
-             "own_bits": {name: layer.own_bits for name, layer in quantizers.quantized_layers(
-                 model).items() if layer.own_bits}}
+             "own_bits": quantizers.own_bits_of(model)}
     if assignments:  # a file without any is as it was before there were some
         about["assignments"] = [
             {**assignment.content, "layers": list(assignment.content["layers"].items())}
@@ -470,7 +477,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
             raise ValueError(f"it has bits of {brief(name)}, which is not a quantized layer")
         owners[name].own_bits = bits
 
-    bit_widths = [*trained_bit_widths(model), *assignments_of(model).values()]
+    bit_widths = [*bit_widths_of(model), *assignments_of(model).values()]
     layers = quantized_layers(model)
     for group in groups:
         bits = tuple(b for _, b in group["columns"])
@@ -523,9 +530,20 @@ def load_runner(path: str | Path, memory_format: torch.memory_format = torch.con
     from models.checkpoint import load
 
     model = load(path).to(memory_format=memory_format)
+    layers = {layer: name for name, layer in quantized_layers(model).items()}
+    entered = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: entered.append(layer))
 
     def run(images, bits):
         set_bit_width(model, bits)
-        with torch.no_grad():
-            return model(torch.from_numpy(images).contiguous(memory_format=memory_format)).numpy()
+        entered.clear()
+        try:
+            with torch.no_grad():
+                return model(torch.from_numpy(images).contiguous(
+                    memory_format=memory_format)).numpy()
+        except (RuntimeError, TypeError) as error:  # of a layer that computes with `weight` itself
+            name = layers[entered[-1]] if entered else "none"
+            raise ValueError(f"layer {name} does not run with a packed weight "
+                             f"({one_line(error)})") from error
     return run

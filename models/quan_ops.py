@@ -4,10 +4,12 @@ Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net
 Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
 and 32-bit weights also pass through tanh.
 """
+import copy
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from models.assignment import Assignment, Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
@@ -192,6 +194,9 @@ class Clamp(torch.autograd.Function):
 
 # ---- layers
 
+ROUNDING = 2.0**-20  # of a float32 quotient of about 1
+
+
 class QuantizedLayer:
     """A mixin for a layer whose output is linear in its weight, such as Conv2dQ.
 
@@ -209,6 +214,7 @@ class QuantizedLayer:
         self.quantizer = DoReFaWeight()
         self.shared = None  # what quantizer.prepare gives, while losses.shared_computation runs
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
+        self.weight_is_product = True  # of integer_weight, as far as is known
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
     @property
@@ -247,7 +253,8 @@ class QuantizedLayer:
         Where autocast or TF32 rounds the operands, they are integers over a power of two, which
         16 bits and TF32 represent exactly; their scales multiply the output.
         """
-        edited = type(self).quantized_weight is not QuantizedLayer.quantized_weight
+        edited = (type(self).quantized_weight is not QuantizedLayer.quantized_weight
+                  or not self.weight_is_product)
         if self.bits == FULL_PRECISION or edited or not low_precision(x):
             return linear_map(x, self.quantized_weight(), self.bias)
         integers, scale = self.integer_weight()
@@ -277,14 +284,16 @@ class QuantizedLayer:
         else:
             bits = self.input_quantizer.bits
             step = self.input_quantizer.step() if bits != FULL_PRECISION else None
-        return 1.0 if bits == FULL_PRECISION or step is None else step * 2.0**bits
+        if bits == FULL_PRECISION or step is None or getattr(step, "ndim", 0):  # not one number
+            return 1.0
+        return step * 2.0**bits
 
 
 class Conv2dQ(QuantizedLayer, nn.Conv2d):
     """A convolution with a quantized weight: (N, C_in, H, W) -> (N, C_out, H', W')."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply_quantized(x, self._conv_forward)
+    def forward(self, input: Tensor) -> Tensor:  # a keyword of torch's, too
+        return self.apply_quantized(input, self._conv_forward)
 
 
 class ActivationQ(nn.Module):
@@ -334,20 +343,48 @@ class SwitchableBatchNorm2d(nn.Module):
     def switch_bit_width(self, bit_width: BitWidth) -> None:
         self.width = str(bit_width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn_dict[self.width](x)
+    def forward(self, input: Tensor) -> Tensor:  # a keyword of torch's, too
+        return self.bn_dict[self.width](input)
 
 
 def nearest_multiple(x: Tensor, bits: int) -> Tensor:
-    """Round float32 numbers, at most 1 in magnitude, to multiples of 2^-bits; at 32 bits, not.
+    """Round float32 numbers to multiples of 2^-bits where they are within rounding of these.
 
-    Quotients are within rounding of such multiples, and a GPU that cuts them to TF32 would make
-    more of that. Float32 has no finer digits where 1.5 * 2^(23 - bits) is added.
+    Quotients are, and a GPU that cuts them to TF32 would make more of that. Others, such as those
+    that a dropout scaled, stay as they are; at 32 bits all do. Float32 has no finer digits where
+    1.5 * 2^(23 - bits) is added.
     """
     if bits == FULL_PRECISION:
         return x
     large = 1.5 * 2.0**(23 - bits)
-    return (x + large) - large
+    near = (x + large) - large
+    return torch.where((near - x).abs() <= ROUNDING, near, x)
+
+
+@torch.no_grad()
+def find_other_weights(model: nn.Module) -> None:
+    """Set weight_is_product of a model's layers, by their weights on random numbers.
+
+    It is False where quantized_weight was edited to return another weight than the product of
+    integer_weight, which low precision takes.
+    """
+    widths = [width for width in bit_widths_of(model) if width.weights != FULL_PRECISION]
+    for layer in model.modules():
+        if not isinstance(layer, QuantizedLayer) or is_parametrized(layer):
+            continue
+        if not layer.weight.is_floating_point():  # of a packed file
+            continue
+        twin = copy.deepcopy(layer).to("cpu", torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            twin.weight.normal_(generator=torch.Generator().manual_seed(0))
+            for width in widths:
+                twin.switch_bit_width(width)
+                if twin.bits != FULL_PRECISION:
+                    torch.manual_seed(0)  # for a quantizer that draws numbers
+                    integers, scale = twin.integer_weight()
+                    torch.manual_seed(0)
+                    if not torch.equal(twin.quantized_weight(), integers * scale):
+                        layer.weight_is_product = False
 
 
 def low_precision(x: Tensor) -> bool:
@@ -389,14 +426,14 @@ def width_of(model: nn.Module, value: Width | int | str) -> Width:
         raise ValueError(f"assignment {value} is not of this network: add it first, by "
                          "models.add_assignment(model, assignment)")
     bit_width = BitWidth.of(value)
-    trained = trained_bit_widths(model)
+    trained = bit_widths_of(model)
     if trained and bit_width not in trained:
-        raise ValueError(f"{bit_width}-bit was not trained; choose from "
+        raise ValueError(f"the network has no {bit_width}-bit BatchNorm; choose from "
                          f"{', '.join(map(str, [*trained, *assignments_of(model)]))}")
     return bit_width
 
 
-def trained_bit_widths(model: nn.Module) -> list[BitWidth]:
+def bit_widths_of(model: nn.Module) -> list[BitWidth]:
     """Return the bit-widths that the model has BatchNorms for, lowest first."""
     for layer in model.modules():
         if isinstance(layer, SwitchableBatchNorm2d):

@@ -28,6 +28,12 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
             if isinstance(layer, QuantizedLayer | ActivationQ)}
 
 
+def own_bits_of(model: nn.Module) -> dict[str, int]:
+    """Return {layer: bits} of the layers that have bits of their own at every bit-width."""
+    return {name: layer.own_bits for name, layer in quantized_layers(model).items()
+            if layer.own_bits}
+
+
 def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | int | str]) -> None:
     """Replace the quantizer of every quantized layer by one of QUANTIZERS[name].
 

@@ -42,6 +42,11 @@ def state_of(tensors: Iterable[Tensor]) -> Hashable:
             torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
 
 
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return numbers that change where a tensor is changed in place."""
+    return [tensor._version for tensor in tensors]
+
+
 @contextlib.contextmanager
 def without_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Make quantizers raise where they read their bit-width, as what they prepare is for all."""
@@ -129,6 +134,7 @@ class SharedWeight:
     def __init__(self, shared: Shared, prepare: Callable):
         self.shared = shared
         self.prepare = prepare
+        self.first = {}  # label: the weight, and the versions of what was prepared of it
 
     def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
         """Return what the layer's quantizer prepares of its weight."""
@@ -136,8 +142,14 @@ class SharedWeight:
         label = layer, state_of((weight, *layer.quantizer.parameters()))
         if label not in self.shared.found:
             with without_bit_width([layer]):
-                self.shared.leaves(label, self.prepare(layer))
-        return self.shared.found[label]
+                leaves = self.shared.leaves(label, self.prepare(layer))
+            # A weight that a parametrization computes must live for as long as its id is in use.
+            self.first[label] = weight, versions(leaves)
+        leaves = self.shared.found[label]
+        if versions(leaves) != self.first[label][1]:
+            raise ValueError(f"{type(layer.quantizer).__name__} changes in place what `prepare` "
+                             "returned, which all bit-widths share: compute another tensor")
+        return leaves
 
     def __deepcopy__(self, memo):
         return None  # a copy of the layer shares nothing

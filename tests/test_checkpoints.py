@@ -14,7 +14,9 @@ import tiny_data
 from dataset.data import DATASETS
 from engine import published
 from engine.run_folder import read_metrics
-from models import MODELS, add_missing_bit_widths, build, calibrate, set_bit_width
+from models import (MODELS, Assignment, add_assignment, add_missing_bit_widths, build, calibrate,
+                    set_bit_width)
+from models.checkpoint import FileError, network_content, network_of
 from models.quan_ops import Quantizer, SwitchableBatchNorm2d
 from small_networks import Bottlenecks, ResNet8
 
@@ -55,6 +57,55 @@ def test_a_missing_bit_width_of_lsq_has_the_range_of_the_nearest():
         largest[bits] = torch.cat(products).detach()
     assert_close(largest[6], largest[8])
     assert not any(largest[2] == largest[8])
+
+
+def test_weights_and_activations_go_by_bits_of_their_own():
+    trained = build("svhnq", [4, 8], 10, 1, quantizer="lsq")
+    model = build("svhnq", [4, "w4a8", 8], 10, 1, quantizer="lsq")
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.ndim == 0:
+                parameter.uniform_(-1, 1)
+    state, added = add_missing_bit_widths(trained.state_dict(), model)
+    add_assignment(trained, Assignment("mix", 8, {"layers.6": "w4a8"}))
+    assert added == {"w4a8": 8}
+    for layer, bits in (("layers.6", 4), ("layers.5", 8)):  # a convolution, its activation
+        ranges = f"{layer}.quantizer.log_range_dict"
+        assert state[f"{ranges}.w4a8"] == state[f"{ranges}.{bits}"]
+        assert trained.state_dict()[f"{ranges}.mix"] == state[f"{ranges}.{bits}"]
+
+
+def test_calibration_over_nothing_changes_nothing():
+    model = reference.fill(ResNet8([2], width=1), seed=0)
+    batches = iter([torch.randn(2, 3, 32, 32)])
+    calibrate(model, 2, batches)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="no batch to calibrate over; an iterator"):
+        calibrate(model, 2, batches)
+    assert_same(model.state_dict(), before)
+
+
+def test_norms_without_statistics_are_not_calibrated():
+    model = reference.fill(ResNet8([2], width=1), seed=0)
+    model.bn.bn_dict["2"] = torch.nn.GroupNorm(4, 16)
+    calibrate(model, 2, [torch.randn(2, 3, 32, 32)])
+    assert model.layers[0].bn0.bn_dict["2"].num_batches_tracked == 1
+
+
+def test_a_network_with_bits_of_layers_that_the_one_here_does_not_have():
+    model = build("svhnq", [2, 4], 10, 1)
+    model.get_submodule("layers.6").own_bits = 8
+    network = network_content(model)
+    content = {"state_dict": model.state_dict(), "network": network}
+    with pytest.raises(FileError, match="layer 'layers.6' has 8 bits of its own there, and No"):
+        network_of(content, "x")
+    network["own_bits"] = ["layers.6"]
+    with pytest.raises(FileError, match="own_bits is .'layers.6'., not a dict of layers and bits"):
+        network_of(content, "x")
+    network["own_bits"] = {}
+    network_of(content, "x")
+    del network["own_bits"]  # of an older checkpoint
+    network_of(content, "x")
 
 
 @pytest.mark.parametrize("kind, size", [(ResNet8, 32), (Bottlenecks, 64), (MODELS["svhnq"], 40)])

@@ -1,4 +1,6 @@
 """Float networks made into any-precision ones: the same numbers as theirs, and as ours."""
+import re
+
 import pytest
 import torch
 from float_networks import SMALL, build, float_resnet20, float_svhn, noise
@@ -7,9 +9,11 @@ from torch.testing import assert_close
 
 import models
 import reference
-from models import MODELS, convert, quan_ops, set_bit_width, trained_bit_widths
+from engine.setup import load_pretrained
+from models import MODELS, bit_widths_of, convert, quan_ops, set_bit_width
 from models.converted import fit_float_weights
 from models.losses import any_precision_backward
+from models.lsq import initial_weight_range
 from runs import assert_same
 
 WIDTHS = [1, 2, 8, 32]
@@ -37,7 +41,7 @@ def images():
 def test_the_float_networks_logits_at_32_bits(pair, images, monkeypatch):
     network, model = pair
     monkeypatch.setattr(quan_ops.DoReFaWeight, "prepare", lambda self, w: (w, torch.ones(())))
-    assert not model.training and trained_bit_widths(model) == WIDTHS and not model.note
+    assert not model.training and bit_widths_of(model) == WIDTHS and not model.note
     assert_close(model(images), network(images), rtol=0, atol=1e-5)
 
 
@@ -49,19 +53,30 @@ def test_weights_go_to_every_bit_width(pair):
     assert_same(fitted, dict(own))
 
 
-def test_weights_go_to_bit_widths_of_two_numbers_and_leave_quantizers_alone():
+def test_weights_go_to_bit_widths_of_two_numbers_and_not_to_quantizers():
     network = build("small_shufflenet")
     model = models.build(SMALL, ["w2a4", 4], 10, quantizer="lsq")
-    own = {key: value.clone() for key, value in model.state_dict().items()}
     fitted, left = fit_float_weights(model, network.state_dict())
-    assert not left and fitted.keys() == own.keys()
+    quantizers = {key for key in model.state_dict() if ".quantizer." in key}
+    assert not left and fitted.keys() == model.state_dict().keys() - quantizers
     state = network.state_dict()
-    for key, value in fitted.items():
-        if ".quantizer." in key:
-            assert torch.equal(value, own[key])
     for width in ("w2a4", "4"):
         fitted_norm = fitted[f"network.conv1.1.bn_dict.{width}.running_mean"]
         assert torch.equal(fitted_norm, state["conv1.1.running_mean"])
+
+
+def test_quantizers_of_float_weights_are_initialized_from_the_data(images):
+    """Those of the weights that were drawn before would be of another size."""
+    state = {key: 5 * value if value.ndim == 4 else value
+             for key, value in build("small_shufflenet").state_dict().items()}
+    model = models.build(SMALL, [4], 10, quantizer="lsq")
+    message, are_new = load_pretrained(model, "x", state)
+    assert are_new and re.search(r"; \d+ parameters of quantizers are new", message)
+    models.initialize_quantizers(model, images, models.check_bit_widths([4]))
+    for layer in model.modules():
+        if isinstance(layer, quan_ops.QuantizedLayer):
+            assert_close(layer.quantizer.log_range_dict["4"].detach(),
+                         initial_weight_range(layer.weight, 4).log())
 
 
 def test_every_width_and_a_step(pair, images):

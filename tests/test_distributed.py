@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.run
 from process_checks import DIGITS
 from runs import ROOT, accuracies, assert_same, load, run
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
@@ -106,12 +108,43 @@ def test_one_exchange_a_step_and_two_small_ones_an_epoch(found):
     assert len(found["exchanges"]) == steps + 2 * len(NEXT_TARGET)
 
 
+def test_statistics_that_are_parameters_are_shared_at_the_end_of_an_epoch(monkeypatch):
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    net.ranges_dict = nn.ParameterDict({"4": nn.Parameter(torch.zeros(()), requires_grad=False)})
+    shared = []
+    monkeypatch.setattr(distributed, "exchange", lambda tensors, _: shared.extend(tensors))
+    distributed.broadcast_buffers(net)
+    assert set(map(id, shared)) == set(map(id, [*net.buffers(), net.ranges_dict["4"]]))
+
+
+def test_the_network_is_initialized_before_its_batch_norms_are_synchronized(monkeypatch):
+    """Rank 0 alone initializes quantizers, and a SyncBatchNorm would wait for the others."""
+    called = []
+
+    class Ended(Exception):
+        pass
+
+    def synchronize(*args):
+        called.append("synchronized")
+        raise Ended
+
+    monkeypatch.setattr(train, "prepare", lambda *args: (Namespace(model=None), None, None, None))
+    monkeypatch.setattr(train, "load_initial_state", lambda *args: called.append("initialized"))
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "synchronize_batch_norm", synchronize)
+    with pytest.raises(Ended):
+        train.train(Namespace(sync_bn=True), None, CPU)
+    assert called == ["initialized", "synchronized"]
+
+
 def test_synchronised_batch_norm_is_torchs_on_gpus_and_refused_elsewhere():
     net = process_checks.model()
     keys = list(net.state_dict())
     with pytest.raises(UserError, match="--sync-bn is torch's SyncBatchNorm, which needs GPUs"):
         synchronize_batch_norm(net, CPU)
-    net = synchronize_batch_norm(net, torch.device("cuda"))
+    parameters = list(net.parameters())
+    synchronize_batch_norm(net, torch.device("cuda"))
+    assert all(one is other for one, other in zip(net.parameters(), parameters, strict=True))
     kinds = {type(layer) for layer in net.modules() if hasattr(layer, "running_mean")}
     assert kinds == {torch.nn.SyncBatchNorm}
     assert list(net.state_dict()) == keys

@@ -15,7 +15,7 @@ import models
 import reference
 from dataset.data import DATASETS, DataError, get_dataset
 from dataset.loader import make_loader
-from models import MODELS, packed, set_bit_width, trained_bit_widths
+from models import MODELS, bit_widths_of, packed, set_bit_width
 from runs import evaluation, run
 from utils import write_json
 
@@ -36,7 +36,7 @@ def measure(path, count=IMAGES):
     loader = make_loader(Subset(val_set, wanted), name, torch.device("cpu"), count, train=False)
     (images, labels), = loader
     correct = {}
-    for width in trained_bit_widths(network):
+    for width in bit_widths_of(network):
         set_bit_width(network, width)
         with torch.no_grad():
             answers = network(images).argmax(1)
@@ -48,7 +48,7 @@ def measure(path, count=IMAGES):
 def test_numbers(path, monkeypatch):
     expected = json.loads(path.with_suffix(".json").read_text())
     network = models.load(path)
-    assert list(map(str, trained_bit_widths(network))) == list(expected["correct"])
+    assert list(map(str, bit_widths_of(network))) == list(expected["correct"])
     assert network.calibrated == expected["calibrated"]
     for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN"):
         monkeypatch.setattr(f"torchvision.datasets.{name}.download", refuse)

@@ -118,7 +118,7 @@ def test_what_is_shared_is_computed_once_a_step(monkeypatch):
 def test_an_error_within_a_step_leaves_nothing_shared():
     model = network("resnet20q")
     images, labels = batch("resnet20q", dtype=torch.float32)
-    with pytest.raises(ValueError, match="3-bit was not trained"):
+    with pytest.raises(ValueError, match="the network has no 3-bit BatchNorm"):
         any_precision_backward(model, images, labels, [32, 3])  # 32 comes first
     assert not any(layer.shared for layer in model.modules() if isinstance(layer, Conv2dQ))
     assert "forward" not in vars(model.conv0)

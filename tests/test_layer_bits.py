@@ -12,9 +12,11 @@ import deploy
 import models
 import report
 import search
+from engine.bit_search import find_units
 from engine.errors import run_program
 from engine.forward_pass import ForwardPass
-from models import Assignment, add_assignment, calibrate, packed, set_bit_width
+from float_networks import SMALL
+from models import Assignment, add_assignment, bit_widths_of, calibrate, packed, set_bit_width
 from models.checkpoint import FileError, network_content
 from models.cost import Costs, LayerCost, cost_table, totals
 from models.float_layers import Classifier
@@ -149,7 +151,7 @@ def test_costs_by_hand():
         Classifier(2, 10))
     add_assignment(model, Assignment("mix", 2, {"3": "w1a2", "5": 32}))
     costs = Costs(model, 9)  # maps of 7 x 7, 3 x 3 and 3 x 3
-    assert costs.inputs == {"3": "2", "6": "5"}
+    assert costs.inputs == {"3": ["2"], "6": ["5"]}
     stem = LayerCost("0", False, 4 * 49 * 27, 32, 32, 4 * 108)
     head = LayerCost("9", False, 20, 32, 32, 4 * 20 + 40)
     expected = {
@@ -402,8 +404,53 @@ def test_a_search(tiny_cifar10, tmp_path, monkeypatch, capsys):
     before = snapshot(parts)
     assert searched(*common, parts, "--budget", "50%", "--seed", 1) == 1
     assert_one_line(capsys, "parts holds another search: its seed is 0, not 1")
+    monkeypatch.setattr(search, "get_dataset", lambda *args, **kwargs: [
+        *original(*args, **kwargs)][::-1])
+    assert searched(*common, parts, "--budget", "50%") == 1
+    assert_one_line(capsys, "parts holds another search: its data is ")
     assert {name: text for name, text in snapshot(parts).items() if "log" not in name.name} == {
         name: text for name, text in before.items() if "log" not in name.name}
+
+
+def test_bit_widths_that_cost_the_same_do_not_end_a_search(monkeypatch):
+    model, _ = network((1, "w1a2", "w2a1", 4))
+    tried = search.Search(model, ForwardPass(model, torch.device("cpu")), Costs(model, 32),
+                          bit_widths_of(model), [], [], "bit_operations")
+    monkeypatch.setattr(tried, "measure", lambda unit, layers: search.Step(
+        unit, layers, 0.0, 0.0, {"bit_operations": tried.cost(layers)}))
+    path = []
+    tried.descend(path, tried.least_cost(), lambda steps: None)
+    assert path[-1].cost["bit_operations"] == tried.least_cost()
+
+
+def test_the_input_of_a_layer_may_be_of_several_activations():
+    """In the table, in costs and in the search, of a network that concatenates and shuffles."""
+    model = models.build(SMALL, [4, 8], 10)
+    costs = Costs(model, 32)
+    bits = {layer.name: layer.input_bits for layer in costs.of(4)}
+    quantized = {layer.name for layer in model.layers if layer.input == "quantized"}
+    assert quantized and {name for name, number in bits.items() if number == 4} == {
+        f"network.{name}" for name in quantized}
+    assert max(map(len, costs.inputs.values())) > 1
+    units = find_units(costs)
+    names = [name for unit in units for name in unit]
+    assert len(names) == len(set(names))
+    assert set(names) == {*costs.inputs, *(name for read in costs.inputs.values() for name in read)}
+    for layer, activations in costs.inputs.items():
+        unit, = [unit for unit in units if layer in unit]
+        assert set(activations) <= set(unit)
+
+
+def test_a_layer_that_is_called_with_a_keyword():
+    class Called(nn.Sequential):
+        def forward(self, x):
+            return self[4](self[3](input=self[2](self[1](input=self[0](x))))).mean((2, 3))
+
+    network = Called(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1),
+                     nn.Conv2d(4, 5, 1))
+    model = models.convert(network, [2, 4])
+    assert Costs(model, 8).inputs == {"network.3": ["network.2"]}
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
 
 def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
@@ -439,7 +486,7 @@ def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
     (["--bytes", "10"], 1, "--bytes 10 is 10, and all layers at 1 bits take"),
     (["--budget", "4bits,0"], 2, "'0' is not a budget"), ([], 2, "give one of --budget"),
     (["--budget", "1e9", "--cost"], 2, "give one of --budget"),
-    (["--cost", "8"], 1, "--cost: 8-bit was not trained; choose from 1, 2, 4")])
+    (["--cost", "8"], 1, "--cost: the network has no 8-bit BatchNorm; choose from 1, 2, 4")])
 def test_searches_that_cannot_be(argv, code, part, tiny_cifar10, tmp_path, capsys):
     path, *_ = checkpoint(tmp_path)
     assert searched(path, "--data-dir", tiny_cifar10, "--device", "cpu", *argv) == code

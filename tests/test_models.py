@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import reference
-from models import DEFAULT_WIDTH, MODELS, set_bit_width, trained_bit_widths
+from models import DEFAULT_WIDTH, MODELS, bit_widths_of, set_bit_width
 from models.quan_ops import Conv2dQ, SwitchableBatchNorm2d
 from small_networks import Bottlenecks
 
@@ -18,7 +18,7 @@ def name(request):
 def test_a_new_network_stands_at_its_highest_bit_width(name):
     model = MODELS[name]([4, 32, 2], num_classes=7, width=1)
     assert {layer.bits for layer in model.modules() if hasattr(layer, "bits")} == {32}
-    assert trained_bit_widths(model) == [2, 4, 32]
+    assert bit_widths_of(model) == [2, 4, 32]
     assert model(torch.randn(2, 3, SIZE[name], SIZE[name])).shape == (2, 7)
 
 
@@ -39,7 +39,7 @@ def test_switching_reaches_every_layer_and_changes_the_output(kind, size):
 
 def test_a_bit_width_that_was_not_trained_is_refused_and_nothing_moves():
     model = MODELS["svhnq"]([1, 2, 4, 8, 32], width=1)
-    with pytest.raises(ValueError, match="3-bit was not trained; choose from 1, 2, 4, 8, 32"):
+    with pytest.raises(ValueError, match="no 3-bit BatchNorm; choose from 1, 2, 4, 8, 32"):
         set_bit_width(model, 3)
     assert {layer.bits for layer in model.modules() if hasattr(layer, "bits")} == {32}
 
@@ -53,7 +53,7 @@ def test_wrong_bit_widths_are_refused(name, bit_widths):
 @pytest.mark.parametrize("bit_widths", [[3], [8, 7, 6, 5, 4, 3, 2, 1, 32]])
 def test_any_list_of_bit_widths(name, bit_widths):
     model = MODELS[name](bit_widths, width=1)
-    assert trained_bit_widths(model) == sorted(bit_widths)
+    assert bit_widths_of(model) == sorted(bit_widths)
 
 
 def test_training_moves_only_the_active_batch_norms(name):

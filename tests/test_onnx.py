@@ -270,7 +270,20 @@ def test_a_tensor_that_is_read_twice(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_lowest_weight_of_8_bits(tmp_path):
+    """-128, which int8 holds, though it is larger than the largest; the others are even and odd."""
+    model, images = network("svhnq", [8], change="lsq")
+    layer = model.get_submodule("layers.6")
+    set_bit_width(model, 8)
+    with torch.no_grad():
+        layer.weight.view(-1)[0] = -500 * layer.integer_weight()[1]
+        assert layer.integer_weight()[0].min() == -128
+        assert_logits(exported(model, 8, tmp_path / "x.onnx", 40), model, images, 8)
+
+
 @pytest.mark.parametrize("what, message", [
+    ("normalization", "layer bn .GroupNorm. has no place"),
+    ("per channel", "layer layers.0.act0 at 2 bits: it is not a clip"),
     ("weight", "layer layers.0.conv0 at 2 bits: its quantizer's weights"),
     ("activation", "layer layers.0.act0 at 2 bits: it is not a clip"),
     ("layer", "layer pool .AdaptiveMaxPool2d. has no place"),
@@ -283,6 +296,12 @@ def test_what_a_file_cannot_hold_is_named(what, message, tmp_path, monkeypatch):
     if what == "activation":
         monkeypatch.setattr(DoReFaActivation, "integers",
                             lambda self, x, rounding: (x.clamp(0, 2), 1.0))
+    if what == "normalization":
+        model.bn.bn_dict["2"] = nn.GroupNorm(4, 64)
+    if what == "per channel":
+        shift = torch.linspace(0, 1, 16).view(16, 1, 1)
+        monkeypatch.setattr(DoReFaActivation, "integers", lambda self, x, rounding: (
+            (3 * (x + shift)).clamp(0, 3).round(), 1 / 3))
     if what == "layer":
         model.pool = nn.AdaptiveMaxPool2d(1)
     if what == "network":

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import deploy
 import reference
 from exported import CHANGES, LinearQ
 from exported import network as exported_network
-from models import MODELS, packed, set_bit_width
+from models import (MODELS, QUANTIZERS, Assignment, add_assignment, build, packed,
+                    set_bit_width)
 from models.bit_widths import BitWidth
 from models.checkpoint import FileError
-from models.quan_ops import Conv2dQ, DoReFaWeight
+from models.quan_ops import Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer
 from runs import assert_one_line, assert_same, evaluation, run
 
 WIDTHS = [1, 2, 4, 8]
@@ -60,7 +62,7 @@ def test_is_the_network_bit_for_bit(name, all_conv, stored, tmp_path):
     images = torch.randn(2, 3, 40, 40)
     for bits in (4, 1, 8, 2):
         assert_is(found, model, bits, images)
-    with pytest.raises(ValueError, match="32-bit was not trained; choose from 1, 2, 4, 8"):
+    with pytest.raises(ValueError, match="no 32-bit BatchNorm; choose from 1, 2, 4, 8"):
         set_bit_width(found, 32)
     state, own = found.state_dict(), model.state_dict()
     assert all(torch.equal(state[key], own[key]) for key in own.keys() & state.keys()
@@ -144,6 +146,65 @@ def test_what_cannot_be_packed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="layer layers.3 at 4 bits: .* are not of 16 levels"):
         packed.save(network(), [4], tmp_path / "net", about())
     assert not list(tmp_path.iterdir())
+
+
+class Standardized(Conv2dQ):
+    def prepared_weight(self):
+        return self.quantizer.prepare(self.weight - self.weight.mean((1, 2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda layer: setattr(layer, "__class__", Standardized),
+     "layer layers.6 does not run with a packed weight"),
+    (nn.utils.parametrizations.weight_norm, "layer layers.6 has a parametrization")])
+def test_layers_that_a_packed_file_does_not_hold(change, told, tmp_path, monkeypatch):
+    def changed(*args):
+        model = svhnq(*args)
+        change(model.layers[6])
+        return model
+
+    svhnq = MODELS["svhnq"]
+    monkeypatch.setitem(MODELS, "svhnq", changed)
+    model = build("svhnq", [4], 10, 1).eval()
+    with pytest.raises(ValueError, match=told):
+        deploy.export(model, tmp_path / "net", [4], "packed", about_images={"size": 40})
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_outputs_are_refused(tmp_path, monkeypatch):
+    class Features(MODELS["svhnq"]):
+        def forward(self, x):
+            y = self.layers(x).flatten(1)
+            return self.fc(y), y
+
+    monkeypatch.setitem(MODELS, "svhnq", Features)
+    model = build("svhnq", [4], 10, 1).eval()
+    with pytest.raises(ValueError, match="the network returns a tuple, and a file holds one"):
+        deploy.export(model, tmp_path / "net", [4], "packed", about_images={"size": 40})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_depends_on_the_input_is_packed(tmp_path, monkeypatch):
+    class Dynamic(DoReFaActivation):
+        def integers(self, x, rounding=True):
+            scale = x.amax() / (2**self.bits - 1)
+            return (x / scale).clamp(min=0).round(), scale
+
+        def step(self):
+            return None
+
+    monkeypatch.setitem(QUANTIZERS, "dynamic", lambda layer, widths: (
+        DoReFaWeight() if isinstance(layer, QuantizedLayer) else Dynamic()))
+    model = build("svhnq", [4], 10, 1, quantizer="dynamic").eval()
+    found = deploy.export(model, tmp_path / "net", [4], "packed", about_images={"size": 40})
+    assert found.results[BitWidth(4)]["agree"] == 100
+
+
+def test_an_assignment_alone_is_not_packed(tmp_path):
+    model = network()
+    add_assignment(model, Assignment("mix", 4, {"layers.6": 2}))
+    with pytest.raises(ValueError, match="needs a bit-width beside its assignments"):
+        packed.save(model, ["mix"], tmp_path / "net", about())
 
 
 def test_another_quantizer_is_packed_too(tmp_path, monkeypatch):

@@ -35,6 +35,20 @@ def test_results_folder_that_cannot_be_written(capsys, tmp_path, tiny_cifar10):
     assert_one_line(capsys, f"{tmp_path}/file/run cannot be written", "--results-dir")
 
 
+def test_two_runs_that_take_a_name_at_the_same_moment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mkdir = Path.mkdir
+
+    def after_another(path, *args, **kwargs):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        mkdir(path, parents=True)
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", after_another)
+    with RunFolder(None, "run") as run_folder:
+        assert run_folder.path == Path("results/run_2")
+
+
 def test_a_run_without_its_checkpoints_is_not_overwritten_either(tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     for path in (tmp_path / "r" / "ckpt").iterdir():

@@ -1,4 +1,5 @@
 """What bit-widths share follows whatever a researcher's code does in between."""
+import contextlib
 import copy
 
 import pytest
@@ -6,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.forward_pass import ForwardPass
 from models import build, check_bit_widths, initialize_quantizers, quantizers, set_bit_width
+from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss, shared_computation
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
-                             SwitchableBatchNorm2d)
+                             SwitchableBatchNorm2d, clamp, round_ste)
 
 WIDTHS = [1, 4, 32]
 IMAGES = torch.randn(6, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -233,6 +236,42 @@ def test_prepare_that_depends_on_the_bit_width_fails():
         assert_shared_is_unshared(change=with_quantizer(ByBits))
 
 
+def test_integers_that_change_what_was_prepared_are_refused():
+    class InPlace(DoReFaWeight):
+        def integers(self, v, e):
+            e /= 2**self.bits - 1
+            return super().integers(v, e)
+
+    model = build("svhnq", WIDTHS, 10, 1)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.quantizer = InPlace()
+    with pytest.raises(ValueError, match="InPlace changes in place what `prepare` returned"):
+        any_precision_backward(model, torch.randn(2, 3, 40, 40), torch.tensor([0, 1]), WIDTHS)
+
+
+def test_weights_that_a_parametrization_computes():
+    """Such a weight lives for one pass: the next one may have its id."""
+    model = build("svhnq", WIDTHS, 10, 1).double()
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            nn.utils.parametrizations.weight_norm(layer)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    with shared_computation(model, images), torch.no_grad():
+        for number in range(6):
+            for bits in WIDTHS:
+                set_bit_width(model, bits)
+                found = model.eval()(images)
+                with contextlib.ExitStack() as stack:
+                    for layer in model.modules():
+                        if isinstance(layer, QuantizedLayer):
+                            shared, layer.shared = layer.shared, None
+                            stack.callback(setattr, layer, "shared", shared)
+                    assert torch.equal(found, model(images)), (number, bits)
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+
+
 def test_noise_in_prepare_is_drawn_once_a_step():
     Noisy.calls = 0
     model = Net().double()
@@ -272,6 +311,91 @@ def bf16_error(layer, x):
         with torch.autocast("cpu", torch.bfloat16):
             found = layer(x)
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+class Dynamic(DoReFaActivation):
+    """Its step depends on the input, so that `step` cannot say it."""
+
+    def integers(self, x, rounding=True):
+        scale = x.detach().amax() / (2**self.bits - 1)
+        a = clamp(x / scale, 0, 2**self.bits - 1)
+        return round_ste(a) if rounding else a, scale
+
+    def step(self):
+        return None
+
+
+class Wider(DoReFaActivation):
+    """Whoever wrote it forgot that `step` says the scale of `integers`."""
+
+    def integers(self, x, rounding=True):
+        integers, scale = super().integers(x / 1.5, rounding)
+        return integers, 1.5 * scale
+
+
+class PerChannel(DoReFaActivation):
+    def integers(self, x, rounding=True):
+        integers, _ = super().integers(x / self.ranges(), rounding)
+        return integers, self.step()
+
+    def ranges(self):
+        return torch.linspace(0.5, 1.5, 8).view(8, 1, 1)
+
+    def step(self):
+        return self.ranges() / (2**self.bits - 1)
+
+
+class Shifted(ActivationQ):
+    def forward(self, x):
+        return super().forward(x) + 0.1
+
+
+def of_quantizer(quantizer):
+    layer = ActivationQ()
+    layer.quantizer = quantizer
+    return layer
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("activation", [
+    [ActivationQ()], [ActivationQ(), nn.Dropout(0.5)], [ActivationQ(), nn.Dropout(0.3)],
+    [ActivationQ(), nn.Dropout2d(0.2)], [of_quantizer(Dynamic())], [of_quantizer(Wider())],
+    [of_quantizer(PerChannel())], [Shifted()]], ids=str)
+def test_low_precision_takes_activations_as_they_are(activation, bits):
+    torch.manual_seed(0)
+    model = nn.Sequential(*activation, Conv2dQ(8, 8, 3)).train()
+    link_inputs(model)
+    assert model[-1].input_quantizer is model[0].quantizer
+    set_bit_width(model, bits)
+    x = 2 * torch.rand(4, 8, 9, 9)
+    assert bf16_error(model[-1], model[:-1](x)) < 0.02
+
+
+def test_low_precision_follows_a_weight_that_was_edited_where_it_stands(monkeypatch):
+    product = QuantizedLayer.quantized_weight
+
+    def corrected(layer):
+        weight = product(layer)
+        return weight - weight.mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr(QuantizedLayer, "quantized_weight", corrected)
+    torch.manual_seed(0)
+    model = build("svhnq", [1, 4, 32], 10, 1)
+    before = torch.get_rng_state()
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert torch.equal(torch.get_rng_state(), before)
+    layer = model.get_submodule("layers.6")
+    for bits in (1, 4):
+        set_bit_width(model, bits)
+        assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
+
+
+@pytest.mark.parametrize("quantizer", ["dorefa", "lsq"])
+def test_weights_are_known_to_be_the_product_of_their_integers(quantizer):
+    model = build("svhnq", ["w2a4", 4, 32], 10, 1, quantizer=quantizer)
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert all(layer.weight_is_product for layer in model.modules()
+               if isinstance(layer, QuantizedLayer))
 
 
 class TransposedQ(QuantizedLayer, nn.ConvTranspose2d):
@@ -323,8 +447,6 @@ def test_low_precision_is_near(make):
 
 @pytest.mark.parametrize("width", ["w4a32", "w32a4", 4])
 def test_learned_steps_in_bf16(width):
-    from engine.forward_pass import ForwardPass
-
     torch.manual_seed(0)
     model = build("resnet20q", [width], 10, quantizer="lsq").eval()
     images = torch.randn(2, 3, 16, 16)
