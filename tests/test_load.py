@@ -67,9 +67,10 @@ def test_a_run(name, place, two_checkpoints):
         "dataset": "cifar10", "size": 32, "transforms": "", "mean": list(row.mean),
         "std": list(row.std),
         "class_names": [f"class {index}" for index in range(10)]}
-    assert content["network"] == found.spec == {
+    assert found.spec == {
         "model": "resnet4q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
         "keep": [], "bit_widths": [2, 32]}
+    assert content["network"] == {**found.spec, "own_bits": {}}
 
 
 def test_a_run_of_another_variant(tmp_path, tiny_cifar10):

@@ -20,7 +20,6 @@ from engine.arguments import parse_flags
 from engine.errors import UserError
 from engine.resume import resolve
 from engine.run_folder import read_metrics
-from engine.state import save_checkpoint
 from models import MODELS
 
 
@@ -276,16 +275,6 @@ def test_resume_from_an_older_checkpoint_goes_on_elsewhere(copied, begun, tmp_pa
     assert snapshot(copied) == before
     (elsewhere,) = (tmp_path / "results").iterdir()
     assert load(elsewhere)["epoch"] == 4 and load(elsewhere, "model_best")["state_dict"]
-
-
-def test_a_run_elsewhere_has_a_best_checkpoint_of_its_own(copied, tmp_path):
-    """Even where none of its epochs is better than the best before, which is in another folder."""
-    content = load(copied)
-    content["best"], content["best_prec1"] = [100.0, 100.0], 100.0
-    path = tmp_path / "older.pth.tar"
-    save_checkpoint(path, content)
-    assert run(["--resume", path, "--epochs", 4, "--results-dir", tmp_path / "new"]) == 0
-    assert load(tmp_path / "new", "model_best")["epoch"] == 4
 
 
 def test_resume_of_nothing(tmp_path, capsys):

@@ -360,7 +360,9 @@ def of_quantizer(quantizer):
 @pytest.mark.parametrize("activation", [
     [ActivationQ()], [ActivationQ(), nn.Dropout(0.5)], [ActivationQ(), nn.Dropout(0.3)],
     [ActivationQ(), nn.Dropout2d(0.2)], [of_quantizer(Dynamic())], [of_quantizer(Wider())],
-    [of_quantizer(PerChannel())], [Shifted()]], ids=str)
+    [of_quantizer(PerChannel())], [Shifted()]],
+    ids=["plain", "dropout of a half", "dropout", "dropout of channels", "dynamic", "wider",
+         "per channel", "shifted"])
 def test_low_precision_takes_activations_as_they_are(activation, bits):
     torch.manual_seed(0)
     model = nn.Sequential(*activation, Conv2dQ(8, 8, 3)).train()
