@@ -34,7 +34,7 @@ from engine.console import Console, fitted
 from engine.cuda_graph import GraphStep
 from engine.device import choose_device, describe
 from engine.distributed import (any_process, broadcast_buffers, broadcast_parameters,
-                                exchange_gradients, one_at_a_time_per_machine, processes, rank,
+                                exchange_gradients, local_rank_zero_first, processes, rank,
                                 world_size)
 from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
@@ -60,7 +60,7 @@ def main(flags: Namespace) -> Path:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for helper threads, such as one that pins memory
     with processes(device, getattr(flags, "timeout", 600)):
-        with one_at_a_time_per_machine():  # the first may have to download the checkpoint
+        with local_rank_zero_first():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
         args.precision = choose_precision(args.precision, device)
 
@@ -216,7 +216,7 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
             state.best = (-math.inf, -math.inf)
             state.best_prec1 = -math.inf
     elif args.pretrain:
-        with one_at_a_time_per_machine():
+        with local_rank_zero_first():
             path = published.find_checkpoint(args.pretrain, BEST)
         content = read_checkpoint(path)
         refuse_packed(content, path, "train")

@@ -97,7 +97,7 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     """Return text with control characters, and what is not Unicode, as escape sequences.
 
-    For names in files, which could move a terminal's cursor or change its colours.
+    For names in files, which could move a terminal's cursor or change its colors.
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, transforms
 
@@ -190,9 +190,13 @@ def described(name: str) -> dict:
 
 
 def text_of(steps: Sequence[Callable]) -> str:
-    """Return what transforms are, as torchvision says it, such as `CenterCrop(size=(224, 224))`."""
-    return ", ".join(repr(step) if isinstance(step, nn.Module) else
-                     getattr(step, "__name__", type(step).__name__) for step in steps)
+    """Return what transforms are, as torchvision says it, such as `CenterCrop(size=(224, 224))`.
+
+    Of one that says its address in memory, as functions do, the name.
+    """
+    texts = [(" ".join(repr(step).split()), step) for step in steps]
+    return ", ".join(getattr(step, "__name__", type(step).__name__) if " at 0x" in text else text
+                     for text, step in texts)
 
 
 def get_transform(name: str, train: bool, normalized: bool = True) -> transforms.Compose:

@@ -58,6 +58,7 @@ def export(model: nn.Module, path: str | Path,
     widths = exported_widths(model, bit_widths, with_assignments=not (
         format == "onnx" and bit_widths == "any"))
     files = file_names(path, widths, bit_widths == "any" or format == "packed")
+    check.forward(model, numpy.zeros((1, *image_shape(about["size"])), numpy.float32), widths[0])
     with temporary_folder(path) as folder:
         written = {width: folder / file.name for width, file in files.items()}
         with writing(path):

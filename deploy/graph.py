@@ -146,8 +146,11 @@ def affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
     norm = norm_of(layer)
     mean = norm.running_mean.double()
     var = norm.running_var.double()
-    scale = norm.weight.double() / (var + norm.eps).sqrt()
-    shift = norm.bias.double() - scale * mean
+    scale = 1 / (var + norm.eps).sqrt()
+    shift = -scale * mean
+    if norm.affine:
+        scale = norm.weight.double() * scale
+        shift = norm.bias.double() - scale * mean
     return scale.detach(), shift.detach()
 
 
@@ -219,9 +222,9 @@ def check_layer(operation: Operation) -> None:
                                         layer.padding, layer.dilation, layer.groups)
     elif operation.kind == "batch_norm":
         norm = norm_of(layer)
-        if not isinstance(norm, nn.BatchNorm2d):
-            raise ValueError(f"layer {name} ({type(norm).__name__}) has no place in an exported "
-                             "file: take the packed format")
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+            raise ValueError(f"layer {name} ({type(norm).__name__}) has no running statistics of "
+                             "channels, which an exported file holds: take the packed format")
         scale, shift = affine_of(layer)
         x = torch.randn(2, len(scale), 3, 3, generator=generator)
         expected = (x.double() * scale[:, None, None] + shift[:, None, None]).float()

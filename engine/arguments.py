@@ -227,7 +227,7 @@ def add_training(add: Callable[..., None]) -> None:
     add("--optimizer", kind=SCHEDULE, default="adam",
         **choice(("adam", "adamw", "sgd"), " (momentum 0.9)"))
     add("--lr", kind=SCHEDULE, type=number(float, 0, 1e30, above=True), default=0.001,
-        help="learning rate; that of lsq's steps is ten times it")
+        help="learning rate; that of lsq's ranges is ten times it")
     add("--schedule", kind=RUN, default="step",
         **choice(("step", "cosine"), ", of the learning rate: --lr_decay, or half a cosine over "
                  "--epochs"))

@@ -1,5 +1,4 @@
-"""The search for bits per layer: lower one layer at a time, the one that changes predictions least.
-"""
+"""The search for bits per layer: lower one at a time, the one that changes predictions least."""
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

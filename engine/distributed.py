@@ -76,7 +76,7 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time_per_machine() -> Iterator[None]:
+def local_rank_zero_first() -> Iterator[None]:
     """Run the context on the first process of each machine, then on the others: for downloads.
 
     These wait for as long as it takes. Raises ProcessError where one of the first fails, or gives

@@ -88,7 +88,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
             if isinstance(width, Assignment):
                 message = f"{width} was not trained: using the {flag_text(source)}-bit BatchNorms"
             if copies_quantizers(model):
-                message += " and quantizers"
+                message += ", quantizers of the nearest bits"
             if args.calibrate:
                 with (forward_pass.autocast(),
                       progress(batches, f"calibrating {width}") as shown):

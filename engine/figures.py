@@ -15,7 +15,7 @@ from models import Assignment, BitWidth, Width
 from utils import replacing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vPX"  # with the colours, so that those who confuse them can tell points apart
+MARKERS = "osD^vPX"  # with the colors, so that those who confuse them can tell points apart
 LINES = ("-", "--", ":")
 
 
@@ -181,7 +181,7 @@ def plot_curves(axis: Axes, widths: list[BitWidth], curves: Sequence[Curve],
     """Plot curves over evenly spaced widths, side by side at each."""
     step = min(0.08, 0.6 / len(curves))
     for index, (curve, label) in enumerate(zip(curves, labels)):
-        style = index // len(COLORS)  # each colour comes again with another marker and line
+        style = index // len(COLORS)  # each color comes again with another marker and line
         plot_by_width(axis, widths, curve.mean, curve.trained, curve.spread,
                       offset=step * (index - (len(curves) - 1) / 2), label=label,
                       color=COLORS[index % len(COLORS)],

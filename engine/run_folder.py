@@ -3,6 +3,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import platform
 import shlex
 import socket
@@ -83,7 +84,7 @@ class RunFolder:
                     folder.mkdir(parents=True, exist_ok=bool(results_dir))
                     break
                 except FileExistsError:  # perhaps by another run, at this moment
-                    if results_dir:
+                    if results_dir or not os.path.lexists(folder):
                         raise
                     count += 1
                     folder = Path(f"results/{name}_{count}")

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from dataset.data import DATASETS, Samples, described, get_dataset
 from dataset.loader import Loader, make_loader
-from engine.distributed import one_at_a_time_per_machine, rank, world_size
+from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
@@ -29,7 +29,7 @@ def open_data(args: Namespace, train: bool = True) -> list[Samples | None]:
     """
     splits = [args.train_split if train else None,
               DATASETS[args.dataset].val_split[args.train_split]]
-    with one_at_a_time_per_machine():  # the first may have to download them
+    with local_rank_zero_first():  # the first may have to download them
         return [split and get_dataset(args.dataset, split, data_dir=args.data_dir)
                 for split in splits]
 
@@ -84,7 +84,7 @@ def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memo
 
 def decoding_once(name: str) -> AbstractContextManager:
     """Return a context in which one process decodes images that are kept for the others."""
-    return one_at_a_time_per_machine() if DATASETS[name].source else contextlib.nullcontext()
+    return local_rank_zero_first() if DATASETS[name].source else contextlib.nullcontext()
 
 
 def images_per_process(args: Namespace) -> int:
@@ -132,7 +132,7 @@ def load_pretrained(model: nn.Module, path: str | Path,
             raise UserError(f"{path}: {error}") from None
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
         if copies:
-            message += f": BatchNorms and quantizers, {', '.join(copies)}"
+            message += f": BatchNorms {', '.join(copies)}, quantizers from the nearest bits"
 
     own = model.state_dict()
     new = [key for key in own if ".quantizer." in key and key not in state_dict]
@@ -156,8 +156,7 @@ def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Convert to torch's SyncBatchNorm, in place; raises UserError on CPUs, which it does not have.
-    """
+    """Convert to torch's SyncBatchNorm, in place; raises UserError on CPUs, where it cannot run."""
     if device.type != "cuda":
         raise UserError("--sync-bn is torch's SyncBatchNorm, which needs GPUs, and this run is on "
                         f"{device}: leave it out")

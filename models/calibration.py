@@ -34,8 +34,9 @@ def add_missing_bit_widths(state_dict: dict[str, Tensor], model: nn.Module,
                            ) -> tuple[dict[str, Tensor], dict[BitWidth, BitWidth]]:
     """Fit a state dict to the bit-widths of a model.
 
-    The BatchNorms and quantizers of a missing bit-width are copies of the nearest one's, of two as
-    near the higher one's, whose quantization step is closer. Bit-widths that the model lacks are
+    The BatchNorms of a missing bit-width are copies of the nearest one's, of two as near the higher
+    one's, whose quantization step is closer; the state of a quantizer is that of the nearest bits
+    of its weights or activations. Bit-widths that the model lacks are
     dropped; all other entries are unchanged.
 
     Returns:

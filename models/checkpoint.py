@@ -1,10 +1,10 @@
 """A network from a file: a checkpoint of this project, a published one, or a packed file.
 
 A checkpoint is a dict. Besides `state_dict` it holds `network`, the arguments that build its
-network: model, width, classes, all_conv, quantizer, bit_widths, keep, and assignments, where it has
-some; and `images`, a description of the images that it was trained on: dataset, size, transforms
-of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack both: what
-is missing is inferred from the shapes of their weights.
+network: model, width, classes, all_conv, quantizer, bit_widths, keep, own_bits, and assignments,
+where it has some; and `images`, a description of the images that it was trained on: dataset, size,
+transforms of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack
+both: what is missing is inferred from the shapes of their weights.
 """
 import hashlib
 import os
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
-                    add_missing_bit_widths, assignments_of, build, packed, saved_bit_widths,
-                    set_bit_width, zoo)
+                    add_missing_bit_widths, assignments_of, build, packed, quantizers,
+                    saved_bit_widths, set_bit_width, zoo)
 from models.assignment import check_assignments
 from models.bit_widths import FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
-from models.quantizers import own_bits_of
 from utils import brief, one_line, escaped
 
 # NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
@@ -384,7 +383,7 @@ def saved_assignments(saved: object, path: str | Path) -> list[Assignment]:
 
 def network_content(model: nn.Module) -> dict:
     """Return what a checkpoint of a network that `build` built holds as its `network`."""
-    found = {**model.spec, "own_bits": own_bits_of(model)}
+    found = {**model.spec, "own_bits": quantizers.own_bits_of(model)}
     assignments = [assignment.content for assignment in assignments_of(model).values()]
     return {**found, "assignments": assignments} if assignments else found
 
@@ -395,17 +394,14 @@ def check_own_bits(network: dict | None, model: nn.Module, path: str | Path) -> 
     network: of the checkpoint; older ones do not say.
     """
     saved = (network or {}).get("own_bits")
-    check_field(path, "network's own_bits", saved, lambda value: isinstance(value, dict),
+    check_field(path, "network's own_bits", saved,
+                lambda value: is_named_values(value) and packed.is_own_bits(value),
                 "a dict of layers and bits")
-    if saved is None:
-        return
-    own = own_bits_of(model)
-    for name in sorted({*saved, *own}, key=str):
-        if saved.get(name) != own.get(name):
-            raise FileError(
-                f"{path}: layer {brief(name)} has {brief(saved.get(name))} bits of its own there, "
-                f"and {own.get(name)} in the network that its name builds here: give layers their "
-                "bits where the network is built, as in docs/ideas.md")
+    if saved is not None:
+        try:
+            quantizers.check_own_bits(model, saved)
+        except ValueError as error:
+            raise FileError(f"{path}: {error}") from None
 
 
 def check_model(name: object, path: str | Path) -> str:

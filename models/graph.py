@@ -78,7 +78,10 @@ def sources_of(graph: fx.Graph,
         if isinstance(module, ActivationQ):
             sources[node] = {module} if module.rounding else "an activation without rounding"
         elif name in REARRANGING and node.all_input_nodes:
-            parts = node.all_input_nodes if name in JOINING else node.all_input_nodes[:1]
+            parts = node.all_input_nodes[:1]
+            if name in JOINING:
+                parts = []
+                fx.node.map_arg(node.args[0] if node.args else node.kwargs, parts.append)
             others = [sources[part] for part in parts if isinstance(sources[part], str)]
             sources[node] = others[0] if others else set().union(*map(sources.get, parts))
         else:

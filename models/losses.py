@@ -62,7 +62,7 @@ def any_precision_backward(
         loss_scale: float = 1.0, shared: bool = True, share_stem: bool = True,
         forward: Callable = forward_loss, prepare: Callable | None = None,
         autocast: Callable = contextlib.nullcontext) -> dict[BitWidth, tuple[Tensor, Tensor]]:
-    """Add the gradients of all bit-widths, from high to low, to `.grad`.
+    """Run forward and backward at each bit-width, highest first; gradients add up in `.grad`.
 
     The highest bit-width learns from the labels, a lower one from what NEXT_TARGET[loss] returns.
 
@@ -122,7 +122,9 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
         else:
             with without_bit_width(layers):
                 prepared = prepare(layers)
-            leaves = iter(shared.leaves("weights", tuple(itertools.chain(*prepared))))
+            owners = [type(layer.quantizer).__name__ for layer, tensors in zip(layers, prepared)
+                      for _ in tensors]
+            leaves = iter(shared.leaves("weights", tuple(itertools.chain(*prepared)), owners))
             for layer, tensors in zip(layers, prepared, strict=True):
                 layer.shared = tuple(itertools.islice(leaves, len(tensors)))
         with SharedStem(model, images) if share_stem else contextlib.nullcontext():

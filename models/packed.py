@@ -14,7 +14,6 @@ import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from models import (Assignment, Width, assignments_of, bit_widths_of, check_bit_widths, quantizers,
                     set_bit_width)
@@ -155,9 +154,9 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
     stored = stored_bit_widths(model, bit_widths, stored)
     layers = quantized_layers(model)
     for name, layer in layers.items():
-        if is_parametrized(layer):
-            raise ValueError(f"layer {name} has a parametrization, which a packed file does not "
-                             "hold: remove it by torch.nn.utils.parametrize")
+        if "weight" not in layer._parameters:
+            raise ValueError(f"layer {name} has a weight that a parametrization or pruning "
+                             "computes, which a packed file does not hold: remove that first")
     left_out = [name for name in assignments_of(model) if name not in assignments]
     tensors = {key: value.contiguous()
                for key, value in without_assignments(model.state_dict(), left_out).items()
@@ -451,7 +450,7 @@ def read_checkpoint(path: str | Path) -> dict:
         return {"model": about["model"], "epoch": None, "arguments": arguments,
                 "network": network, "images": images, "stored": about["stored"],
                 "calibrated": about.get("calibrated", []),
-                "packed": {"groups": groups, "own_bits": about.get("own_bits", {})},
+                "packed": {"groups": groups, "own_bits": about.get("own_bits")},
                 "state_dict": tensors}
     except KeyError as error:
         raise ValueError(f"{path} does not hold its {error}: export it anew") from None
@@ -476,6 +475,8 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
         if name not in owners:
             raise ValueError(f"it has bits of {brief(name)}, which is not a quantized layer")
         owners[name].own_bits = bits
+    if own_bits is not None:  # older files do not say
+        quantizers.check_own_bits(model, own_bits)
 
     bit_widths = [*bit_widths_of(model), *assignments_of(model).values()]
     layers = quantized_layers(model)
@@ -530,20 +531,22 @@ def load_runner(path: str | Path, memory_format: torch.memory_format = torch.con
     from models.checkpoint import load
 
     model = load(path).to(memory_format=memory_format)
-    layers = {layer: name for name, layer in quantized_layers(model).items()}
-    entered = []
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, inputs: entered.append(layer))
+    running = []  # names of the quantized layers that are computing
+    for name, layer in quantized_layers(model).items():
+        layer.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        layer.register_forward_hook(lambda *_: running.pop() and None)
 
     def run(images, bits):
         set_bit_width(model, bits)
-        entered.clear()
+        running.clear()
+        images = torch.from_numpy(images).contiguous(memory_format=memory_format)
         try:
             with torch.no_grad():
-                return model(torch.from_numpy(images).contiguous(
-                    memory_format=memory_format)).numpy()
-        except (RuntimeError, TypeError) as error:  # of a layer that computes with `weight` itself
-            name = layers[entered[-1]] if entered else "none"
-            raise ValueError(f"layer {name} does not run with a packed weight "
+                return model(images).numpy()
+        except (RuntimeError, TypeError) as error:
+            if not running:
+                raise
+            # such as of a layer that computes with `weight` itself
+            raise ValueError(f"layer {running[-1]} does not run with a packed weight "
                              f"({one_line(error)})") from error
     return run

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from models.assignment import Assignment, Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
@@ -284,7 +283,7 @@ class QuantizedLayer:
         else:
             bits = self.input_quantizer.bits
             step = self.input_quantizer.step() if bits != FULL_PRECISION else None
-        if bits == FULL_PRECISION or step is None or getattr(step, "ndim", 0):  # not one number
+        if bits == FULL_PRECISION or step is None or torch.is_tensor(step) and step.numel() > 1:
             return 1.0
         return step * 2.0**bits
 
@@ -354,37 +353,52 @@ def nearest_multiple(x: Tensor, bits: int) -> Tensor:
     that a dropout scaled, stay as they are; at 32 bits all do. Float32 has no finer digits where
     1.5 * 2^(23 - bits) is added.
     """
-    if bits == FULL_PRECISION:
-        return x
-    large = 1.5 * 2.0**(23 - bits)
-    near = (x + large) - large
-    return torch.where((near - x).abs() <= ROUNDING, near, x)
+    return x if bits == FULL_PRECISION else NearestMultiple.apply(x, 1.5 * 2.0**(23 - bits))
+
+
+class NearestMultiple(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, large: float) -> Tensor:
+        near = (x + large) - large
+        return torch.where((near - x).abs() > ROUNDING, x, near)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 @torch.no_grad()
 def find_other_weights(model: nn.Module) -> None:
-    """Set weight_is_product of a model's layers, by their weights on random numbers.
+    """Set weight_is_product of a model's layers, by copies of them with random weights.
 
     It is False where quantized_weight was edited to return another weight than the product of
-    integer_weight, which low precision takes.
+    integer_weight, which low precision takes. Weights that are no parameters are left out: of
+    packed files, or what a parametrization or pruning computes.
     """
     widths = [width for width in bit_widths_of(model) if width.weights != FULL_PRECISION]
+    drawn = torch.Generator().manual_seed(0)
+    state = torch.get_rng_state()
     for layer in model.modules():
-        if not isinstance(layer, QuantizedLayer) or is_parametrized(layer):
+        if not isinstance(layer, QuantizedLayer) or not has_float_parameter(layer):
             continue
-        if not layer.weight.is_floating_point():  # of a packed file
-            continue
-        twin = copy.deepcopy(layer).to("cpu", torch.float32)
-        with torch.random.fork_rng(devices=[]):
-            twin.weight.normal_(generator=torch.Generator().manual_seed(0))
-            for width in widths:
-                twin.switch_bit_width(width)
-                if twin.bits != FULL_PRECISION:
-                    torch.manual_seed(0)  # for a quantizer that draws numbers
-                    integers, scale = twin.integer_weight()
-                    torch.manual_seed(0)
-                    if not torch.equal(twin.quantized_weight(), integers * scale):
-                        layer.weight_is_product = False
+        layer.weight_is_product = True
+        twin = copy.deepcopy(layer).to("cpu", torch.float32).eval()
+        twin.weight.normal_(generator=drawn)
+        for width in widths:
+            twin.switch_bit_width(width)
+            if twin.bits != FULL_PRECISION:
+                torch.set_rng_state(state)  # for a quantizer that draws numbers
+                integers, scale = twin.integer_weight()
+                torch.set_rng_state(state)
+                if not torch.equal(twin.quantized_weight(), integers * scale):
+                    layer.weight_is_product = False
+    torch.set_rng_state(state)
+
+
+def has_float_parameter(layer: nn.Module) -> bool:
+    """Return whether a layer's weight is a parameter of floating point."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.is_floating_point()
 
 
 def low_precision(x: Tensor) -> bool:

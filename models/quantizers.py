@@ -8,6 +8,7 @@ from models.bit_widths import BitWidth, check_bit_widths
 from models.lsq import lsq
 from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              Quantizer, set_bit_width)
+from utils import brief
 
 
 def dorefa(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
@@ -32,6 +33,18 @@ def own_bits_of(model: nn.Module) -> dict[str, int]:
     """Return {layer: bits} of the layers that have bits of their own at every bit-width."""
     return {name: layer.own_bits for name, layer in quantized_layers(model).items()
             if layer.own_bits}
+
+
+def check_own_bits(model: nn.Module, saved: dict[str, int]) -> None:
+    """Raise ValueError naming a layer that has other bits of its own than in a file."""
+    own = own_bits_of(model)
+    for name in {**saved, **own}:
+        there, here = (f"{bits} bits" if bits else "no bits"
+                       for bits in (saved.get(name), own.get(name)))
+        if there != here:
+            raise ValueError(
+                f"layer {brief(name)} has {there} of its own there, and {here} in the network that "
+                "is built here: give layers theirs where it is built, as idea l of docs/ideas.md")
 
 
 def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | int | str]) -> None:

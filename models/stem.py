@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,30 @@ class Shared:
     def __init__(self):
         self.found = {}
         self.outputs = []
+        self.versions = []
 
-    def leaves(self, label: Hashable, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Store outputs under a label; return detached leaves to use in their place."""
+    def leaves(self, label: Hashable, outputs: tuple[Tensor, ...],
+               owners: Sequence[str]) -> tuple[Tensor, ...]:
+        """Store outputs under a label; return detached leaves to use in their place.
+
+        owners: of each, what it belongs to, for a message.
+        """
         leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in outputs)
         self.outputs.append((outputs, leaves))
+        self.versions += [(leaf, leaf._version, owner)
+                          for leaf, owner in zip(leaves, owners, strict=True)]
         self.found[label] = leaves
         return leaves
 
     def backward(self) -> None:
-        """Propagate the gradients of the leaves to the outputs they replace, the last first."""
+        """Propagate the gradients of the leaves to the outputs they replace, the last first.
+
+        Raises ValueError where a leaf was changed in place, of which later bit-widths saw the end.
+        """
+        for leaf, version, owner in self.versions:
+            if leaf._version != version:
+                raise ValueError(f"{owner} changes in place what all bit-widths share, such as "
+                                 "what `prepare` returned: compute another tensor")
         for outputs, leaves in reversed(self.outputs):
             used = [(tensor, leaf.grad) for tensor, leaf in zip(outputs, leaves, strict=True)
                     if leaf.grad is not None]
@@ -40,11 +54,6 @@ def state_of(tensors: Iterable[Tensor]) -> Hashable:
     """Return a key that changes with the content of the tensors, and with torch's modes."""
     return (tuple((id(t), t._version) for t in tensors), torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """Return numbers that change where a tensor is changed in place."""
-    return [tensor._version for tensor in tensors]
 
 
 @contextlib.contextmanager
@@ -88,7 +97,7 @@ class SharedStem:
             output = type(module).forward(module, *args)
             if not isinstance(output, Tensor) or output is args[0]:
                 return output
-            self.shared.leaves(label, (output,))
+            self.shared.leaves(label, (output,), [type(module).__name__])
         leaf, = self.shared.found[label]
         output = leaf.clone()  # later layers may change it in place
         output.stem = label, output._version
@@ -134,7 +143,7 @@ class SharedWeight:
     def __init__(self, shared: Shared, prepare: Callable):
         self.shared = shared
         self.prepare = prepare
-        self.first = {}  # label: the weight, and the versions of what was prepared of it
+        self.weights = []
 
     def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
         """Return what the layer's quantizer prepares of its weight."""
@@ -142,14 +151,10 @@ class SharedWeight:
         label = layer, state_of((weight, *layer.quantizer.parameters()))
         if label not in self.shared.found:
             with without_bit_width([layer]):
-                leaves = self.shared.leaves(label, self.prepare(layer))
-            # A weight that a parametrization computes must live for as long as its id is in use.
-            self.first[label] = weight, versions(leaves)
-        leaves = self.shared.found[label]
-        if versions(leaves) != self.first[label][1]:
-            raise ValueError(f"{type(layer.quantizer).__name__} changes in place what `prepare` "
-                             "returned, which all bit-widths share: compute another tensor")
-        return leaves
+                prepared = self.prepare(layer)
+            self.shared.leaves(label, prepared, [type(layer.quantizer).__name__] * len(prepared))
+            self.weights.append(weight)  # one that a parametrization computes must keep its id
+        return self.shared.found[label]
 
     def __deepcopy__(self, memo):
         return None  # a copy of the layer shares nothing

@@ -206,7 +206,7 @@ def turns():
     """Take turns, twice; return what each process saw of the other's."""
     found = []
     for turn in range(2):
-        with distributed.one_at_a_time_per_machine():
+        with distributed.local_rank_zero_first():
             found.append(distributed.Waiting.store.add(f"turn{turn}", 1))
     return {"turns": distributed.gather(found)}
 
@@ -216,7 +216,7 @@ def first_fails(how):
     try:
         with distributed.processes(CPU, 120):
             distributed.Waiting.timeout = 1  # so long the other waits for one that is killed
-            with distributed.one_at_a_time_per_machine():
+            with distributed.local_rank_zero_first():
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise DataError("no network")

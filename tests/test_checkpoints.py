@@ -97,11 +97,12 @@ def test_a_network_with_bits_of_layers_that_the_one_here_does_not_have():
     model.get_submodule("layers.6").own_bits = 8
     network = network_content(model)
     content = {"state_dict": model.state_dict(), "network": network}
-    with pytest.raises(FileError, match="layer 'layers.6' has 8 bits of its own there, and No"):
+    with pytest.raises(FileError, match="layer 'layers.6' has 8 bits of its own there, and no "):
         network_of(content, "x")
-    network["own_bits"] = ["layers.6"]
-    with pytest.raises(FileError, match="own_bits is .'layers.6'., not a dict of layers and bits"):
-        network_of(content, "x")
+    for damaged in (["layers.6"], {5: 8}, {"layers.6": torch.ones(2)}, {"layers.6": 8.0}):
+        network["own_bits"] = damaged
+        with pytest.raises(FileError, match="own_bits is .*, not a dict of layers and bits"):
+            network_of(content, "x")
     network["own_bits"] = {}
     network_of(content, "x")
     del network["own_bits"]  # of an older checkpoint

@@ -17,13 +17,13 @@ from PIL import EpsImagePlugin, Image
 from runs import assert_one_line
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
-from torchvision import datasets
+from torchvision import datasets, transforms
 
 import tiny_data
 from dataset import data as data_room
 from dataset import cached_arrays
 from dataset import loader as loader_room
-from dataset.data import DATASETS, data_paths, get_dataset, get_transform
+from dataset.data import DATASETS, data_paths, get_dataset, get_transform, text_of
 from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
                             count_classes, fingerprint, flipped_crops, make_loader, read_arrays)
@@ -661,3 +661,13 @@ def test_fewer_images_than_processes(rank):
     loader = InMemoryLoader(images, labels, "mnist", rank=rank, world_size=4)
     assert [labels.tolist() for _, labels in loader] == ([[3 + rank]] if rank < 2 else [])
     assert len(loader) == (rank < 2)
+
+
+def test_transforms_as_text():
+    def doubled(x):
+        return x
+
+    row = (transforms.Resize(40), transforms.Compose([transforms.CenterCrop(32)]), doubled)
+    assert text_of(row) == (
+        "Resize(size=40, interpolation=bilinear, max_size=None, antialias=True), "
+        "Compose( CenterCrop(size=(32, 32)) ), doubled")

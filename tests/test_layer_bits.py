@@ -441,6 +441,21 @@ def test_the_input_of_a_layer_may_be_of_several_activations():
         assert set(activations) <= set(unit)
 
 
+@pytest.mark.parametrize("join", [
+    lambda a, b: torch.cat([a, b], a.dim() - 3), lambda a, b: torch.cat(tensors=(a, b), dim=1)])
+def test_a_concatenation_is_of_its_tensors_alone(join):
+    class Joined(nn.Sequential):
+        def forward(self, x):
+            a = self[2](self[1](self[0](x)))
+            return self[4](self[3](join(a, a))).mean((2, 3))
+
+    network = Joined(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(8, 4, 1),
+                     nn.Conv2d(4, 5, 1))
+    model = models.convert(network, [2, 4])
+    assert [layer.input for layer in model.layers] == ["not", "quantized", "not"]
+    assert Costs(model, 8).inputs == {"network.3": ["network.2"]}
+
+
 def test_a_layer_that_is_called_with_a_keyword():
     class Called(nn.Sequential):
         def forward(self, x):

@@ -270,6 +270,15 @@ def test_a_tensor_that_is_read_twice(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_norm_without_weight_and_bias(tmp_path):
+    model, images = network("svhnq", [4])
+    norm = nn.BatchNorm2d(8, affine=False).eval()
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    model.layers[4].bn_dict["4"] = norm
+    assert_logits(exported(model, 4, tmp_path / "x.onnx", 40), model, images, 4)
+
+
 def test_the_lowest_weight_of_8_bits(tmp_path):
     """-128, which int8 holds, though it is larger than the largest; the others are even and odd."""
     model, images = network("svhnq", [8], change="lsq")
@@ -282,7 +291,8 @@ def test_the_lowest_weight_of_8_bits(tmp_path):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("normalization", "layer bn .GroupNorm. has no place"),
+    ("normalization", "layer bn .GroupNorm. has no running statistics"),
+    ("statistics", "layer bn .BatchNorm2d. has no running statistics"),
     ("per channel", "layer layers.0.act0 at 2 bits: it is not a clip"),
     ("weight", "layer layers.0.conv0 at 2 bits: its quantizer's weights"),
     ("activation", "layer layers.0.act0 at 2 bits: it is not a clip"),
@@ -298,6 +308,8 @@ def test_what_a_file_cannot_hold_is_named(what, message, tmp_path, monkeypatch):
                             lambda self, x, rounding: (x.clamp(0, 2), 1.0))
     if what == "normalization":
         model.bn.bn_dict["2"] = nn.GroupNorm(4, 64)
+    if what == "statistics":
+        model.bn.bn_dict["2"] = nn.BatchNorm2d(64, track_running_stats=False)
     if what == "per channel":
         shift = torch.linspace(0, 1, 16).view(16, 1, 1)
         monkeypatch.setattr(DoReFaActivation, "integers", lambda self, x, rounding: (

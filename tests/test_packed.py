@@ -4,11 +4,13 @@ import stat
 import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import deploy
 import reference
@@ -156,7 +158,9 @@ class Standardized(Conv2dQ):
 @pytest.mark.parametrize("change, told", [
     (lambda layer: setattr(layer, "__class__", Standardized),
      "layer layers.6 does not run with a packed weight"),
-    (nn.utils.parametrizations.weight_norm, "layer layers.6 has a parametrization")])
+    (nn.utils.parametrizations.weight_norm, "layer layers.6 has a weight that a parametrization"),
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+     "layer layers.6 has a weight that a parametrization")])
 def test_layers_that_a_packed_file_does_not_hold(change, told, tmp_path, monkeypatch):
     def changed(*args):
         model = svhnq(*args)
@@ -171,7 +175,8 @@ def test_layers_that_a_packed_file_does_not_hold(change, told, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_several_outputs_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["packed", "onnx"])
+def test_several_outputs_are_refused(form, tmp_path, monkeypatch):
     class Features(MODELS["svhnq"]):
         def forward(self, x):
             y = self.layers(x).flatten(1)
@@ -180,8 +185,31 @@ def test_several_outputs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "svhnq", Features)
     model = build("svhnq", [4], 10, 1).eval()
     with pytest.raises(ValueError, match="the network returns a tuple, and a file holds one"):
-        deploy.export(model, tmp_path / "net", [4], "packed", about_images={"size": 40})
+        deploy.export(model, tmp_path / "net", [4], form, about_images={"size": 40})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_no_layer_is_not_said_to_be_of_one(tmp_path):
+    packed.save(network(), [4], tmp_path / "net", about())
+    run = packed.load_runner(tmp_path / "net")
+    with pytest.raises(RuntimeError, match="double"):
+        run(numpy.zeros((1, 3, 40, 40)), 4)
+    with pytest.raises(TypeError):
+        run([1], 4)
+    assert run(numpy.zeros((1, 3, 40, 40), numpy.float32), 4).shape == (1, 10)
+
+
+def test_bits_of_layers_that_the_file_does_not_know(tmp_path, monkeypatch):
+    def changed(*args):
+        model = svhnq(*args)
+        model.layers[5].own_bits = 8
+        return model
+
+    packed.save(network(), [4], tmp_path / "net", about())
+    svhnq = MODELS["svhnq"]
+    monkeypatch.setitem(MODELS, "svhnq", changed)
+    with pytest.raises(FileError, match="layer 'layers.5' has no bits of its own there, and 8"):
+        deploy.load(tmp_path / "net")
 
 
 def test_a_step_that_depends_on_the_input_is_packed(tmp_path, monkeypatch):
@@ -255,7 +283,7 @@ def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
         assert_is(found, model, width, images)
     read = packed.read
     monkeypatch.setattr(packed, "read", lambda path: without_own_bits(*read(path)))
-    with pytest.raises(ValueError, match="[14]-bit is not in the packed file: choose from 2"):
+    with pytest.raises(ValueError, match="layer 'layers.0' has no bits of its own there, and 8 bits"):
         deploy.load(tmp_path / "net")
 
 

@@ -49,6 +49,13 @@ def test_two_runs_that_take_a_name_at_the_same_moment(tmp_path, monkeypatch):
         assert run_folder.path == Path("results/run_2")
 
 
+def test_a_link_to_a_results_folder_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="results folder results/run cannot be written"):
+        RunFolder(None, "run")
+
+
 def test_a_run_without_its_checkpoints_is_not_overwritten_either(tmp_path, tiny_cifar10, capsys):
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     for path in (tmp_path / "r" / "ckpt").iterdir():

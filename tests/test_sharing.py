@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from engine.forward_pass import ForwardPass
-from models import build, check_bit_widths, initialize_quantizers, quantizers, set_bit_width
+from models import (build, check_bit_widths, initialize_quantizers, quan_ops, quantizers,
+                    set_bit_width)
 from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss, shared_computation
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
@@ -246,8 +248,12 @@ def test_integers_that_change_what_was_prepared_are_refused():
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
             layer.quantizer = InPlace()
-    with pytest.raises(ValueError, match="InPlace changes in place what `prepare` returned"):
-        any_precision_backward(model, torch.randn(2, 3, 40, 40), torch.tensor([0, 1]), WIDTHS)
+    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="InPlace changes in place what all bit-widths share"):
+        any_precision_backward(model, images, labels, WIDTHS)
+    forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
+    with pytest.raises(ValueError, match="InPlace changes in place what all bit-widths share"):
+        forward.backward(images, labels, WIDTHS, "recursive")
 
 
 def test_weights_that_a_parametrization_computes():
@@ -392,12 +398,70 @@ def test_low_precision_follows_a_weight_that_was_edited_where_it_stands(monkeypa
         assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
 
 
-@pytest.mark.parametrize("quantizer", ["dorefa", "lsq"])
-def test_weights_are_known_to_be_the_product_of_their_integers(quantizer):
+class Running(DoReFaWeight):
+    """The scale is a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Buffer(torch.ones(()))
+
+    def integers(self, v, e):
+        if self.training:
+            self.scale.lerp_(e, 0.1)
+        integers, _ = super().integers(v, e)
+        return integers, self.scale / (2**self.bits - 1)
+
+
+class Stochastic(DoReFaWeight):
+    def integers(self, v, e):
+        n = 2**self.bits - 1
+        return 2 * (n * (v / 2 + 0.5) + torch.rand_like(v)).floor() - n, e / n
+
+
+@pytest.mark.parametrize("quantizer", ["dorefa", "lsq", "running", "stochastic"])
+def test_weights_are_known_to_be_the_product_of_their_integers(quantizer, monkeypatch):
+    for kind in (Running, Stochastic):
+        def made(layer, bit_widths, kind=kind):
+            return kind() if isinstance(layer, QuantizedLayer) else DoReFaActivation()
+
+        monkeypatch.setitem(quantizers.QUANTIZERS, kind.__name__.lower(), made)
+    monkeypatch.setattr(torch, "manual_seed", None)  # it would seed GPUs, too
     model = build("svhnq", ["w2a4", 4, 32], 10, 1, quantizer=quantizer)
+    before = copy.deepcopy(model.state_dict())
     ForwardPass(model, torch.device("cpu"), "bf16")
     assert all(layer.weight_is_product for layer in model.modules()
                if isinstance(layer, QuantizedLayer))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_weight_that_pruning_computes_in_low_precision():
+    torch.manual_seed(0)
+    model = build("svhnq", [4], 10, 1)
+    layer = model.get_submodule("layers.6")
+    prune.l1_unstructured(layer, "weight", 0.3)
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert bf16_error(layer, torch.randint(16, (4, 8, 9, 9)) / 15) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learned_clip_of_one_number_has_exact_operands(shape):
+    class Clipped(DoReFaActivation):
+        def integers(self, x, rounding=True):
+            return super().integers(x / 1.3)[0], self.step()
+
+        def step(self):
+            return torch.full(shape, 1.3) / (2**self.bits - 1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(of_quantizer(Clipped()), Conv2dQ(8, 8, 3, bias=False))
+    link_inputs(model)
+    set_bit_width(model, 8)
+    operands = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quan_ops, "low_precision", lambda x: True)
+        model[1].apply_quantized(model[0](2 * torch.rand(2, 8, 9, 9)),
+                                 lambda x, w, b: operands.append(x) or x)
+    assert torch.equal(operands[0] * 256, (operands[0] * 256).round())
 
 
 class TransposedQ(QuantizedLayer, nn.ConvTranspose2d):
