@@ -283,7 +283,7 @@ def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
         assert_is(found, model, width, images)
     read = packed.read
     monkeypatch.setattr(packed, "read", lambda path: without_own_bits(*read(path)))
-    with pytest.raises(ValueError, match="layer 'layers.0' has no bits of its own there, and 8 bits"):
+    with pytest.raises(ValueError, match="'layers.0' has no bits of its own there, and 8 bits"):
         deploy.load(tmp_path / "net")
 
 
