@@ -46,6 +46,7 @@ class NoEpoch(UserError):
 class Run(NamedTuple):
     """A results folder."""
     folder: str
+    commit: str  # of the code, as config.json says it
     kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
     bit_widths: str  # those of training; "all" for dedicated networks
@@ -98,7 +99,8 @@ def load_run(folder: str | Path) -> Run:
                 and sets_apart(argument, arguments["evaluate"])}
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
     listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
-    return Run(str(folder), kind, escaped(name), listed, trained, settings, evaluation,
+    commit = escaped(str(config.get("commit")))
+    return Run(str(folder), commit, kind, escaped(name), listed, trained, settings, evaluation,
                arguments["seed"], arguments["best_by"], history)
 
 
@@ -238,7 +240,7 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         except UserError as error:
             no_runs.append(str(error))
             continue
-        same = [other.folder for other in runs if other[1:-1] == run[1:-1]
+        same = [other.folder for other in runs if other[2:-1] == run[2:-1]
                 and other.history[-1]["val"].keys() == run.history[-1]["val"].keys()]
         if same:
             left_out.append(f"{folder} repeats seed {run.seed} of {same[0]}")
@@ -249,6 +251,16 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         reasons = "; ".join([*no_runs, *left_out]) or nothing
         raise UserError(f"{reasons}: name results folders of train.py")
     return runs, left_out, no_runs
+
+
+def other_code(runs: list[Run]) -> list[str]:
+    """Return a line for each configuration whose runs are not of one commit of the code."""
+    commits = {}
+    for run, name in zip(runs, names_of(runs)):
+        commits.setdefault((run.kind, name), {}).setdefault(run.commit, run.folder)
+    return [f"the runs of {name} are of other versions of the code: "
+            + ", ".join(f"{folder} of {commit}" for commit, folder in found.items())
+            for (_, name), found in commits.items() if len(found) > 1]
 
 
 def table_rows(runs: list[Run],
@@ -348,6 +360,8 @@ def main(args: Namespace) -> None:
     print(table)
     for reason in left_out:
         print(f"left out: {reason}")
+    for reason in other_code(runs):
+        print(f"note: {reason}")
     print(f"written to {args.output}.md, {args.output}.png and {args.output}.csv")
     if no_runs:
         raise UserError(f"the report lacks {'; '.join(no_runs)}: name folders of runs alone")

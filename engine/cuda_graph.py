@@ -57,6 +57,10 @@ class GraphStep:
             with recordable(self.optimizer, self.rates):
                 self.replay, self.results = record(
                     lambda: self.step(self.images, self.labels, bit_widths, loss_scale))
+                if any(group["lr"] is not rate
+                       for group, rate in zip(self.optimizer.param_groups, self.rates)):
+                    raise UserError("--cuda-graph replays one step, and this step sets its "
+                                    "learning rate itself: give --no-cuda-graph")
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.replay()

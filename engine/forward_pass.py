@@ -83,6 +83,7 @@ class ForwardPass:
         # One graph per bit-width and mode: nine bit-widths need 18, and the default limit is 8.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         torch._functorch.config.backward_pass_autocast = "off"  # as in eager mode
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # hooks may come later
         options = {"emulate_precision_casts": precision == "bf16"}  # rounds where eager mode does
         if device.type == "cuda":  # recompute BatchNorm's output: do not write it in float32
             options |= {"realize_reads_threshold": 12, "realize_acc_reads_threshold": 14,

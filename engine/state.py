@@ -45,7 +45,18 @@ class TrainingState:
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:  # torch's own key, compared on resume
+            if not names.keys() >= set(group["params"]):
+                raise UserError("parameter_groups in engine/setup.py has a parameter that is not "
+                                "of the network, whose checkpoints would lack it: make it one")
             group["param_names"] = [names[parameter] for parameter in group["params"]]
+        for parameter in {parameter for group in optimizer.param_groups
+                          for parameter in group["params"]}:
+            del names[parameter]
+        left = [name for parameter, name in names.items() if parameter.requires_grad]
+        if left:
+            raise UserError(f"parameter_groups in engine/setup.py leaves out {left[0]}, which "
+                            "would not be trained: set its requires_grad to False, or give it a "
+                            "group")
 
     def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
         """Count an epoch as done; return whether it is the best so far, ties included."""
@@ -233,6 +244,7 @@ OF_THIS_RUN = ("lr", "initial_lr", "param_names", "fused", "foreach", "capturabl
 KEPT = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
         torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
         torch.optim.SGD: {"momentum_buffer"}}
+AMSGRAD = "max_exp_avg_sq"  # which Adam keeps, too, where a group says amsgrad
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path,
@@ -251,13 +263,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
                   for before, own in zip(saved, optimizer.param_groups)]
         difference = state_difference(optimizer, saved, values, path)
     if difference is None:
+        defaults = sorted(optimizer.defaults)  # loading may add some
         optimizer.load_state_dict({**state, "param_groups": groups})
         for parameter, values in optimizer.state.items():
             for name, value in values.items():  # fused ones need the same memory format
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter).copy_(value)
         missing = [name for group in optimizer.param_groups
-                   for name in sorted(optimizer.defaults.keys() - group.keys())]
+                   for name in defaults if name not in group]
         difference = f"without {missing[0]}" if missing else None
     if difference:
         raise UserError(f"{path} holds another optimizer's state ({difference}): check "
@@ -297,31 +310,38 @@ def state_difference(optimizer: torch.optim.Optimizer, saved: list[dict], state:
     if unknown:
         return f"its state is of a parameter {brief(unknown[0])}, which no group has"
     kept = KEPT.get(type(optimizer))
-    for number, name, parameter in zip(numbers, names, parameters):
+    amsgrad = [group.get("amsgrad") for group in optimizer.param_groups for _ in group["params"]]
+    for number, name, parameter, has_most in zip(numbers, names, parameters, amsgrad):
         values = state.get(number)
-        if kept and values and values.keys() != kept:
+        expected = kept and kept | ({AMSGRAD} if has_most else set())
+        if kept and values and values.keys() != expected:
             return f"its state of {name} has {', '.join(map(escaped, sorted(values)))}"
         for key in values or ():
-            shape = tuple(parameter.shape)
-            what = "a number from 0 up" if key == "step" else f"finite numbers of shape {shape}"
-            take(path, values, key, partial(is_kept, key, parameter.shape), what,
-                 f"{OPTIMIZER}state of {name}, ")
+            what, is_right = "finite numbers", is_finite
+            if kept:  # what others keep is not known
+                is_right = partial(is_kept, key, parameter.shape)
+                what += f" of shape {tuple(parameter.shape)}"
+                what = "a number from 0 up" if key == "step" else what
+            take(path, values, key, is_right, what, f"{OPTIMIZER}state of {name}, ")
     return None
 
 
 def is_kept(key: str, shape: torch.Size, value: object) -> bool:
-    """Return whether a value is what an optimizer may keep under a name, of a parameter's shape."""
+    """Return whether a value is what an optimizer of KEPT keeps of a parameter of this shape."""
     if key == "step":
         number = value.item() if is_dense(value) and value.numel() == 1 else value
         return is_finite_number(number) and number >= 0
-    shaped = key in set().union(*KEPT.values())
-    if not torch.is_tensor(value):
-        return not shaped
-    if not is_dense(value) or value.is_complex() or not bool(value.isfinite().all()):
+    if not torch.is_tensor(value) or not is_finite(value):
         return False
-    if shaped and (value.shape != shape or not value.is_floating_point()):
+    if value.shape != shape or not value.is_floating_point():
         return False
-    return key != "exp_avg_sq" or bool((value >= 0).all())
+    return key not in ("exp_avg_sq", AMSGRAD) or bool((value >= 0).all())
+
+
+def is_finite(value: object) -> bool:
+    """Return whether a value is no tensor, or one of finite numbers on the CPU."""
+    return not torch.is_tensor(value) or (
+        is_dense(value) and not value.is_complex() and bool(value.isfinite().all()))
 
 
 def group_difference(saved: list[dict], own: list[dict], published: bool = False) -> str | None:

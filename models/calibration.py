@@ -1,4 +1,5 @@
 """The bit-widths and assignments of saved weights: list them, add missing ones, calibrate those."""
+import contextlib
 import copy
 import re
 from collections import defaultdict
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
+from models.graph import Tracer
 from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assignments_of,
                              bit_widths_of, set_bit_width)
 from utils import brief
@@ -138,10 +140,18 @@ def assignable_layers(model: nn.Module) -> list[str]:
 
 
 def activations_behind(model: nn.Module) -> dict[str, str]:
-    """Return {name of a switchable BatchNorm: name of the next ActivationQ among the modules}."""
+    """Return {name of a switchable BatchNorm: name of the ActivationQ that is called next}.
+
+    In the order of the modules where torch.fx cannot trace the network.
+    """
+    modules = dict(model.named_modules())
+    order = list(modules)
+    with contextlib.suppress(Exception):  # of torch.fx, or of the network's own code
+        order = [node.target for node in Tracer().trace(model).nodes if node.op == "call_module"]
     found = {}
     activation = None
-    for name, layer in reversed(list(model.named_modules())):
+    for name in reversed(order):
+        layer = modules[name]
         if isinstance(layer, ActivationQ):
             activation = name
         elif isinstance(layer, SwitchableBatchNorm2d) and activation:
@@ -164,18 +174,21 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
              if isinstance(layer, SwitchableBatchNorm2d)]
     layers = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     momentum = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.train()
+    calls = dict.fromkeys(layers, 0)  # of each: one may be called more than once
 
+    def average(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if not calls[layer]:
+            layer.reset_running_stats()
+        calls[layer] += 1
+        layer.momentum = 1 / calls[layer]  # cumulative; torch's own waits for the count
+
+    hooks = [layer.train().register_forward_pre_hook(average) for layer in layers]
     count = 0
     for count, images in enumerate(batches, start=1):
-        for layer in layers:
-            if count == 1:
-                layer.reset_running_stats()
-            layer.momentum = 1 / count  # a cumulative average; torch's own waits for the count
         model(images)
 
-    for layer, value in zip(layers, momentum, strict=True):
+    for layer, hook, value in zip(layers, hooks, momentum, strict=True):
+        hook.remove()
         layer.momentum = value
         layer.eval()
     if not count:

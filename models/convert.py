@@ -57,10 +57,24 @@ def call(network: nn.Module, x: Tensor) -> Tensor:
 def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
     """Raise ValueError where the network lacks layers to convert, or has one that cannot be."""
     modules = dict(network.named_modules())
+    every = dict(network.named_modules(remove_duplicate=False))
     for name in keep:
-        if name not in modules:
+        if name not in every:
             raise ValueError(f"keep names {name!r}, which the network does not have: choose from "
                              f"{', '.join([*filter(None, modules)][:5])}, ...")
+    names_of = {}  # a module may have several names
+    for name, layer in every.items():
+        names_of.setdefault(layer, []).append(name)
+    for layer, names in names_of.items():
+        kept = [name for name in names if is_within(name, keep)]
+        others = [name for name in names if name not in kept]
+        if kept and others:
+            raise ValueError(f"keep has {kept[0]} and not {others[0]}, which is the same module: "
+                             "keep both, or give each its own")
+        if type(layer) in (nn.BatchNorm2d, nn.ReLU, nn.ReLU6) and not kept and (
+                layer._forward_hooks or layer._forward_pre_hooks):
+            raise ValueError(f"layer {names[0]} has hooks, and is replaced: add them to the "
+                             "converted network instead")
     for kind in (nn.Conv2d, nn.BatchNorm2d):
         if not any(type(layer) is kind for layer in modules.values()):
             raise ValueError(f"the network has no {kind.__name__}, and a conversion needs some: "
@@ -129,6 +143,8 @@ def replacement(layer: nn.Module, bit_widths: tuple[BitWidth, ...], why: str | N
             own.eps = layer.eps
             own.momentum = layer.momentum
             own.load_state_dict(layer.state_dict())
+            own.weight.requires_grad_(layer.weight.requires_grad)
+            own.bias.requires_grad_(layer.bias.requires_grad)
         return switchable
     elif activations and not why and kind in (nn.ReLU, nn.ReLU6):
         return ActivationQ(limit=6.0 if kind is nn.ReLU6 else None)

@@ -2,6 +2,10 @@
 
 The nodes of a graph are the calls of a forward pass, in order: of modules, functions and methods.
 """
+import random
+
+import numpy
+import torch
 from torch import fx, nn
 from torch.nn import functional
 
@@ -100,10 +104,13 @@ def trace(network: nn.Module) -> fx.Graph:
     """Trace a network into one graph for training and evaluation.
 
     Where the graph needs the mode it calls an IsTraining, which is added to the network. Raises
-    whatever torch.fx raises where it cannot trace, and ValueError for several inputs, or where
-    training and evaluation call different things.
+    whatever torch.fx raises where it cannot trace, and ValueError for several inputs, for a forward
+    that draws numbers, or where training and evaluation call different things.
     """
+    before = random_states()
     graph = fx.Tracer().trace(network.train(True))
+    if random_states() != before:  # such as stochastic depth, whose graph is another each time
+        raise ValueError("its forward draws numbers in Python")
     other = fx.Tracer().trace(network.train(False))
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
@@ -131,6 +138,13 @@ def trace(network: nn.Module) -> fx.Graph:
     if sum(node.op == "placeholder" for node in graph.nodes) > 1:
         raise ValueError("it takes more than images")
     return graph
+
+
+def random_states() -> tuple:
+    """Return what changes where Python, NumPy or torch draws a number."""
+    name, keys, *rest = numpy.random.get_state()
+    return (random.getstate(), name, keys.tobytes(), *rest,
+            bytes(torch.get_rng_state().numpy()))
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -168,7 +182,7 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
         base = node.target if is_module else ".".join([*owner, "relu"])
         name = base
         count = 0
-        while name in taken:
+        while name in taken or (not is_module and has_attribute(network, name)):
             count += 1
             name = f"{base}_{count}"
         taken.add(name)
@@ -192,6 +206,12 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
         layer = module_of(node, modules)
         if isinstance(layer, ActivationQ):
             layer.rounding = needs_rounding(node, modules)
+
+
+def has_attribute(network: nn.Module, name: str) -> bool:
+    """Return whether a module has an attribute of a name with dots, such as a function `relu`."""
+    owner, _, last = name.rpartition(".")
+    return hasattr(network.get_submodule(owner), last)
 
 
 def needs_rounding(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -120,6 +120,9 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
             for layer in layers:
                 layer.shared = SharedWeight(shared, prepare_weight)
         else:
+            # A weight that a hook of the layer computes is not there before the layer is called.
+            layers = [layer for layer in layers if hasattr(type(layer), "weight")
+                      or "weight" in layer._parameters]
             with without_bit_width(layers):
                 prepared = prepare(layers)
             owners = [type(layer.quantizer).__name__ for layer, tensors in zip(layers, prepared)

@@ -50,13 +50,19 @@ def check_own_bits(model: nn.Module, saved: dict[str, int]) -> None:
 def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | int | str]) -> None:
     """Replace the quantizer of every quantized layer by one of QUANTIZERS[name].
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and where two layers get one quantizer.
     """
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer {name!r} does not exist: choose from {', '.join(QUANTIZERS)}")
     bit_widths = check_bit_widths(bit_widths)
-    for layer in quantized_layers(model).values():
-        layer.quantizer = QUANTIZERS[name](layer, bit_widths)
+    owners = {}
+    for layer_name, layer in quantized_layers(model).items():
+        quantizer = QUANTIZERS[name](layer, bit_widths)
+        if quantizer in owners:  # it would have the bits of the layer that was switched last
+            raise ValueError(f"quantizer {name!r} gives {owners[quantizer]} and {layer_name} the "
+                             "same object: return a new one for each layer")
+        owners[quantizer] = layer_name
+        layer.quantizer = quantizer
     set_bit_width(model, bit_widths[0])
 
 

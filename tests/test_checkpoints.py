@@ -85,6 +85,24 @@ def test_calibration_over_nothing_changes_nothing():
     assert_same(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("batches", [1, 5])
+def test_a_batch_norm_that_is_called_twice_is_calibrated_over_all_calls(batches):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = SwitchableBatchNorm2d(1, [2])
+
+        def forward(self, x):
+            self.bn(x)
+            self.bn(x + 10)
+            return x
+
+    model = Twice()
+    calibrate(model, 2, [torch.zeros(2, 1, 3, 3)] * batches)
+    assert model.bn.bn_dict["2"].running_mean.item() == pytest.approx(5)
+    assert not model.bn.bn_dict["2"]._forward_pre_hooks
+
+
 def test_norms_without_statistics_are_not_calibrated():
     model = reference.fill(ResNet8([2], width=1), seed=0)
     model.bn.bn_dict["2"] = torch.nn.GroupNorm(4, 16)

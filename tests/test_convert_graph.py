@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import deploy.graph
-from models import MODELS, convert, layer_table, load, packed, quan_ops, set_bit_width, zoo
+from models import (MODELS, Assignment, add_assignment, convert, layer_table, load, packed,
+                    quan_ops, set_bit_width, zoo)
 from models.bit_widths import BitWidth
 from models.losses import any_precision_backward
 
@@ -87,6 +88,81 @@ def test_a_block_called_twice(images):
     assert [(layer.name, layer.input) for layer in model.layers] == [
         ("stem", "not"), ("block.conv0", "quantized"), ("block.conv1", "not")]  # the last
     any_precision_backward(model, images, torch.tensor([0, 1]), [1, 32])
+
+
+class Depth(nn.Module):
+    """Stochastic depth as a statement of Python: a graph of it would be that of one draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 16, 1), FloatBlock(16, 16, 1)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if not self.training or torch.rand(1).item() < 0.5:
+            x = self.block(x)
+        return self.head(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_forward_that_draws_numbers_is_not_traced(seed):
+    torch.manual_seed(seed)
+    with pytest.warns(UserWarning, match="its forward draws numbers|takes another way"):
+        convert(Depth(), [1, 32])
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        relu = nn.ReLU()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.a = nn.Sequential(nn.BatchNorm2d(8), relu, nn.Conv2d(8, 8, 1))
+        self.b = nn.Sequential(nn.BatchNorm2d(8), relu, nn.Conv2d(8, 8, 1))
+        self.relu = functional.relu  # a function, under the name that an activation would get
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.relu(self.b(self.a(self.stem(x))))).mean((2, 3))
+
+
+def test_a_module_of_two_names_is_kept_whole_or_not():
+    with pytest.raises(ValueError, match="keep has a.1 and not b.1, which is the same module"):
+        convert(Shared(), [2, 32], keep=["a"])
+    with pytest.raises(ValueError, match="keep has b.1 and not a.1, which is the same module"):
+        convert(Shared(), [2, 32], keep=["b.1"])
+    assert activations(convert(Shared(), [2, 32], keep=["a", "b.1"])) == ["relu_1"]
+    assert sorted(activations(convert(Shared(), [2, 32]))) == ["a.1", "a.1_1", "relu_1"]
+
+
+def test_what_is_replaced_keeps_what_it_has_or_is_refused():
+    network = Shared().requires_grad_(False)
+    network.b[0].weight.requires_grad_(True)
+    trained = {name for name, value in convert(network, [2, 32]).named_parameters()
+               if value.requires_grad}
+    assert trained == {f"network.b.0.bn_dict.{width}.weight" for width in (2, 32)}
+    network.b[0].register_forward_hook(print)
+    with pytest.raises(ValueError, match="layer b.0 has hooks, and is replaced"):
+        convert(network, [2, 32])
+
+
+def test_batch_norms_of_an_assignment_follow_the_activation_that_is_called_next(images):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()  # before what precedes it
+            self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)))
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), Block(), Block(), nn.Conv2d(8, 5, 1))
+    model = convert(network, [2, 8])
+    for number in (1, 2):
+        for width in (2, 8):
+            nn.init.constant_(model.network[number].bn.bn_dict[str(width)].weight, width)
+    add_assignment(model, Assignment("mix", 8, {"network.2.*": 2}))
+    assert [model.network[number].bn.bn_dict["mix"].weight[0] for number in (1, 2)] == [8, 2]
 
 
 def test_relu6_is_limited_at_32_bits_and_no_other():

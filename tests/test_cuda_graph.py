@@ -41,6 +41,24 @@ def replays(monkeypatch):
     return replays
 
 
+def test_a_step_that_sets_its_learning_rate_is_not_recorded(monkeypatch):
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], 0.1)
+
+    def step(*args):
+        optimizer.param_groups[0]["lr"] = 0.01
+
+    for name, stand_in in (("check_device", lambda device: None),
+                           ("on_another_stream", lambda step: step()),
+                           ("record", lambda step: (step, step()))):
+        monkeypatch.setattr(cuda_graph, name, stand_in)
+    graph = GraphStep(step, optimizer, 1, CPU)
+    for _ in range(cuda_graph.WARM_UP):
+        graph(torch.ones(1), torch.ones(1), [], 1)
+    with pytest.raises(UserError, match="this step sets its learning rate itself"):
+        graph(torch.ones(1), torch.ones(1), [], 1)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_run_with_a_graph_ends_as_one_without(optimizer, replays, tiny_cifar10, tmp_path,
                                                 monkeypatch):

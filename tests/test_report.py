@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,15 @@ def runs(tmp_path):
         write_run(tmp_path / "h0", {1: [80.0, 81.0], 32: [98.0, 98.0]}, "--loss", "hard"),
         write_run(tmp_path / "d1", {1: [70.0, 72.0]}),
         write_run(tmp_path / "d32", {32: [95.0, 96.0]}, "--loss", "hard")]
+
+
+def test_runs_of_other_code_are_said(runs, tmp_path, capsys):
+    for folder, commit in zip(runs, ("abc", "abc with local changes")):
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "commit": commit}))
+    assert run([*runs, "--output", str(tmp_path / "table")]) == 0
+    assert ("note: the runs of any, recursive are of other versions of the code: "
+            f"{runs[0]} of abc, {runs[1]} of abc with local changes\n") in capsys.readouterr().out
 
 
 @pytest.mark.pictures

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -184,6 +185,50 @@ def test_groups_keep_their_own_learning_rates_and_decays(optimizer, tmp_path, ti
     assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
     lrs = [record["lr"] for record in read_metrics(whole / "metrics.jsonl")]
     assert lrs == pytest.approx([0.001, 0.001, 0.0001])
+
+
+class Signs(torch.optim.Optimizer):
+    """Of a researcher's own, as Lion: it has no `differentiable`, and keeps a number."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.001, "beta": 0.9})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    mean = state.setdefault("mean", torch.zeros_like(parameter))
+                    state["exp_avg_sq"] = torch.ones(())
+                    parameter.sub_(group["lr"] * mean.lerp(parameter.grad, 0.1).sign())
+                    mean.lerp_(parameter.grad, 1 - group["beta"])
+
+
+@pytest.mark.parametrize("make", [Signs, partial(torch.optim.Adam, amsgrad=True),
+                                  torch.optim.Adafactor, torch.optim.RMSprop])
+def test_another_optimizer_resumes(make, tmp_path, tiny_cifar10, monkeypatch):
+    def make_optimizer(args, groups):
+        optimizer = make(groups)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    assert_resumes(tiny(tiny_cifar10, tmp_path), tmp_path, monkeypatch)
+
+
+def test_groups_that_are_not_of_the_network(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    groups = train.parameter_groups
+    monkeypatch.setattr(train, "parameter_groups", lambda model, args: [
+        {"params": [value for name, value in model.named_parameters() if "conv0" not in name]}])
+    argv = tiny(tiny_cifar10, tmp_path / "r")
+    assert run(argv) == 1
+    assert_one_line(capsys, "parameter_groups in engine/setup.py leaves out conv0.weight")
+    monkeypatch.setattr(train, "parameter_groups", lambda model, args: [
+        *groups(model, args), {"params": [torch.nn.Parameter(torch.ones(1))]}])
+    assert run(argv) == 1
+    assert_one_line(capsys, "parameter_groups in engine/setup.py has a parameter that is not of")
 
 
 def test_parameters_of_quantizers_have_a_group_of_their_own(tmp_path, tiny_cifar10):

@@ -238,6 +238,47 @@ def test_prepare_that_depends_on_the_bit_width_fails():
         assert_shared_is_unshared(change=with_quantizer(ByBits))
 
 
+def test_one_quantizer_for_all_layers_is_refused(monkeypatch):
+    single = DoReFaWeight()
+    monkeypatch.setitem(quantizers.QUANTIZERS, "single", lambda layer, bit_widths: (
+        single if isinstance(layer, QuantizedLayer) else DoReFaActivation()))
+    with pytest.raises(ValueError, match="'single' gives layers.3 and layers.6 the same object"):
+        build("svhnq", [2, 4], 10, 1, quantizer="single")
+
+
+@pytest.mark.parametrize("compute", [
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.3), nn.utils.weight_norm,
+    nn.utils.parametrizations.weight_norm])
+def test_compiled_weights_that_are_computed(compute):
+    """A weight that a hook computes is an older one until the layer is called."""
+    torch.manual_seed(0)
+    model = build("svhnq", [4], 10, 1).eval()
+    compute(model.get_submodule("layers.6"))
+    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
+    with forward.sharing(images), torch.no_grad():
+        found = forward(model, images, labels)[0]
+    torch.testing.assert_close(found, forward_loss(model, images, labels)[0])
+    if compute is not nn.utils.weight_norm:
+        forward.backward(images, labels, [4], "hard")
+
+
+def test_a_hook_that_comes_after_compilation():
+    model = build("svhnq", [4], 10, 1).eval()
+    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
+    forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
+    with torch.no_grad():
+        before = forward(model, images, labels)[0]
+        hook = model.get_submodule("layers.6").register_forward_hook(lambda layer, x, y: y * 0.5)
+        torch.testing.assert_close(forward(model, images, labels)[0],
+                                   forward_loss(model, images, labels)[0])
+        hook.remove()
+        assert forward(model, images, labels)[0] == before
+
+
 def test_integers_that_change_what_was_prepared_are_refused():
     class InPlace(DoReFaWeight):
         def integers(self, v, e):
