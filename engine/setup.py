@@ -17,6 +17,7 @@ from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
                     initialize_quantizers, layers_to_initialize, saved_bit_widths, zoo)
+from models.calibration import ENTRY
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 from models.quan_ops import Quantizer
@@ -105,6 +106,11 @@ def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
     if not bit_widths_of(model):
         raise UsageError(f"--model {args.model} has no SwitchableBatchNorm2d, by which a "
                          "checkpoint says its bit-widths: give it one")
+    for key in model.state_dict():
+        entry = ENTRY.fullmatch(key)
+        if entry and entry["width"] not in map(str, bit_widths_of(model)):
+            raise UsageError(f"--model {args.model} has {key}: the keys of a `{entry['dict']}` are "
+                             "taken for bit-widths: give it a name that does not end in _dict")
     return model
 
 

@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise FileError(str(error)) from None
     else:
         content = read_archive(path)
-    content["state_dict"] = without_prefix(content["state_dict"], path)
+    content["state_dict"] = weights_of(content, path)
     for field in ("arguments", "network", "images"):
         check_field(path, field, content.get(field), is_named_values, "a dict with names as keys")
     check_images(content.get("images") or {}, path)
@@ -169,9 +169,14 @@ def is_finite_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def without_prefix(weights: dict[str, object], path: str | Path) -> dict[str, Tensor]:
-    """Return a state dict without DataParallel's prefix; FileError for what are no weights."""
-    state_dict = {key.removeprefix("module."): value for key, value in weights.items()}
+def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
+    """Return a checkpoint's state dict without DataParallel's prefix, which ours never have.
+
+    Raises FileError for what are no weights.
+    """
+    weights = content["state_dict"]
+    prefix = "" if "network" in content else "module."
+    state_dict = {key.removeprefix(prefix): value for key, value in weights.items()}
     if len(state_dict) < len(weights):
         raise FileError(f"{path}: its state_dict has a key twice, with and without module.: the "
                         "file may be damaged")

@@ -7,14 +7,16 @@ import torch
 import torchvision
 from float_networks import SMALL, draw
 from runs import ROOT, assert_one_line, evaluation, load, run, tiny
+from torch import nn
 
 import models
 import reference
 from dataset.data import DATASETS
 from engine.state import save_checkpoint
 from exported import network as exported_network
-from models import MODELS, packed, set_bit_width
+from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import FileError, load_weights
+from models.quan_ops import SwitchableBatchNorm2d
 from models.svhn_quan import SVHNNet
 
 SIZES = {"resnet20q": 32, "resnet50q": 32, "svhnq": 40}
@@ -174,6 +176,58 @@ def test_a_published_checkpoint(name, width, classes, tmp_path):
     assert found.images is None
 
 
+def test_a_published_checkpoint_with_a_key_twice(tmp_path):
+    state = MODELS["svhnq"]([4], 10, 1).state_dict()
+    state["module.fc.bias"] = state["fc.bias"]
+    torch.save({"model": "svhnq", "state_dict": state}, tmp_path / "x.pth.tar")
+    assert_refused(tmp_path / "x.pth.tar", "has a key twice, with and without module.")
+
+
+def test_a_network_with_a_part_that_is_called_module(tmp_path, tiny_cifar10, monkeypatch):
+    class Wrapped(nn.Module):
+        def __init__(self, *args):
+            super().__init__()
+            self.module = resnet(*args)
+
+        def forward(self, x):
+            return self.module(x)
+
+    resnet = MODELS["resnet4q"]
+    monkeypatch.setitem(MODELS, "wrapped", Wrapped)
+    monkeypatch.setitem(DEFAULT_WIDTH, "wrapped", 1)
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--model", "wrapped", "--epochs", 1)
+    assert run(argv) == 0
+    assert models.load(tmp_path / "r").module.fc.bias.shape == (10,)
+    assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 0
+
+
+def with_heads(model):
+    model.head_dict = nn.ModuleDict({"0": nn.Linear(2, 3)})
+
+
+def without_switches(model):
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SwitchableBatchNorm2d):
+            model.set_submodule(name, nn.Identity())
+
+
+@pytest.mark.parametrize("change, told", [
+    (with_heads, "has head_dict.0.weight: the keys of a `head_dict` are taken for bit-widths"),
+    (without_switches, "has no SwitchableBatchNorm2d")])
+def test_a_network_whose_checkpoints_could_not_be_read(change, told, tmp_path, tiny_cifar10,
+                                                       monkeypatch, capsys):
+    def changed(*args):
+        model = resnet(*args)
+        change(model)
+        return model
+
+    resnet = MODELS["resnet4q"]
+    monkeypatch.setitem(MODELS, "changed", changed)
+    monkeypatch.setitem(DEFAULT_WIDTH, "changed", 1)
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--model", "changed")) == 2
+    assert_one_line(capsys, f"--model changed {told}")
+
+
 def test_a_converted_network_of_torchvision(tmp_path, tiny_cifar10):
     argv = ["--dataset", "cifar10", "--data-dir", tiny_cifar10, "--model", SMALL, "--batch-size",
             10, "--bit_width_list", "2,32", "--epochs", 1, "--device", "cpu", "--results-dir",
@@ -309,7 +363,7 @@ def test_weights_that_are_no_dense_numbers(kind, trained, tmp_path):
     ("fc.bias", torch.ones(10, dtype=torch.complex64), "1 of another type (fc.bias)"),
     ("fc.bias", torch.ones(10, dtype=torch.int64), "1 of another type (fc.bias)"),
     ("fc.\x1b[31mbias\n", torch.ones(10), r"1 unexpected (fc.\x1b[31mbias\n)"),
-    ("module.fc.bias", torch.ones(10), "has a key twice, with and without module."),
+    ("module.fc.bias", torch.ones(10), "1 unexpected (module.fc.bias)"),
     ("bn.bn_dict.99.weight", torch.ones(10), "bit-width '99' does not exist"),
     ("fc.quantizer.log_range_dict.99", torch.ones(1), "bit-width '99' does not exist"),
     ("bn.bn_dict.2.running_var", -torch.ones(8), "bn.bn_dict.2.running_var has variances below")])
