@@ -34,7 +34,8 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     except Exception as error:  # of torch.fx, or of the network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note = (f"torch.fx cannot trace the network ({reason}): converted by its modules alone, so "
-                "ReLUs that are functions stay, and which inputs are quantized is not known")
+                "ReLUs that are functions stay, ReLUs in place leave their input as it is, and "
+                "which inputs are quantized is not known")
         warnings.warn(note, stacklevel=2)
 
     why = full_precision(network, graph, keep)

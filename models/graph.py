@@ -19,6 +19,8 @@ REARRANGING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identi
                "ChannelShuffle", "max_pool2d", "dropout", "cat", "concat", "chunk", "split",
                "getitem", "flatten", "view", "reshape", "transpose", "permute", "contiguous",
                "squeeze"}
+ALIASING = {"Identity", "Flatten", "chunk", "split", "getitem", "flatten", "view", "reshape",
+            "transpose", "permute", "contiguous", "squeeze", "unsqueeze"}  # the same memory
 JOINING = {"cat", "concat"}  # those of them whose inputs are all taken
 FUNCTIONS = {"conv2d", "linear"}  # layers that are not modules
 SHAPE_QUERIES = {"size", "getattr", "dim"}
@@ -199,6 +201,10 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
             order = list(graph.nodes)
             later = set(order[order.index(activation) + 1:])
             source.replace_all_uses_with(activation, delete_user_cb=later.__contains__)
+            for other in aliases(source, dict(network.named_modules())):
+                if later.intersection(other.users):
+                    raise ValueError(f"{base} changes {source.name} in place, which is read behind "
+                                     f"it as {other.name}: give it inplace=False")
         graph.erase_node(node)
 
     modules = dict(network.named_modules())
@@ -206,6 +212,20 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
         layer = module_of(node, modules)
         if isinstance(layer, ActivationQ):
             layer.rounding = needs_rounding(node, modules)
+
+
+def aliases(node: fx.Node, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Return the other nodes that may hold the same memory as a node's output."""
+    found = {node}
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        near = [user for user in one.users if name_of(user, modules) in ALIASING]
+        if name_of(one, modules) in ALIASING:
+            near.append(one.all_input_nodes[0])
+        waiting += [other for other in near if other not in found]
+        found.update(near)
+    return found - {node}
 
 
 def has_attribute(network: nn.Module, name: str) -> bool:

@@ -135,6 +135,27 @@ def test_a_module_of_two_names_is_kept_whole_or_not():
     assert sorted(activations(convert(Shared(), [2, 32]))) == ["a.1", "a.1_1", "relu_1"]
 
 
+class Aliased(nn.Module):
+    def __init__(self, alias):
+        super().__init__()
+        self.alias = alias
+        self.relu = nn.ReLU(inplace=True)
+        self.stem, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.conv, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x))
+        before = self.alias(x)
+        return self.head(self.conv(self.relu(x)) + before).mean((2, 3))
+
+
+@pytest.mark.parametrize("alias", [nn.Identity(), lambda x: x.view(x.shape).contiguous()])
+def test_an_input_that_is_changed_in_place_under_another_name_is_refused(alias):
+    with pytest.raises(ValueError, match="relu changes bn in place, which is read behind it as"):
+        convert(Aliased(alias), [2, 32])
+    convert(Aliased(torch.clone), [2, 32])
+
+
 def test_what_is_replaced_keeps_what_it_has_or_is_refused():
     network = Shared().requires_grad_(False)
     network.b[0].weight.requires_grad_(True)
