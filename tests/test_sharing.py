@@ -15,6 +15,7 @@ from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss, shared_computation
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              SwitchableBatchNorm2d, clamp, round_ste)
+from small_networks import ShortSVHN
 
 WIDTHS = [1, 4, 32]
 IMAGES = torch.randn(6, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -252,8 +253,8 @@ def test_one_quantizer_for_all_layers_is_refused(monkeypatch):
 def test_compiled_weights_that_are_computed(compute):
     """A weight that a hook computes is an older one until the layer is called."""
     torch.manual_seed(0)
-    model = build("svhnq", [4], 10, 1).eval()
-    compute(model.get_submodule("layers.6"))
+    model = ShortSVHN([4], width=1).eval()
+    compute(model.get_submodule("layers.3"))
     images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -267,12 +268,12 @@ def test_compiled_weights_that_are_computed(compute):
 
 
 def test_a_hook_that_comes_after_compilation():
-    model = build("svhnq", [4], 10, 1).eval()
+    model = ShortSVHN([4], width=1).eval()
     images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
     forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
     with torch.no_grad():
         before = forward(model, images, labels)[0]
-        hook = model.get_submodule("layers.6").register_forward_hook(lambda layer, x, y: y * 0.5)
+        hook = model.get_submodule("layers.3").register_forward_hook(lambda layer, x, y: y * 0.5)
         torch.testing.assert_close(forward(model, images, labels)[0],
                                    forward_loss(model, images, labels)[0])
         hook.remove()
@@ -285,16 +286,14 @@ def test_integers_that_change_what_was_prepared_are_refused():
             e /= 2**self.bits - 1
             return super().integers(v, e)
 
-    model = build("svhnq", WIDTHS, 10, 1)
-    for layer in model.modules():
-        if isinstance(layer, QuantizedLayer):
-            layer.quantizer = InPlace()
+    model = ShortSVHN(WIDTHS, width=1)
+    model.layers[3].quantizer = InPlace()
     images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="InPlace changes in place what all bit-widths share"):
         any_precision_backward(model, images, labels, WIDTHS)
     forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
     with pytest.raises(ValueError, match="InPlace changes in place what all bit-widths share"):
-        forward.backward(images, labels, WIDTHS, "recursive")
+        forward.backward(images, labels, [4, 1], "recursive")
 
 
 def test_weights_that_a_parametrization_computes():
