@@ -1,6 +1,7 @@
 """The results folder of a run: its lock, log, configuration and metrics, written by rank 0."""
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -70,7 +71,6 @@ class RunFolder:
     def open(self, results_dir: str | Path | None, name: str, in_place: bool) -> Path:
         """Create and lock the folder, and open its log; return its path."""
         folder = Path(results_dir or f"results/{name}")
-        count = 1
         outputs = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl")
         must_be_free = results_dir and not in_place
         if must_be_free and any(
@@ -79,15 +79,10 @@ class RunFolder:
                             f"{ANOTHER}")
 
         try:
-            while True:
-                try:
-                    folder.mkdir(parents=True, exist_ok=bool(results_dir))
-                    break
-                except FileExistsError:  # perhaps by another run, at this moment
-                    if results_dir or not os.path.lexists(folder):
-                        raise
-                    count += 1
-                    folder = Path(f"results/{name}_{count}")
+            if results_dir:
+                folder.mkdir(parents=True, exist_ok=True)
+            else:
+                folder = make_free_folder(name)
             self.lock = open(folder / ".lock", "w")  # held until it is closed
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,6 +197,18 @@ def open_event_file(folder: Path, epoch: int, arguments: dict) -> object | None:
 def write_metrics(path: Path, records: list[dict]) -> None:
     """Write a metrics.jsonl, one line per record; raises WriteError where the disk is full."""
     write_text(path, "".join(json.dumps(with_text_keys(record)) + "\n" for record in records))
+
+
+def make_free_folder(name: str) -> Path:
+    """Make the first of results/<name>, <name>_2, ... that does not exist yet; return it."""
+    for count in itertools.count(1):
+        folder = Path("results", name if count == 1 else f"{name}_{count}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # perhaps of another run, since a moment
+            if not os.path.lexists(folder):  # it is `results`, a link to what is gone
+                raise
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -103,12 +103,13 @@ def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
         if not zoo.is_torchvision(args.model):
             raise
         raise UsageError(f"--model {args.model}: {error}") from None
-    if not bit_widths_of(model):
+    names = list(map(str, bit_widths_of(model)))
+    if not names:
         raise UsageError(f"--model {args.model} has no SwitchableBatchNorm2d, by which a "
                          "checkpoint says its bit-widths: give it one")
     for key in model.state_dict():
         entry = ENTRY.fullmatch(key)
-        if entry and entry["width"] not in map(str, bit_widths_of(model)):
+        if entry and entry["width"] not in names:
             raise UsageError(f"--model {args.model} has {key}: the keys of a `{entry['dict']}` are "
                              "taken for bit-widths: give it a name that does not end in _dict")
     return model

@@ -44,15 +44,14 @@ class TrainingState:
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
         names = {parameter: name for name, parameter in model.named_parameters()}
+        grouped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if not grouped <= names.keys():
+            raise UserError("parameter_groups in engine/setup.py has a parameter that is not of "
+                            "the network, whose checkpoints would lack it: make it one")
         for group in optimizer.param_groups:  # torch's own key, compared on resume
-            if not names.keys() >= set(group["params"]):
-                raise UserError("parameter_groups in engine/setup.py has a parameter that is not "
-                                "of the network, whose checkpoints would lack it: make it one")
             group["param_names"] = [names[parameter] for parameter in group["params"]]
-        for parameter in {parameter for group in optimizer.param_groups
-                          for parameter in group["params"]}:
-            del names[parameter]
-        left = [name for parameter, name in names.items() if parameter.requires_grad]
+        left = [name for parameter, name in names.items()
+                if parameter.requires_grad and parameter not in grouped]
         if left:
             raise UserError(f"parameter_groups in engine/setup.py leaves out {left[0]}, which "
                             "would not be trained: set its requires_grad to False, or give it a "
@@ -317,20 +316,25 @@ def state_difference(optimizer: torch.optim.Optimizer, saved: list[dict], state:
         if kept and values and values.keys() != expected:
             return f"its state of {name} has {', '.join(map(escaped, sorted(values)))}"
         for key in values or ():
-            what, is_right = "finite numbers", is_finite
-            if kept:  # what others keep is not known
+            if key == "step":
+                what, is_right = "a number from 0 up", is_step
+            elif kept:
+                what = f"finite numbers of shape {tuple(parameter.shape)}"
                 is_right = partial(is_kept, key, parameter.shape)
-                what += f" of shape {tuple(parameter.shape)}"
-                what = "a number from 0 up" if key == "step" else what
+            else:  # what others keep is not known
+                what, is_right = "finite numbers", is_finite
             take(path, values, key, is_right, what, f"{OPTIMIZER}state of {name}, ")
     return None
 
 
+def is_step(value: object) -> bool:
+    """Return whether a value is a number of steps, or a tensor of one."""
+    number = value.item() if is_dense(value) and value.numel() == 1 else value
+    return is_finite_number(number) and number >= 0
+
+
 def is_kept(key: str, shape: torch.Size, value: object) -> bool:
     """Return whether a value is what an optimizer of KEPT keeps of a parameter of this shape."""
-    if key == "step":
-        number = value.item() if is_dense(value) and value.numel() == 1 else value
-        return is_finite_number(number) and number >= 0
     if not torch.is_tensor(value) or not is_finite(value):
         return False
     if value.shape != shape or not value.is_floating_point():

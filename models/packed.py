@@ -532,9 +532,13 @@ def load_runner(path: str | Path, memory_format: torch.memory_format = torch.con
 
     model = load(path).to(memory_format=memory_format)
     running = []  # names of the quantized layers that are computing
+
+    def ended(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        running.pop()
+
     for name, layer in quantized_layers(model).items():
-        layer.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-        layer.register_forward_hook(lambda *_: running.pop() and None)
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: running.append(name))
+        layer.register_forward_hook(ended)
 
     def run(images, bits):
         set_bit_width(model, bits)

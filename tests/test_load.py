@@ -211,10 +211,10 @@ def without_switches(model):
             model.set_submodule(name, nn.Identity())
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     (with_heads, "has head_dict.0.weight: the keys of a `head_dict` are taken for bit-widths"),
     (without_switches, "has no SwitchableBatchNorm2d")])
-def test_a_network_whose_checkpoints_could_not_be_read(change, told, tmp_path, tiny_cifar10,
+def test_a_network_whose_checkpoints_could_not_be_read(change, message, tmp_path, tiny_cifar10,
                                                        monkeypatch, capsys):
     def changed(*args):
         model = resnet(*args)
@@ -225,7 +225,7 @@ def test_a_network_whose_checkpoints_could_not_be_read(change, told, tmp_path, t
     monkeypatch.setitem(MODELS, "changed", changed)
     monkeypatch.setitem(DEFAULT_WIDTH, "changed", 1)
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--model", "changed")) == 2
-    assert_one_line(capsys, f"--model changed {told}")
+    assert_one_line(capsys, f"--model changed {message}")
 
 
 def test_a_converted_network_of_torchvision(tmp_path, tiny_cifar10):

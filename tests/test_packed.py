@@ -155,13 +155,13 @@ class Standardized(Conv2dQ):
         return self.quantizer.prepare(self.weight - self.weight.mean((1, 2, 3), keepdim=True))
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     (lambda layer: setattr(layer, "__class__", Standardized),
      "layer layers.6 does not run with a packed weight"),
     (nn.utils.parametrizations.weight_norm, "layer layers.6 has a weight that a parametrization"),
     (lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
      "layer layers.6 has a weight that a parametrization")])
-def test_layers_that_a_packed_file_does_not_hold(change, told, tmp_path, monkeypatch):
+def test_layers_that_a_packed_file_does_not_hold(change, message, tmp_path, monkeypatch):
     def changed(*args):
         model = svhnq(*args)
         change(model.layers[6])
@@ -170,7 +170,7 @@ def test_layers_that_a_packed_file_does_not_hold(change, told, tmp_path, monkeyp
     svhnq = MODELS["svhnq"]
     monkeypatch.setitem(MODELS, "svhnq", changed)
     model = build("svhnq", [4], 10, 1).eval()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         deploy.export(model, tmp_path / "net", [4], "packed", about_images={"size": 40})
     assert not list(tmp_path.iterdir())
 
