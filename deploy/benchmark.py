@@ -6,7 +6,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,15 +167,22 @@ def quantize_static(path: Path, calibration: numpy.ndarray, folder: Path) -> Pat
     return output
 
 
-def quantize_by_nncf(path: Path, calibration: numpy.ndarray, folder: Path) -> Path:
-    """Quantize a float ONNX file for OpenVINO by NNCF, with its defaults; return the int8 file."""
+def quantize_by_nncf(path: Path, calibration: numpy.ndarray, folder: Path,
+                     in_float: Sequence[str] = ()) -> Path:
+    """Quantize a float ONNX file for OpenVINO by NNCF, with its defaults; return the int8 file.
+
+    in_float: names of nodes that stay in float32. OpenVINO reads a node that adds a bias as two,
+    NODE/WithoutBiases and NODE.
+    """
     import nncf
     import openvino
 
     nncf.set_log_level("ERROR")
     data = nncf.Dataset([image[None] for image in calibration])
     content = nncf.quantize(runtimes.openvino_core().read_model(path), data,
-                            subset_size=len(calibration))
+                            subset_size=len(calibration),
+                            ignored_scope=nncf.IgnoredScope(
+                                patterns=[f"{node}(/.*)?$" for node in in_float]))
     output = folder / "nncf.xml"
     try:
         openvino.save_model(content, output, compress_to_fp16=False)

@@ -103,6 +103,22 @@ def test_speed_benchmark(measurement, forks):
     assert [row[0] for row in rows] == ["reference", "default, fp32"]
 
 
+def test_float_nodes_of_a_file(tmp_path):
+    """In a ResNet the first convolution, the shortcuts and the classifier are not quantized."""
+    onnx = pytest.importorskip("onnx")
+    import latency  # needs onnx
+    from deploy import onnx_file
+
+    model = models.build("resnet20q", [2, 32], 10).eval()
+    path = tmp_path / "net.onnx"
+    onnx_file.export(model, [32], path, 40)
+    graph = onnx.load(path).graph
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    found = [shapes[node.input[1]] for node in graph.node
+             if node.name in latency.float_nodes(model, path)]
+    assert found == [[16, 3, 3, 3], [32, 16, 1, 1], [64, 32, 1, 1], [10, 64]]
+
+
 def test_a_bit_width_computed_as_another_is_seen():
     expected = {bits: torch.randn(100, generator=torch.Generator().manual_seed(bits))
                 for bits in (2, 8)}
