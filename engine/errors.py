@@ -2,10 +2,12 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -140,6 +142,17 @@ def explain(error: Exception) -> str:
     if "DataLoader worker" in str(error):
         return f"{one_line(error)}: it may have run out of memory, lower --workers"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if type(error).__name__ == "Unsupported":
+            return (f"--compile cannot follow {user_code(error)} ({one_line(error)}): write it "
+                    "otherwise, leave --compile out, or where a run goes on, pass --no-compile")
         return (f"--compile needs a compiler that works here ({one_line(error)}): leave it out, or "
                 "where a run goes on, pass --no-compile")
     raise error
+
+
+def user_code(error: Exception) -> str:
+    """Return the innermost place outside torch that torch.compile names in an error."""
+    places = re.findall(r'File "(.+)", line (\d+)', str(error))
+    outside = [f"{file}, line {line}" for file, line in places
+               if not Path(file).is_relative_to(Path(torch.__file__).parent)]
+    return outside[-1] if outside else "the network's code"

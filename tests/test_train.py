@@ -21,7 +21,7 @@ from torch._inductor import config as inductor
 import report
 import train
 from dataset.data import DATASETS, get_dataset, get_transform
-from engine.errors import UserError
+from engine.errors import UserError, explain
 from engine.metrics import Metrics
 from models import MODELS, set_bit_width
 
@@ -394,3 +394,16 @@ def test_compile_without_a_compiler_is_one_line_and_the_run_goes_on_without(tmp_
     assert "leave it out, or where a run goes on, pass --no-compile" in done.stderr
     assert run([*argv, "--no-compile"]) == 0
     assert load(tmp_path / "r")["arguments"]["compile"] is False
+
+
+def test_a_change_that_cannot_be_compiled_is_named_by_its_line():
+    def forward(model, x):
+        model.register_forward_hook(print).remove()
+        return model(x)
+
+    with pytest.raises(Exception) as caught:
+        torch.compile(forward, fullgraph=True, backend="eager")(torch.nn.ReLU(), torch.ones(1))
+    line = forward.__code__.co_firstlineno + 1
+    message = explain(caught.value)
+    assert f"--compile cannot follow {__file__}, line {line} (" in message
+    assert "\n" not in message
