@@ -45,7 +45,7 @@ def main(args: Namespace) -> None:
     settings = data_settings(args, checkpoint, model.spec["model"], about)
     images = labels = None
     if args.check or args.benchmark:
-        train_set, val_set = open_data(settings)
+        train_set, val_set = open_data(settings, train=args.benchmark)
         images, labels = read_images(val_set, settings, args.check or IMAGES)
 
     with export_errors(args):
@@ -159,7 +159,7 @@ def export_errors(args: Namespace) -> Iterator[None]:
 def data_settings(args: Namespace, checkpoint: Checkpoint, model: str, about: dict) -> Namespace:
     """Return the settings with which train.py would open the data set."""
     settings = merge_args(Namespace(dataset=about["dataset"], evaluate=True), {
-        "train_split": checkpoint.arguments.get("train_split"), "image_size": about["size"],
+        "train_split": checkpoint.train_split(about["dataset"]), "image_size": about["size"],
         "model": model, "data_dir": args.data_dir})
     checkpoint.follow_normalization(settings.dataset)
     return settings

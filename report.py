@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
+from engine.bit_search import PATH_FILE
 from engine.errors import UserError, run_program
 from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
 from engine.forward_pass import AUTO
@@ -227,8 +228,9 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
     left_out = []
     no_runs = []
     for folder in folders:
-        if os.path.isfile(folder) and folder.endswith(SUFFIXES):
-            continue  # results/* of a shell includes our own files
+        if (os.path.isfile(folder) and folder.endswith(SUFFIXES)
+                or os.path.isfile(os.path.join(folder, PATH_FILE))):
+            continue  # results/* of a shell includes our own files, and search.py's folders
         if not os.path.exists(folder):
             no_runs.append(f"{folder} does not exist")
             continue

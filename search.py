@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from dataset.data import DATASETS, get_dataset
 from dataset.loader import fingerprint, make_loader
 from engine.arguments import OneLineParser, dataset_name, number, path_text, run_name
-from engine.bit_search import Search, Step
+from engine.bit_search import PATH_FILE, Search, Step
 from engine.device import choose_device
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
@@ -74,7 +74,7 @@ def main(args: Namespace) -> Path | None:
         identity = {"checkpoint": packed.digest(checkpoint.content["state_dict"], {}),
                     "data": data, "bit_widths": flag_text(bit_widths), "by": search.by,
                     "images": count, "seed": args.seed}
-        path = read_path(run.path / "path.json", identity)
+        path = read_path(run.path / PATH_FILE, identity)
         log.info(f"searching bits for {len(search.units)} layers of {checkpoint.path}, of "
                  f"{flag_text(bit_widths)} bits: predictions on {count} training images, BatchNorm "
                  f"of {sum(map(len, calibration))} others")
@@ -82,7 +82,7 @@ def main(args: Namespace) -> Path | None:
             log.info(f"going on after {len(path) - 1} steps, in {run.path}")
 
         def save(steps: list[Step]) -> None:
-            write_json(run.path / "path.json", {**identity, "steps": list(map(content_of, steps))})
+            write_json(run.path / PATH_FILE, {**identity, "steps": list(map(content_of, steps))})
             log.info(line_of(len(steps) - 1, steps[-1]))
 
         search.descend(path, min(budgets.values()), save)

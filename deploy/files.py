@@ -58,7 +58,8 @@ def export(model: nn.Module, path: str | Path,
     widths = exported_widths(model, bit_widths, with_assignments=not (
         format == "onnx" and bit_widths == "any"))
     files = file_names(path, widths, bit_widths == "any" or format == "packed")
-    check.forward(model, numpy.zeros((1, *image_shape(about["size"])), numpy.float32), widths[0])
+    black = numpy.zeros((1, *image_shape(about["size"])), numpy.float32)
+    logits, _ = check.forward(model, black, widths[0])
     with temporary_folder(path) as folder:
         written = {width: folder / file.name for width, file in files.items()}
         with writing(path):
@@ -66,7 +67,9 @@ def export(model: nn.Module, path: str | Path,
                 write_packed(model, widths, written[widths[0]], bit_widths == "any", about,
                              arguments)
             else:
-                write_onnx(model, written, bit_widths == "any", about, input)
+                names = about.get("class_names") or list(map(str, range(logits.shape[-1])))
+                write_onnx(model, written, bit_widths == "any", {**about, "class_names": names},
+                           input)
 
         images, run = images_and_run(written, format, input, about, images)
         results = check.compare(model, run, images, labels, widths)
@@ -146,11 +149,12 @@ def write_packed(model: nn.Module, widths: list[Width], path: Path, is_any: bool
                  arguments: dict | None) -> None:
     """Write a packed file, of all of 1 to 8 bits where is_any."""
     spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
+    dataset = {"dataset": about["dataset"]} if about.get("dataset") else {}
     packed.save(model, widths, path, {
         **spec, "image_size": about["size"], "transforms": about.get("transforms"),
         "mean": about.get("mean"), "std": about.get("std"),
         "class_names": about.get("class_names"), "calibrated": getattr(model, "calibrated", []),
-        "arguments": {**(arguments or {}), "dataset": about.get("dataset")}},
+        "arguments": {**(arguments or {}), **dataset}},
         packed.ANY if is_any else None)
 
 

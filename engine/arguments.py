@@ -310,7 +310,8 @@ def parse_flags(argv: list[str] | None = None, description: str | None = None) -
 def check_saved(arguments: dict, path: str | Path) -> dict:
     """Return a checkpoint's arguments; UserError naming one that no command line could have set.
 
-    A precision that there was once passes: check_settings says what to do.
+    A loss or a data set that is not here, and a precision that there was once, pass: merge_args
+    says what to do, where they are needed.
     """
     parser = make_parser()
     actions = {action.dest: action for action in parser._actions}
@@ -325,10 +326,10 @@ def check_saved(arguments: dict, path: str | Path) -> dict:
                 right = action.type is None or action.type(flag_text(value)) == value
         except (ArgumentTypeError, AttributeError, ValueError):  # a path that is none, too
             right = False
-        if action.type is None and not isinstance(action.default, bool):
+        if name in ("dataset", "loss", "precision"):
             right = isinstance(value, str)
-            if action.choices and name != "precision":
-                right = right and value in action.choices
+        elif action.type is None and not isinstance(action.default, bool):
+            right = isinstance(value, str) and value in (action.choices or [value])
         if not right:
             raise UserError(f"{path}: its argument {name} is {brief(value)}, which "
                             f"{flag_name(name)} does not take: the file may be damaged")
@@ -357,6 +358,9 @@ def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
     Raises UsageError for settings that exclude each other.
     """
     args = Namespace(**{**DEFAULTS, **(saved or {}), **vars(flags)})
+    if not is_folder(args.dataset) and args.dataset not in DATASETS:  # of other code
+        raise UsageError(f"--dataset {args.dataset} does not exist: choose from "
+                         f"{', '.join(named_datasets())}, or add its row to dataset/data.py")
     row = row_of(args.dataset, args.image_size)
     if getattr(flags, "image_size", None) and not is_folder(args.dataset):
         raise UsageError(f"--image-size {args.image_size} is of --dataset {PREFIX}PATH, and "
@@ -394,8 +398,14 @@ def check_settings(args: Namespace) -> None:
     if args.compile and args.sync_bn:
         raise UsageError("--sync-bn exchanges statistics within the network, which --compile "
                          "cannot: give one of them")
+    if args.precision == "bf16" and args.sync_bn:
+        raise UsageError("--sync-bn computes in the precision of its input, and BatchNorm stays in "
+                         "float32 in --precision bf16: give one of them")
     if args.evaluate:
         return
+    if args.loss not in NEXT_TARGET:  # of other code
+        raise UsageError(f"--loss {args.loss} does not exist: choose from "
+                         f"{', '.join(NEXT_TARGET)}, or add it to models/losses.py")
     if args.cuda_graph and count > 1:
         raise UsageError(f"--cuda-graph is of one process, and these are {count}: give "
                          "--no-cuda-graph")

@@ -22,7 +22,7 @@ from engine.setup import (check_class_names, describe_images, make_forward_pass,
 from engine.state import save_checkpoint
 from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
                     check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
-from models.calibration import ENTRY
+from models.calibration import copies_quantizers
 from models.checkpoint import network_content, network_of
 from models.cost import Costs, totals
 from utils import flag_text, one_line, progress, write_json
@@ -164,11 +164,6 @@ def check_classes(model: nn.Module, classes: int, path: str | Path, dataset: str
     if outputs < classes:
         raise UserError(f"{path} has {outputs} classes and {dataset} has {classes}: choose the "
                         "data set that it was trained on, by --dataset")
-
-
-def copies_quantizers(model: nn.Module) -> bool:
-    """Return whether quantizers have state per bit-width, as BatchNorm does."""
-    return any("quantizer." in key and ENTRY.fullmatch(key) for key in model.state_dict())
 
 
 def calibration_batches(args: Namespace, train_set: Samples, forward_pass: ForwardPass,

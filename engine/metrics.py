@@ -62,8 +62,8 @@ class Metrics:
             for bits, is_finite in reversed(found):  # in the order in which they ran
                 if not is_finite:
                     raise UserError(
-                        f"{what}: the {bits}-bit loss is not finite at step {step}: lower --lr, or "
-                        "look at the data; the last good checkpoint is kept")
+                        f"{what}: the {bits}-bit loss is not finite at step {step}: train with a "
+                        "lower --lr, or look at the data; what was saved before is kept")
 
     def averages(self) -> dict[BitWidth, dict[str, float]]:
         """Return {bit-width: {"loss", "top1", "top5"}} over all processes, top-k in percent.

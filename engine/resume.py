@@ -63,6 +63,11 @@ class Checkpoint:
                 raise FileError(f"{self.path}: its argument {name} is {brief(value)}, and its "
                                 f"network's is {brief(own)}: the file may be damaged")
 
+    def train_split(self, dataset: str) -> str | None:
+        """Return the split that the network was trained on; None on another data set."""
+        same = dataset == self.arguments.get("dataset")
+        return self.arguments.get("train_split") if same else None
+
     def images(self, dataset: str) -> dict:
         """Return a description of the images that the network was trained on; {} if not known.
 
@@ -235,6 +240,7 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     size = checkpoint.images(getattr(flags, "dataset", "")).get("size")
     if is_count(size):  # for a folder's images, whatever data set the network was trained on
         saved["image_size"] = saved.get("image_size") or size
+    saved["train_split"] = checkpoint.train_split(getattr(flags, "dataset", saved["dataset"]))
     args = merge_args(flags, {**saved, "bit_width_list": plain(trained)})
     if args.save_calibrated:
         refuse_packed(checkpoint.content, path, "save as a checkpoint")

@@ -17,7 +17,7 @@ from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
                     initialize_quantizers, layers_to_initialize, saved_bit_widths, zoo)
-from models.calibration import ENTRY
+from models.calibration import ENTRY, copies_quantizers
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 from models.quan_ops import Quantizer
@@ -139,7 +139,9 @@ def load_pretrained(model: nn.Module, path: str | Path,
             raise UserError(f"{path}: {error}") from None
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
         if copies:
-            message += f": BatchNorms {', '.join(copies)}, quantizers from the nearest bits"
+            message += f": BatchNorms {', '.join(copies)}"
+            if copies_quantizers(model):
+                message += ", quantizers from the nearest bits"
 
     own = model.state_dict()
     new = [key for key in own if ".quantizer." in key and key not in state_dict]

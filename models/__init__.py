@@ -1,5 +1,5 @@
 """Any-precision networks by name, and the switch that sets their bit-width."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -22,23 +22,21 @@ DEFAULT_WIDTH = {"resnet20q": 5, "resnet50q": 1, "svhnq": 2}
 
 
 def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: int, width: int = 1,
-          all_conv: bool = False, quantizer: str = "dorefa",
-          keep: Sequence[str] = ()) -> nn.Module:
+          all_conv: bool = False, quantizer: str = "dorefa") -> nn.Module:
     """Build a network of MODELS, or convert one of torchvision's.
 
-    keep: for a converted network, as in `convert`. The network's attribute `spec` holds what built
-    it, as checkpoints store it. Raises ValueError for an unknown name, and for bit-widths or a
-    quantizer that do not exist.
+    The network's attribute `spec` holds what built it, as checkpoints store it. Raises ValueError
+    for an unknown name, and for bit-widths or a quantizer that do not exist.
     """
     bit_widths = check_bit_widths(bit_widths)
     if name in MODELS:
         model = MODELS[name](bit_widths, num_classes, width, all_conv)
     else:
-        model = convert(zoo.torchvision_network(name, num_classes), bit_widths, keep)
+        model = convert(zoo.torchvision_network(name, num_classes), bit_widths)
     if quantizer != "dorefa":  # the default of every layer
         set_quantizers(model, quantizer, bit_widths)
     model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
-                  "quantizer": quantizer, "keep": list(keep),
+                  "quantizer": quantizer,
                   "bit_widths": [width.plain for width in sorted(bit_widths)]}
     return model
 

@@ -123,6 +123,11 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
     return sorted(copied)
 
 
+def copies_quantizers(model: nn.Module) -> bool:
+    """Return whether quantizers have state per bit-width, as BatchNorm does."""
+    return any("quantizer." in key and ENTRY.fullmatch(key) for key in model.state_dict())
+
+
 def check_layers(model: nn.Module, assignment: Assignment) -> None:
     """Raise ValueError naming an entry of an assignment that matches no layer with bits."""
     layers = assignable_layers(model)
@@ -184,12 +189,13 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
 
     hooks = [layer.train().register_forward_pre_hook(average) for layer in layers]
     count = 0
-    for count, images in enumerate(batches, start=1):
-        model(images)
-
-    for layer, hook, value in zip(layers, hooks, momentum, strict=True):
-        hook.remove()
-        layer.momentum = value
-        layer.eval()
+    try:
+        for count, images in enumerate(batches, start=1):
+            model(images)
+    finally:
+        for layer, hook, value in zip(layers, hooks, momentum, strict=True):
+            hook.remove()
+            layer.momentum = value
+            layer.eval()
     if not count:
         raise ValueError("there is no batch to calibrate over; an iterator gives its batches once")

@@ -1,7 +1,7 @@
 """A network from a file: a checkpoint of this project, a published one, or a packed file.
 
 A checkpoint is a dict. Besides `state_dict` it holds `network`, the arguments that build its
-network: model, width, classes, all_conv, quantizer, bit_widths, keep, own_bits, and assignments,
+network: model, width, classes, all_conv, quantizer, bit_widths, own_bits, and assignments,
 where it has some; and `images`, a description of the images that it was trained on: dataset, size,
 transforms of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack
 both: what is missing is inferred from the shapes of their weights.
@@ -342,7 +342,7 @@ def network_spec(content: dict, path: str | Path) -> dict:
     saved = content.get("network") or old_spec(content, path)
     spec = {"name": check_model(saved.get("model"), path), "num_classes": saved.get("classes"),
             "width": saved.get("width"), "all_conv": saved.get("all_conv", False),
-            "quantizer": saved.get("quantizer", "dorefa"), "keep": saved.get("keep", [])}
+            "quantizer": saved.get("quantizer", "dorefa")}
     try:
         for key in state_dict:
             entry = ENTRY.fullmatch(key)
@@ -358,9 +358,7 @@ def network_spec(content: dict, path: str | Path) -> dict:
     fits = {"num_classes": lambda value: is_count(value) and value <= largest,
             "width": lambda value: is_count(value) and value <= largest,
             "all_conv": lambda value: isinstance(value, bool),
-            "quantizer": lambda value: isinstance(value, str),
-            "keep": lambda value: isinstance(value, list) and all(
-                isinstance(name, str) for name in value)}
+            "quantizer": lambda value: isinstance(value, str)}
     for field, is_right in fits.items():
         if not is_right(spec[field]):
             raise FileError(f"{path}: its network's {field} is {brief(spec[field])}, which does "

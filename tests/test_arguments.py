@@ -239,6 +239,7 @@ BAD_ARGUMENTS = [
     (["--seed", "4294967296"], "'4294967296'", "at most 4294967295"),
     (["--precision", "int8"], "'int8' (choose from", "bf16"),
     (["--sync-bn", "--compile"], "--sync-bn", "give one of them"),
+    (["--sync-bn", "--precision", "bf16"], "--sync-bn", "give one of them"),
     (["--lrr", "1"], "--lrr", "--help"),
     (["--bit_width"], "--bit_width", "--help"),
     # an unset shell variable

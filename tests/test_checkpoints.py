@@ -85,6 +85,14 @@ def test_calibration_over_nothing_changes_nothing():
     assert_same(model.state_dict(), before)
 
 
+def test_an_error_in_calibration_leaves_the_network_in_evaluation_mode():
+    model = ResNet8([2], width=1)
+    with pytest.raises(RuntimeError, match="channels"):
+        calibrate(model, 2, [torch.randn(2, 3, 32, 32), torch.randn(2, 1, 32, 32)])
+    norm = model.bn.bn_dict["2"]
+    assert not norm.training and not norm._forward_pre_hooks and norm.momentum == 0.1
+
+
 @pytest.mark.parametrize("batches", [1, 5])
 def test_a_batch_norm_that_is_called_twice_is_calibrated_over_all_calls(batches):
     class Twice(torch.nn.Module):

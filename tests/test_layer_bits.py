@@ -393,6 +393,8 @@ def test_a_search(tiny_cifar10, tmp_path, monkeypatch, capsys):
     assert (whole / "path.png").exists() and "ops-2bit" in (whole / "path.md").read_text()
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if "/" not in line) <= 100
+    with pytest.raises(report.UserError, match="no-run does not exist: name results folders"):
+        report.read_runs([str(whole), "no-run"])  # as results/* has a search beside runs
 
     parts = tmp_path / "parts"  # in two commands, of which the second goes on
     assert searched(*common, parts, "--budget", "50%") == 0

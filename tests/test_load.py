@@ -71,7 +71,7 @@ def test_a_run(name, place, two_checkpoints):
         "class_names": [f"class {index}" for index in range(10)]}
     assert found.spec == {
         "model": "resnet4q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
-        "keep": [], "bit_widths": [2, 32]}
+        "bit_widths": [2, 32]}
     assert content["network"] == {**found.spec, "own_bits": {}}
 
 
@@ -274,7 +274,6 @@ def test_files_that_are_refused(trained, tmp_path):
             ({"network": {**network, "quantizer": 3}}, "its network's quantizer is 3, which does"),
             ({"network": {**network, "quantizer": "pact"}},
              "its network's quantizer is 'pact', which is not one of dorefa, lsq: add it to"),
-            ({"network": {**network, "keep": 3}}, "its network's keep is 3"),
             ({"network": {**network, "model": ["svhnq"]}}, "is of model ['svhnq']"),
             ({"network": {**network, "model": "torchvision:resnt18"}}, "'resnt18' is no"),
             ({"network": None, "model": None, "arguments": None}, "is of model None")):
@@ -284,7 +283,7 @@ def test_files_that_are_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("argument, value, flag", [
     ("print_freq", 0, "--print-freq"), ("lr", [0.1], "--lr"), ("lr", float("nan"), "--lr"),
-    ("loss", "unknown", "--loss"), ("loss", 3, "--loss"), ("dataset", "cifar", "--dataset"),
+    ("loss", 3, "--loss"), ("dataset", ["cifar10"], "--dataset"),
     ("batch_size", 8.0, "--batch-size"), ("sync_bn", 1, "--sync-bn"), ("seed", True, "--seed"),
     ("lr_decay", [3, 2], "--lr-decay"), ("best_by", "luck", "--best-by"),
     ("bit_width_list", "2,32", "--bit-width-list")])
@@ -298,6 +297,27 @@ def test_a_saved_argument_of_another_kind_is_one_line(argument, value, flag, tra
         assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
         assert_one_line(capsys, f"{path}: its argument {argument} is {value!r}, which {flag} does")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_loss_and_a_data_set_of_other_code(trained, tiny_cifar10, tmp_path, capsys):
+    """An evaluation needs no loss, nor a data set where another one is given; training does."""
+    content = load(trained)
+    path = tmp_path / "x.pth.tar"
+    resumed = ["--resume", path, "--epochs", 9, "--results-dir", tmp_path / "r"]
+    evaluated = ["--evaluate", "--pretrain", path, "--data-dir", tiny_cifar10, "--device", "cpu",
+                 "--results-dir", tmp_path / "e"]
+    torch.save({**content, "arguments": {**content["arguments"], "loss": "mixed"}}, path)
+    assert run(resumed) == 2
+    assert_one_line(capsys, "--loss mixed does not exist", "or add it to models/losses.py")
+    assert run(evaluated) == 0
+    for name in ("arguments", "images"):
+        content[name] = {**content[name], "dataset": "usps"}
+    torch.save(content, path)
+    capsys.readouterr()
+    for argv in (resumed, evaluated):
+        assert run(argv) == 2
+        assert_one_line(capsys, "--dataset usps does not exist", "add its row to dataset/data.py")
+    assert run([*evaluated[:-1], tmp_path / "f", "--dataset", "cifar10"]) == 0
 
 
 @pytest.mark.parametrize("epoch", [-3, "3", 1.5])
