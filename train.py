@@ -2,7 +2,7 @@
 
 Yu et al., "Any-Precision Deep Neural Networks", AAAI 2021 (arXiv 1911.07346).
 
-    python train.py                                              # svhnq on digits, all bit-widths
+    python train.py                                              # svhnq on digits, 1 to 32 bits
     python train.py --loss hard --bit_width_list 2               # a dedicated 2-bit model
     python train.py --resume results/RUN                         # continue where that run stopped
     torchrun --standalone --nproc-per-node 4 train.py ...        # on four GPUs

@@ -25,6 +25,7 @@ from models import BITS as EVERY_BIT_WIDTH
 from models import MODELS, BitWidth
 from models.losses import any_precision_backward
 from models.quan_ops import ActivationQ, Conv2dQ
+from models.sharing import no_sharing, shared_computation
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 BITS = (1, 2, 4, 8, 32)
@@ -213,14 +214,14 @@ def dropout_differs(device):
 def shared_is_not_shared(device):
     """In float64 the default's gradients equal those of computing everything at each bit-width."""
     gradients = []
-    for shared in (False, True):
+    for sharing in (no_sharing, shared_computation):
         steps = Steps(device)
         model = steps.model.double()
         with torch.no_grad():
             for index, parameter in enumerate(model.parameters()):  # off the ends of the clamp
                 parameter += 0.1 * random(*parameter.shape, seed=index).to(parameter)
         any_precision_backward(
-            model, steps.images.double(), steps.labels, BITS, shared=shared)
+            model, steps.images.double(), steps.labels, BITS, sharing=sharing)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 

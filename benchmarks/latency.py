@@ -11,6 +11,7 @@ many times as fast as float32 in the same runtime. It needs requirements-export.
 import functools
 import platform
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -20,7 +21,7 @@ import reference_way  # noqa: F401  first: it adds the project to the path
 from deploy import benchmark, graph, onnx_file, runtimes
 from engine.arguments import OneLineParser, bit_width_list
 from engine.device import describe
-from engine.errors import run_program
+from engine.errors import UserError, run_program
 from models import DEFAULT_WIDTH, MODELS, build
 from models.bit_widths import FULL_PRECISION
 from models.quan_ops import QuantizedLayer
@@ -59,8 +60,12 @@ def candidates(model, bit_widths, images, folder):
 
 
 def main(options):
+    for package in ("onnxruntime", "openvino", "nncf"):
+        if not find_spec(package):
+            raise UserError(f"{package} is not installed: pip install -r requirements-export.txt "
+                            "nncf")
     torch.manual_seed(0)
-    model = build(options.model, [*options.bits, FULL_PRECISION], 10,
+    model = build(options.model, {*options.bits, FULL_PRECISION}, 10,
                   DEFAULT_WIDTH.get(options.model, 1)).eval()
     images = torch.randn(CALIBRATION, 3, IMAGE_SIZE, IMAGE_SIZE).numpy()
     with tempfile.TemporaryDirectory() as folder:

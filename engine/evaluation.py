@@ -43,11 +43,10 @@ def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple
     with progress(loader, what) as batches:
         for images, labels in batches:
             results = {}
-            with forward_pass.sharing(images):
+            with forward_pass.sharing(model, images):
                 for width in bit_widths:
                     set_bit_width(model, width)
-                    with forward_pass.autocast():
-                        results[width] = forward_pass(model, images, labels)
+                    results[width] = forward_pass(model, images, labels)
             metrics.add(results, labels)
             if stop and stop.signal and world_size() == 1:
                 raise Stopped(stop.signal)

@@ -12,9 +12,9 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from models import BitWidth
 from models.graph import link_inputs
-from models.losses import (any_precision_backward, forward_loss, prepare_weights,
-                           shared_computation)
+from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import find_other_weights
+from models.sharing import no_sharing, prepare_weights, shared_computation
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 AUTO = "auto"  # tf32 where all processes have it, else fp32
@@ -44,7 +44,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 class ForwardPass:
-    """The forward pass of a model: called as models.losses.forward_loss, within autocast().
+    """The forward pass of a model: called as models.losses.forward_loss.
 
     Sets torch's options for the whole process, and the model's memory format.
 
@@ -96,18 +96,17 @@ class ForwardPass:
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         compiles = len(images) == self.batch_size
-        return (self.compiled if compiles else forward_loss)(model, images, target)
+        with self.autocast():
+            return (self.compiled if compiles else forward_loss)(model, images, target)
 
     def backward(self, images: Tensor, labels: Tensor, bit_widths: Iterable[BitWidth | int | str],
                  loss: str, loss_scale: float = 1.0) -> dict[BitWidth, tuple[Tensor, Tensor]]:
         """Call models.losses.any_precision_backward with this forward pass."""
-        return any_precision_backward(
-            self.model, images, labels, bit_widths, loss, loss_scale, self.shared,
-            share_stem=not self.batch_size, forward=self, prepare=self.prepare,
-            autocast=self.autocast)
+        return any_precision_backward(self.model, images, labels, bit_widths, loss, loss_scale,
+                                      forward=self, sharing=self.sharing)
 
-    def sharing(self, images: Tensor) -> AbstractContextManager:
+    def sharing(self, model: nn.Module, images: Tensor) -> AbstractContextManager:
         """Return a context that computes once, for these images, what no bit-width changes."""
         if not self.shared:
-            return contextlib.nullcontext()
-        return shared_computation(self.model, images, not self.batch_size, self.prepare)
+            return no_sharing(model, images)
+        return shared_computation(model, images, not self.batch_size, self.prepare)

@@ -211,7 +211,7 @@ class QuantizedLayer:
         """Add what a quantized layer has; called too for a float layer whose class was changed."""
         self.own_bits = bits
         self.quantizer = DoReFaWeight()
-        self.shared = None  # what quantizer.prepare gives, while losses.shared_computation runs
+        self.shared = None  # what quantizer.prepare gives, while shared_computation runs
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
         self.weight_is_product = True  # of integer_weight, as far as is known
         self.switch_bit_width(BitWidth(FULL_PRECISION))

@@ -171,13 +171,14 @@ class Run:
     def shared(self):
         """Compare shared gradients with those of computing everything anew, in float64."""
         from models.losses import any_precision_backward
+        from models.sharing import no_sharing, shared_computation
 
         model = self.network().double()
         gradients = []
-        for is_shared in (True, False):
+        for sharing in (shared_computation, no_sharing):
             own = copy.deepcopy(model).train()
             any_precision_backward(own, self.images.double(), torch.arange(8), self.bit_widths,
-                                   self.loss, shared=is_shared)
+                                   self.loss, sharing=sharing)
             gradients.append({key: p.grad for key, p in own.named_parameters()})
         for key, expected in gradients[1].items():
             found = gradients[0][key]

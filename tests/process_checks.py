@@ -29,6 +29,7 @@ from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
 from engine.setup import make_val_loader
 from models.losses import NEXT_TARGET, any_precision_backward
+from models.sharing import no_sharing
 
 CPU = torch.device("cpu")
 WIDTHS = [2, 8, 32]
@@ -73,7 +74,7 @@ def alone(net, loss, size, shares, widths_of=lambda step: WIDTHS):
         for share in shares:
             part = len(labels[share]) / size
             any_precision_backward(net, images[share], labels[share], widths_of(step), loss,
-                                   part, shared=False)
+                                   part, sharing=no_sharing)
         optimizer.step()
     return parameters_of(net)
 

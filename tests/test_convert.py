@@ -14,6 +14,7 @@ from models import MODELS, bit_widths_of, convert, quan_ops, set_bit_width
 from models.converted import fit_float_weights
 from models.losses import any_precision_backward
 from models.lsq import initial_weight_range
+from models.sharing import no_sharing, shared_computation
 from runs import assert_same
 
 WIDTHS = [1, 2, 8, 32]
@@ -150,7 +151,7 @@ def test_shared_as_computed_anew(twins, runs_of):
     stem = model.network.get_submodule(model.layers[0].name)
     shared = step(model, images)
     assert runs_of(stem) == 1
-    assert_close(shared, step(model, images, shared=False), rtol=0, atol=1e-10)
+    assert_close(shared, step(model, images, sharing=no_sharing), rtol=0, atol=1e-10)
     assert runs_of(stem) == len(WIDTHS)
 
 
@@ -158,10 +159,10 @@ def test_a_torchvision_stem_is_shared_once(runs_of):
     model = convert(build("small_shufflenet").double(), [2, 8, 32])
     images = reference.values("images", (2, 3, 32, 32), 0)
     grads = {}
-    for shared in (True, False):
+    for sharing in (shared_computation, no_sharing):
         model.zero_grad()
         model.train()
-        any_precision_backward(model, images, torch.tensor([3, 1]), [2, 8, 32], shared=shared)
-        grads[shared] = {name: value.grad for name, value in model.named_parameters()}
-        assert runs_of(model.network.conv1[0]) == (1 if shared else 3)
-    assert_close(grads[True], grads[False], rtol=1e-9, atol=1e-9)
+        any_precision_backward(model, images, torch.tensor([3, 1]), [2, 8, 32], sharing=sharing)
+        grads[sharing] = {name: value.grad for name, value in model.named_parameters()}
+        assert runs_of(model.network.conv1[0]) == (1 if sharing is shared_computation else 3)
+    assert_close(*grads.values(), rtol=1e-9, atol=1e-9)

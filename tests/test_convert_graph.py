@@ -14,6 +14,7 @@ from models import (MODELS, Assignment, add_assignment, convert, layer_table, lo
                     quan_ops, set_bit_width, zoo)
 from models.bit_widths import BitWidth
 from models.losses import any_precision_backward
+from models.sharing import no_sharing, shared_computation
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,11 @@ def assert_shares_right(model, images):
     """Assert that a step that shares what bit-widths have in common has the gradients of none."""
     model = copy.deepcopy(model).double()
     found = []
-    for shared in (True, False):
+    for sharing in (shared_computation, no_sharing):
         model.zero_grad()
         torch.manual_seed(0)  # dropout's
-        any_precision_backward(model, images.double(), torch.tensor([0, 1]), [1, 32], shared=shared)
+        any_precision_backward(model, images.double(), torch.tensor([0, 1]), [1, 32],
+                               sharing=sharing)
         found.append({name: value.grad for name, value in model.named_parameters()})
     assert_close(*found, rtol=0, atol=1e-10)
 

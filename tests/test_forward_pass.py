@@ -19,6 +19,7 @@ from models.float_layers import BatchNorm2d
 from models.losses import NEXT_TARGET, any_precision_backward
 from models.quan_ops import Clamp, Conv2dQ, DoReFaWeight, round_ste
 from models.resnet_quan import BasicBlock, Bottleneck
+from models.sharing import no_sharing, shared_computation
 from small_networks import Bottlenecks, OneBlock, ResNet8, ShortSVHN
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_shared_equals_everything_anew(name, all_conv, loss):
         model.layers[8], model.layers[21] = torch.nn.AvgPool2d(2), torch.nn.Identity()
     images, labels = batch(name)
     anew = copy.deepcopy(model)
-    expected, expected_gradients = gradients(anew, images, labels, loss, shared=False)
+    expected, expected_gradients = gradients(anew, images, labels, loss, sharing=no_sharing)
     model.to(memory_format=torch.channels_last)
     found, found_gradients = gradients(model, images, labels, loss)
     assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -89,7 +90,8 @@ def test_a_scale_with_a_gradient_has_it_shared_too(monkeypatch):
     detached = gradients(reference.fill(network("resnet8q").double(), seed=0), images, labels)[1]
     monkeypatch.setattr(DoReFaWeight, "prepare", prepare)
     found, expected = (gradients(reference.fill(network("resnet8q").double(), seed=0),
-                                 images, labels, shared=shared)[1] for shared in (True, False))
+                                 images, labels, sharing=sharing)[1]
+                       for sharing in (shared_computation, no_sharing))
     assert relative(found, expected) < 1e-9 < relative(found, detached)
 
 
@@ -109,7 +111,7 @@ def test_what_is_shared_is_computed_once_a_step(monkeypatch):
     layers = [layer for layer in model.modules() if isinstance(layer, Conv2dQ)]
     assert calls.count("stem") == 1 and len(layers) == 18
     assert calls.count("tanh") == 2 * 18  # on the way there, and anew on the way back
-    any_precision_backward(model, images, labels, [1, 8, 32], shared=False)
+    any_precision_backward(model, images, labels, [1, 8, 32], sharing=no_sharing)
     assert calls.count("stem") == 4 and calls.count("tanh") == 5 * 18
     assert not any(layer.shared for layer in layers)
     assert "forward" not in vars(model.conv0)
@@ -217,8 +219,7 @@ def test_bf16_losses_and_gradients_are_near(name, all_conv):
     for precision in ("fp32", "bf16"):
         model = network(name, all_conv, widths=[8, 32])
         forward = ForwardPass(model, CPU, precision)
-        results, grads = gradients(model, images, labels, widths=[8, 32], forward=forward,
-                                   autocast=forward.autocast)
+        results, grads = gradients(model, images, labels, widths=[8, 32], forward=forward)
         assert all(grad.dtype == torch.float32 for grad in grads.values())
         losses = torch.stack([loss for loss, _ in results.values()])
         found[precision] = losses, torch.cat([grad.flatten() for grad in grads.values()])
@@ -231,7 +232,7 @@ def test_convolutions_are_in_low_precision_and_the_classifier_is_not():
     forward = ForwardPass(model, CPU, "bf16")
     images, labels = batch("resnet8q", dtype=torch.float32)
     with Operands() as operands:
-        gradients(model, images, labels, forward=forward, autocast=forward.autocast)
+        gradients(model, images, labels, forward=forward)
     for name, dtype in (("mm", torch.float32), ("addmm", torch.float32),
                         ("convolution", torch.bfloat16), ("convolution_backward", torch.bfloat16)):
         assert {operand.dtype for operand in operands.of(name)} == {dtype}, name
@@ -250,9 +251,8 @@ def test_residual_sums_have_the_precision_of_the_stem(name, precision, dtype):
             layer.register_forward_hook(lambda layer, args, out: sums.extend([*args, out]))
         elif isinstance(layer, BatchNorm2d):
             layer.register_forward_hook(lambda layer, args, out: normalized.append(out))
-    for shared in (True, False):
-        gradients(model, images, labels, widths=[2, 32], forward=forward, shared=shared,
-                  autocast=forward.autocast)
+    for sharing in (shared_computation, no_sharing):
+        gradients(model, images, labels, widths=[2, 32], forward=forward, sharing=sharing)
     assert {x.dtype for x in sums} == {dtype}
     assert {x.dtype for x in normalized} == {torch.float32}
 
@@ -318,8 +318,7 @@ def test_nothing_in_a_step_waits_for_the_device(precision):
 
     def step():
         optimizer.zero_grad()
-        results = any_precision_backward(model, images, labels, WIDTHS, forward=forward,
-                                         autocast=forward.autocast)
+        results = any_precision_backward(model, images, labels, WIDTHS, forward=forward)
         optimizer.step()
         metrics.add(results, labels)
 
@@ -394,8 +393,7 @@ def test_compiled_equals_eager(name, precision, backend, cheap_compiler):
         model = network(name, widths=[8])
         forward = ForwardPass(model, CPU, precision, batch_size, backend)
         results, grads = gradients(model, images, labels, widths=[8], forward=forward,
-                                   prepare=forward.prepare, share_stem=False,
-                                   autocast=forward.autocast)
+                                   sharing=forward.sharing)
         found[batch_size] = results[8][1], grads
     (logits, grads), (expected_logits, expected) = found[4], found[None]
     # Not to the last digits: where a fused sum crosses a rounding threshold a level changes.
@@ -419,7 +417,7 @@ def test_no_recompilation_after_the_first_step():
     def train_and_evaluate(count):
         model.train()
         any_precision_backward(model, images[:count], labels[:count], widths, forward=forward,
-                               prepare=forward.prepare, share_stem=False)
+                               sharing=forward.sharing)
         validation = [(images, labels), (images[:3], labels[:3])]
         evaluate(model, forward, validation, widths, CPU)
 

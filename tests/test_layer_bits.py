@@ -20,8 +20,8 @@ from models import Assignment, add_assignment, bit_widths_of, calibrate, packed,
 from models.checkpoint import FileError, network_content
 from models.cost import Costs, LayerCost, cost_table, totals
 from models.float_layers import Classifier
-from models.losses import shared_computation
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.sharing import shared_computation
 from runs import assert_one_line, evaluation, load, run, snapshot, tiny
 
 MIX = {"layers.0.*": 1, "layers.1.conv0": "w4a1", "layers.1.act*": 2, "layers.2.conv?": 4}

@@ -15,6 +15,7 @@ from models.bit_widths import BITS, BitWidth, check_bit_widths
 from models.losses import any_precision_backward
 from models.lsq import lsq
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.sharing import no_sharing
 from small_networks import Bottlenecks, ResNet8, ShortSVHN
 
 CPU = torch.device("cpu")
@@ -254,16 +255,15 @@ def calibrated(model, images, labels):
 def compiled(model):
     torch._dynamo.reset()
     forward = ForwardPass(model, CPU, batch_size=4, backend="eager")
-    return {"forward": forward, "prepare": forward.prepare, "share_stem": False}
+    return {"forward": forward, "sharing": forward.sharing}
 
 
 def bf16(model):
-    forward = ForwardPass(model, CPU, "bf16")
-    return {"forward": forward, "autocast": forward.autocast}
+    return {"forward": ForwardPass(model, CPU, "bf16")}
 
 
 PATHS = {"shared": trained(lambda model: {}),
-         "not shared": trained(lambda model: {"shared": False}), "bf16": trained(bf16),
+         "not shared": trained(lambda model: {"sharing": no_sharing}), "bf16": trained(bf16),
          "compiled": trained(compiled, [2, 32]), "evaluate": evaluated, "calibrate": calibrated}
 
 

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import reference
 from models import BITS, MODELS, set_bit_width
-from models.losses import any_precision_backward, shared_computation
+from models.losses import any_precision_backward
+from models.sharing import shared_computation
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-9}
 RECORDS = sorted(path.stem for path in reference.FOLDER.glob("*q_*.json"))

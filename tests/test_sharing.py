@@ -12,9 +12,10 @@ from engine.forward_pass import ForwardPass
 from models import (build, check_bit_widths, initialize_quantizers, quan_ops, quantizers,
                     set_bit_width)
 from models.graph import link_inputs
-from models.losses import any_precision_backward, forward_loss, shared_computation
+from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              SwitchableBatchNorm2d, clamp, round_ste)
+from models.sharing import no_sharing, shared_computation
 from small_networks import ShortSVHN
 
 WIDTHS = [1, 4, 32]
@@ -46,7 +47,7 @@ class Net(nn.Module):
 def assert_shared_is_unshared(kind=Net, forward=forward_loss, change=lambda model: None, steps=2):
     """Assert that some steps end in the same weights, shared or not."""
     ends = []
-    for shared in (True, False):
+    for sharing in (shared_computation, no_sharing):
         torch.manual_seed(0)
         model = kind().double()
         for width in WIDTHS:
@@ -55,7 +56,7 @@ def assert_shared_is_unshared(kind=Net, forward=forward_loss, change=lambda mode
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(steps):
             optimizer.zero_grad()
-            any_precision_backward(model, IMAGES, LABELS, WIDTHS, shared=shared, forward=forward)
+            any_precision_backward(model, IMAGES, LABELS, WIDTHS, sharing=sharing, forward=forward)
             optimizer.step()
         ends.append(model)
     for (name, found), expected in zip(ends[0].named_parameters(), ends[1].parameters()):
@@ -260,7 +261,7 @@ def test_compiled_weights_that_are_computed(compute):
         for parameter in model.parameters():
             parameter.mul_(1.5)
     forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
-    with forward.sharing(images), torch.no_grad():
+    with forward.sharing(model, images), torch.no_grad():
         found = forward(model, images, labels)[0]
     torch.testing.assert_close(found, forward_loss(model, images, labels)[0])
     if compute is not nn.utils.weight_norm:

@@ -2,16 +2,75 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.quan_ops import DoReFaWeight, QuantizedLayer, WeightQuantizer
 
 # Modules whose output depends only on their input and weights, also in training. Exact types: what
 # a subclass computes is not known.
 PURE = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ReLU6, nn.Identity,
         nn.ZeroPad2d)
+
+
+@contextlib.contextmanager
+def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True,
+                       prepare: Callable | None = None) -> Iterator[None]:
+    """Compute once what no bit-width changes: prepared weights, and the stem of these images.
+
+    Set a bit-width before each use of the model within the context. Gradients accumulate at what is
+    shared, and propagate to the parameters on exit. prepare: prepare_weights compiled, called on
+    entry; None: prepare each weight at its first use, and again whenever it has changed.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)
+              and type(layer.quantizer).prepare is not WeightQuantizer.prepare]
+    shared = Shared()
+    try:
+        if prepare is None:
+            for layer in layers:
+                layer.shared = SharedWeight(shared, prepare_weight)
+        else:
+            # A weight that a hook of the layer computes is not there before the layer is called.
+            layers = [layer for layer in layers if hasattr(type(layer), "weight")
+                      or "weight" in layer._parameters]
+            with without_bit_width(layers):
+                prepared = prepare(layers)
+            owners = [type(layer.quantizer).__name__ for layer, tensors in zip(layers, prepared)
+                      for _ in tensors]
+            leaves = iter(shared.leaves("weights", tuple(itertools.chain(*prepared)), owners))
+            for layer, tensors in zip(layers, prepared, strict=True):
+                layer.shared = tuple(itertools.islice(leaves, len(tensors)))
+        with SharedStem(model, images) if share_stem else contextlib.nullcontext():
+            yield
+    finally:
+        for layer in layers:
+            layer.shared = None
+    shared.backward()
+
+
+def no_sharing(model: nn.Module, images: Tensor) -> contextlib.AbstractContextManager:
+    """Compute everything anew at each bit-width: the reference for shared_computation."""
+    return contextlib.nullcontext()
+
+
+def prepare_weights(layers: list[QuantizedLayer]) -> list[tuple[Tensor, ...]]:
+    """Return what each layer's quantizer prepares of its weight; the function to compile."""
+    return [prepare_weight(layer) for layer in layers]
+
+
+def prepare_weight(layer: QuantizedLayer) -> tuple[Tensor, ...]:
+    """Return what a layer's quantizer prepares of its weight."""
+    quantizer = layer.quantizer
+    if type(quantizer).prepare is not DoReFaWeight.prepare:
+        return quantizer.prepare(layer.weight)
+    # Computed again backward rather than kept; another one may draw numbers, or count.
+    return checkpoint(quantizer.prepare, layer.weight, use_reentrant=False,
+                      preserve_rng_state=False)
 
 
 class Shared:
