@@ -7,14 +7,12 @@ if __name__ == "__main__":
     from engine.startup import prepare_process
     prepare_process()
 
-import contextlib
 import csv
-import fcntl
 import os
 import statistics
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +25,8 @@ from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, rea
 from models import Assignment, BitWidth, check_bit_widths
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import is_finite_number
-from utils import (escaped, flag_text, mean_and_deviation, one_line, printable, replacing,
-                   write_text, writing)
+from utils import (escaped, flag_text, markdown_table, mean_and_deviation, one_line, printable,
+                   replacing, write_text, writing)
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
     "last": ("last epoch", lambda run: run.history[-1]["val"]),
@@ -298,11 +296,9 @@ def markdown(rows: list[dict], which: str) -> str:
         runs = " to ".join(map(str, sorted({min(counts), max(counts)})))
         text += [f"{title}: val top-1 (%) of the {which}, mean ± standard deviation, {runs} "
                  f"run{'s' if max(counts) > 1 else ''} a cell", "",
-                 f"| model | {' | '.join(map(str, widths))} |", "|---" * (len(widths) + 1) + "|"]
-        for name, cells in configurations.items():
-            values = [mean_and_deviation(cells.get(bits, ())) for bits in widths]
-            text.append(f"| {name} | {' | '.join(values)} |")
-        text.append("")
+                 markdown_table(["model", *widths], [
+                     [name, *(mean_and_deviation(cells.get(bits, ())) for bits in widths)]
+                     for name, cells in configurations.items()]), ""]
     return "\n".join(text)
 
 
@@ -354,10 +350,9 @@ def main(args: Namespace) -> None:
     folder = Path(args.output).parent
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        write_text(f"{args.output}.md", table)
-        write_csv(f"{args.output}.csv", rows)
-        save_comparison_figure(f"{args.output}.png", curves(runs, rows))
+    write_text(f"{args.output}.md", table)
+    write_csv(f"{args.output}.csv", rows)
+    save_comparison_figure(f"{args.output}.png", curves(runs, rows))
 
     print(table)
     for reason in left_out:
@@ -376,18 +371,6 @@ def write_csv(path: str, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, so that of two reports with one --output the second replaces all."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

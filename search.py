@@ -34,7 +34,7 @@ from models import Assignment, BitWidth, packed, saved_bit_widths
 from models.assignment import is_name
 from models.checkpoint import is_finite_number, is_whole, network_of
 from models.cost import Costs, cost_table, totals
-from utils import brief, flag_text, write_json, write_text
+from utils import brief, flag_text, markdown_table, write_json, write_text
 
 FIELDS = {"budget": ("bit_operations", "ops"), "bytes": ("weight_bytes", "bytes")}
 
@@ -236,23 +236,24 @@ def line_of(place: int, step: Step) -> str:
 
 def path_table(path: list[Step], uniform: dict[BitWidth, Step], found: dict[str, Step]) -> str:
     """Return the path and the uniform bit-widths as a Markdown table."""
-    lines = ["| step | lowered | to bits | Mbit-ops | bytes | divergence | top-1 (%) | budget |",
-             "|" + "---|" * 8]
+    rows = []
 
-    def row(first: str, lowered: str, width: str, step: Step, budget: str) -> str:
-        return (f"| {first} | {lowered} | {width} | {step.cost['bit_operations'] / 1e6:,.2f} | "
-                f"{step.cost['weight_bytes']:,} | {step.divergence:.4f} | {step.top1:.2f} | "
-                f"{budget} |")
+    def add(first: object, lowered: str, width: object, step: Step, budget: str) -> None:
+        rows.append([first, lowered, width, f"{step.cost['bit_operations'] / 1e6:,.2f}",
+                     f"{step.cost['weight_bytes']:,}", f"{step.divergence:.4f}",
+                     f"{step.top1:.2f}", budget])
 
     for place, step in enumerate(path):
         budgets = ", ".join(text for text, chosen in found.items() if chosen is step)
-        width = str(step.layers[step.unit[-1]]) if step.unit else ""
-        lines.append(row(str(place), ", ".join(step.unit), width, step, budgets))
+        width = step.layers[step.unit[-1]] if step.unit else ""
+        add(place, ", ".join(step.unit), width, step, budgets)
     for width, step in uniform.items():
-        lines.append(row("", "all", str(width), step, ""))
-    return ("\n".join(lines) + "\n\ndivergence (Kullback-Leibler, from the predictions of the "
-            "highest bit-width) and top-1 on training images that were held out for the search; "
-            "the bit-widths in the last rows have their own BatchNorms\n")
+        add("", "all", width, step, "")
+    head = ["step", "lowered", "to bits", "Mbit-ops", "bytes", "divergence", "top-1 (%)", "budget"]
+    note = ("divergence (Kullback-Leibler, from predictions of the highest bit-width) and top-1 "
+            "on training images that were held out for the search; the bit-widths in the last rows "
+            "have their own BatchNorms")
+    return f"{markdown_table(head, rows)}\n\n{note}\n"
 
 
 def draw(path: Path, steps: list[Step], uniform: dict[BitWidth, Step], found: dict[str, Step],

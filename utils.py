@@ -127,6 +127,12 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
+def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table, without a line break at its end."""
+    first, *others = (f"| {' | '.join(map(str, line))} |" for line in [head, *rows])
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
 def flag_text(value: object) -> str:
     """Return an argument's value as it is typed, a list with commas."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

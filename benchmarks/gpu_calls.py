@@ -14,7 +14,7 @@ from pathlib import Path
 from reference_way import ROOT  # first: it adds the project to the path
 
 from engine.run_folder import read_metrics
-from utils import mean_and_deviation, write_text
+from utils import markdown_table, mean_and_deviation, write_text
 
 BENCHMARKS = Path(__file__).parent
 NETWORKS = ("resnet20q", "svhnq", "resnet50q")
@@ -150,8 +150,7 @@ class Call:
 
     def add_table(self, head, rows):
         """Add a Markdown table to those that are printed last."""
-        lines = [head, ["---"] * len(head), *rows]
-        self.tables.append("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+        self.tables.append(markdown_table(head, rows))
 
     def add_outcomes(self):
         self.add_table(["process", "outcome"], sorted(self.outcomes.items()))

@@ -21,7 +21,7 @@ from engine.device import describe
 from engine.figures import new_figure, save_figure
 from models import load, set_bit_width
 from models.bit_widths import FULL_PRECISION, BitWidth
-from utils import WriteError, one_line, write_json, write_text
+from utils import WriteError, markdown_table, one_line, write_json, write_text
 
 REPEATS = {1: 30, 8: 15, 64: 5}  # {batch size: calls of each candidate, taking turns}
 WARM_UP = 2  # calls that are not counted
@@ -258,13 +258,12 @@ def seconds_of(run: Callable, batch: numpy.ndarray, threads: int) -> float:
 def table(rows: list[dict]) -> str:
     """Return a Markdown table with a row for each candidate."""
     times = [name for name in rows[0] if "batch" in name]
-    lines = [f"| | bits | bytes | top-1 (%) | {' | '.join(times)} |",
-             "|---" * (4 + len(times)) + "|"]
+    lines = []
     for row in rows:
         accuracy = "" if row["top1"] is None else f"{row['top1']:.2f}"
-        cells = " | ".join(f"{row[name]:.2f}" for name in times)
-        lines.append(f"| {row['name']} | {row['bits']} | {row['bytes']:,} | {accuracy} | {cells} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["name"], row["bits"], f"{row['bytes']:,}", accuracy,
+                      *(f"{row[name]:.2f}" for name in times)])
+    return markdown_table(["", "bits", "bytes", "top-1 (%)", *times], lines) + "\n"
 
 
 def draw(path: str, rows: list[dict]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deploy.graph import Run, is_rounding
 from models import Width, set_bit_width
 from models.quan_ops import ActivationQ
-from utils import progress, write_json, write_text
+from utils import markdown_table, progress, write_json, write_text
 
 AGREE = 99.5  # % of the predictions that must agree
 POINTS = 0.1  # largest difference of top-1 in %, or one image where that is more
@@ -137,11 +137,9 @@ def table(results: Results) -> str:
     """Return a Markdown table, with the columns that all results have."""
     columns = {heading: column for heading, column in COLUMNS.items()
                if all(column[0] in values for values in results.values())}
-    lines = [f"| bits | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for bits, values in results.items():
-        cells = (f"{values[name]:{form}}" for name, form in columns.values())
-        lines.append(f"| {bits} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [[bits, *(f"{values[name]:{form}}" for name, form in columns.values())]
+            for bits, values in results.items()]
+    return markdown_table(["bits", *columns], rows) + "\n"
 
 
 def write(stem: str, results: dict[str, Results], source: str) -> None:

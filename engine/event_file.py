@@ -8,7 +8,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import custom_scalars, scalar, text
 
-from utils import WriteError, flag_text, printable, writing
+from utils import WriteError, flag_text, markdown_table, printable, writing
 
 LAYOUT = {  # TensorBoard's custom scalars: charts of all tags that begin so
     name: {part: ["Multiline", [f"{part}_{tag}_"]] for part in ("val", "train")}
@@ -65,5 +65,4 @@ class EventFile:
 def markdown(arguments: dict) -> str:
     """Return arguments as a Markdown table."""
     texts = {name: flag_text(value).replace("|", r"\|") for name, value in arguments.items()}
-    rows = [f"| {name} | {value} |" for name, value in sorted(texts.items())]
-    return "\n".join(["| argument | value |", "|---|---|", *rows])
+    return markdown_table(["argument", "value"], sorted(texts.items()))

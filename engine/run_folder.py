@@ -212,22 +212,14 @@ def make_free_folder(name: str) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the records of a metrics.jsonl; skips a last line that a kill cut short.
+    """Return the records of a metrics.jsonl.
 
     Raises UserError naming the line and the field that is missing or of another type.
     """
     records = []
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         where = f"{path}, line {number}"
-        try:
-            record = parse_json(line, where)
-        except UserError:
-            if number == len(lines):
-                continue
-            raise
+        record = parse_json(line, where)
         check_record(record, where, records)
         records.append(record)
     return records

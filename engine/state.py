@@ -95,7 +95,7 @@ class TrainingState:
             "data": self.data,
             "state_dict": weights, "optimizer": optimizer,
             "arguments": self.arguments, "num_samples": self.num_samples,
-            "step": self.metrics.steps, "metrics": self.metrics.state_dict(),
+            "metrics": self.metrics.state_dict(),
             "random_states": gather({
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None})}
@@ -141,10 +141,6 @@ class TrainingState:
             raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
         self.metrics.check_state(metrics, path, self.arguments["batch_size"], self.num_samples)
-        check_field(path, "step", content.get("step"), is_whole, "a number of steps")
-        if content.get("step") not in (None, metrics["steps"]):
-            raise FileError(f"{path}: its step is {brief(content['step'])}, and its metrics' steps "
-                            f"are {metrics['steps']}: the file may be damaged")
         self.metrics.load_state_dict(metrics)
 
         states = take(path, content, "random_states", are_random_states,

@@ -42,7 +42,7 @@ RUNS = {
 SHARED = ["--width", "1", "--epochs", "2", "--lr_decay", "1", "--batch-size", "8",
           "--device", "cpu", "--print-freq", "2"]
 STEPS = 8  # of a run, at least
-PARTS = ("epoch", "step", "best_prec1", "state_dict", "optimizer", "random_states")
+PARTS = ("epoch", "best_prec1", "state_dict", "optimizer", "random_states")
 
 
 def start(argv, errors):

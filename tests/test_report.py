@@ -1,6 +1,5 @@
 """report.py on results folders with known numbers."""
 import csv
-import fcntl
 import io
 import json
 import os
@@ -218,24 +217,6 @@ def test_empty_arguments(argv, flag, capsys):
     assert run(argv) == 2
     err = capsys.readouterr().err
     assert f"{flag}: '' is empty" in err and err.count("\n") == 1
-
-
-def test_of_two_reports_with_one_output_the_second_waits(runs, tmp_path, monkeypatch):
-    """So that the three files are of one of them."""
-    write = report.write_csv
-
-    def while_writing(*args):
-        write(*args)
-        other = os.open(tmp_path, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(other)
-
-    monkeypatch.setattr(report, "write_csv", while_writing)
-    assert run([*runs, "--output", str(tmp_path / "t")]) == 0
-    other = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it has let go
-    os.close(other)
 
 
 def test_a_path_that_is_not_utf_8(tmp_path, monkeypatch):

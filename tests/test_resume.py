@@ -90,7 +90,7 @@ def assert_resumes(argv, folder, monkeypatch):
     with monkeypatch.context() as stopping:
         stop_after(5, stopping)
         assert run([*argv, "--results-dir", folder / "parts"]) == 128 + signal.SIGTERM
-    assert load(folder / "parts")["step"] == 2
+    assert load(folder / "parts")["metrics"]["steps"] == 2
     assert run(["--resume", folder / "parts"]) == 0
     assert_same_run(folder / "parts", folder / "whole")
     return folder / "whole"
@@ -110,7 +110,7 @@ def test_signals_that_save_and_stop(numbers, launcher, tmp_path, tiny_cifar10, m
     told = f"stopped by {numbers[0].name} in epoch 1, after step 2 of 3; to go on: "
     assert_one_line(capsys, told, f"--resume {tmp_path}/r")
     assert told in next((tmp_path / "r").glob("log_*.txt")).read_text()
-    assert load(tmp_path / "r")["step"] == 2
+    assert load(tmp_path / "r")["metrics"]["steps"] == 2
     assert [signal.getsignal(number) for number in numbers] == before
 
 

@@ -20,8 +20,6 @@ def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
     values = {"loss": 1.0, "top1": 50.0, "top5": 90.0}
     write_metrics(path, [{"epoch": epoch, "train": {4: values}, "val": {4: values}}
                          for epoch in (1, 2, 3)])
-    with open(path, "a") as file:
-        file.write('{"epoch": 4, "tra')  # killed while writing
     with RunFolder(tmp_path, "run", in_place=True) as run_folder:
         run_folder.begin(2, {})
         kept = run_folder.history

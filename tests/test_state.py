@@ -104,7 +104,6 @@ def first_step(content):
     metrics = content["metrics"]
     metrics.update(steps=1, count=8, counts=[8, 8], seconds=1.0)
     metrics["sums"] = torch.ones(2, 3, dtype=torch.float64)
-    content["step"] = 1
     return metrics
 
 
@@ -141,10 +140,8 @@ FIELDS = {
     "lacks its metrics' sums": lambda c: c["metrics"].pop("sums"),
     "its metrics' steps is '1'": lambda c: first_step(c).update(steps="1"),
     "its metrics' steps is tensor([1., 1.])": lambda c: first_step(c).update(steps=torch.ones(2)),
-    "its step is tensor([1., 1.])": lambda c: first_step(c) and c.update(step=torch.ones(2)),
     "its metrics' steps is 4, not a number of steps up to the 3": lambda c: first_step(c).update(
         steps=4),
-    "its step is 2, and its metrics' steps are 1": lambda c: first_step(c) and c.update(step=2),
     "its metrics' count is 9, not the 8 images of 1 steps": lambda c: first_step(c).update(count=9),
     "its metrics' counts is [8]": lambda c: first_step(c).update(counts=[8]),
     "its metrics' counts is [8, 99]": lambda c: first_step(c).update(counts=[8, 99]),
