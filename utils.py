@@ -102,13 +102,13 @@ def escaped(text: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
-def brief(value: object, most: int = 80) -> str:
-    """Return a value of a file for a message: its repr in one line, of `most` characters."""
+def brief(value: object) -> str:
+    """Return a value of a file for a message: its repr in one line, of at most 80 characters."""
     try:
         text = escaped(" ".join(repr(value).split()))
     except RuntimeError:  # lists in lists without end
         text = f"a {type(value).__name__}"
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def one_line(error: BaseException | str) -> str:

@@ -40,8 +40,6 @@ class ReferenceForwardPass(ForwardPass):
                              "--compile out")
         super().__init__(model, device)
         torch.backends.cudnn.allow_tf32 = True  # torch's default
-        self.memory_format = torch.contiguous_format
-        model.to(memory_format=self.memory_format)
 
 
 class MetricsReadEveryStep(Metrics):

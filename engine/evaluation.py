@@ -129,7 +129,7 @@ def add_assignments(model: nn.Module, assignments: Iterable[Assignment],
     added = {}
     for assignment in assignments:
         known = assignments_of(model).get(assignment.name)
-        if known and not known.says_as(assignment):
+        if known and not known.is_identical(assignment):
             raise UserError(f"--layer_bits: {args.layer_bits}: the checkpoint has another "
                             f"assignment of the name {assignment}: give this one its own")
         if not known:

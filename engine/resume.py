@@ -155,14 +155,14 @@ def resolve_resumed(flags: Namespace, source: str | Path,
             raise UserError(f"{source} holds no {name} to go on with: start a new run from it "
                             "with --pretrain")
     saved = checkpoint.arguments
-    said = checkpoint.content.get("arguments") or {}
+    own_arguments = checkpoint.content.get("arguments") or {}
     missing = [flag_name(name) for name in ("train_split", "loss", *names_of(SCHEDULE))
-               if name not in {**said, **given}]
+               if name not in {**own_arguments, **given}]
     if missing:
         raise UsageError(f"--resume {source} does not say how it was trained: give "
                          f"{', '.join(missing)}, or start a new run from it with --pretrain")
     for name, flag in FLAGS.items():
-        if said and flag.in_name and name not in said:
+        if own_arguments and flag.in_name and name not in own_arguments:
             raise FileError(f"{checkpoint.path} lacks its argument {name}: the file may be damaged")
     free = ["resume", "start_epoch"]
     # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.
@@ -174,9 +174,9 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if changed:
         raise UsageError(f"--resume {source}: cannot change on resume: {changed}: leave that out, "
                          "or start a new run from it with --pretrain")
-    of_a_command = {"results_dir", "device", *names_of(TASK)} - {"resume", "start_epoch"}
+    not_resumed = {"results_dir", "device", *names_of(TASK)} - {"resume", "start_epoch"}
     saved = {name: value for name, value in saved.items()
-             if name in DEFAULTS and name not in of_a_command}
+             if name in DEFAULTS and name not in not_resumed}
     if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
         given.pop("resume", None)
         given["results_dir"] = str(checkpoint.path.parent.parent)

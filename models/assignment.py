@@ -71,7 +71,7 @@ class Assignment:
         return {"name": self.name, "default": self.default.plain,
                 "layers": {pattern: width.plain for pattern, width in self.layers.items()}}
 
-    def says_as(self, other: "Assignment") -> bool:
+    def is_identical(self, other: "Assignment") -> bool:
         """Return whether another one has the same name, default and entries, in the same order."""
         return repr(self) == repr(other)
 

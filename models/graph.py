@@ -259,8 +259,8 @@ def input_sources(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, s
                 not module and name_of(node, modules) in FUNCTIONS):
             source = source_of[node.all_input_nodes[0]]
             key = node.target if module else node.name
-            said = source if isinstance(source, str) else ""
-            sources[key] = sources.get(key) or said  # of several calls, one not quantized
+            origin = source if isinstance(source, str) else ""
+            sources[key] = sources.get(key) or origin  # of several calls, one not quantized
     return sources
 
 

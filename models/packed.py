@@ -470,7 +470,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
     their own. Raises ValueError where they do not fit the model, or the file lacks one of its
     bit-widths.
     """
-    owners = quantizers.quantized_layers(model)
+    owners = quantizers.layers_with_quantizer(model)
     for name, bits in (own_bits or {}).items():
         if name not in owners:
             raise ValueError(f"it has bits of {brief(name)}, which is not a quantized layer")
@@ -522,15 +522,12 @@ def tensor_of(tensors: dict[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
-def load_runner(path: str | Path, memory_format: torch.memory_format = torch.contiguous_format,
-                ) -> Callable[[numpy.ndarray, BitWidth | int | str], numpy.ndarray]:
-    """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) -> logits (N, classes).
-
-    In the contiguous memory format the logits are those of the packed network, bit for bit.
-    """
+def load_runner(path: str | Path) -> Callable[[numpy.ndarray, BitWidth | int | str],
+                                              numpy.ndarray]:
+    """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) -> logits (N, classes)."""
     from models.checkpoint import load
 
-    model = load(path).to(memory_format=memory_format)
+    model = load(path)
     running = []  # names of the quantized layers that are computing
 
     def ended(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -543,10 +540,9 @@ def load_runner(path: str | Path, memory_format: torch.memory_format = torch.con
     def run(images, bits):
         set_bit_width(model, bits)
         running.clear()
-        images = torch.from_numpy(images).contiguous(memory_format=memory_format)
         try:
             with torch.no_grad():
-                return model(images).numpy()
+                return model(torch.from_numpy(images)).numpy()
         except (RuntimeError, TypeError) as error:
             if not running:
                 raise

@@ -432,7 +432,7 @@ def width_of(model: nn.Module, value: Width | int | str) -> Width:
     """Return the bit-width or assignment that a value says; ValueError where the model has none."""
     found = assignments_of(model).get(str(value))
     if found:
-        if isinstance(value, Assignment) and not value.says_as(found):
+        if isinstance(value, Assignment) and not value.is_identical(found):
             raise ValueError(f"the network has another assignment of the name {value}: give this "
                              "one a name of its own")
         return found

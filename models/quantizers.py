@@ -23,7 +23,7 @@ QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer]] = {
 }
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def layers_with_quantizer(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that hold a quantizer, of their weight or of activations, by name."""
     return {name: layer for name, layer in model.named_modules()
             if isinstance(layer, QuantizedLayer | ActivationQ)}
@@ -31,7 +31,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def own_bits_of(model: nn.Module) -> dict[str, int]:
     """Return {layer: bits} of the layers that have bits of their own at every bit-width."""
-    return {name: layer.own_bits for name, layer in quantized_layers(model).items()
+    return {name: layer.own_bits for name, layer in layers_with_quantizer(model).items()
             if layer.own_bits}
 
 
@@ -56,7 +56,7 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
         raise ValueError(f"quantizer {name!r} does not exist: choose from {', '.join(QUANTIZERS)}")
     bit_widths = check_bit_widths(bit_widths)
     owners = {}
-    for layer_name, layer in quantized_layers(model).items():
+    for layer_name, layer in layers_with_quantizer(model).items():
         quantizer = QUANTIZERS[name](layer, bit_widths)
         if quantizer in owners:  # it would have the bits of the layer that was switched last
             raise ValueError(f"quantizer {name!r} gives {owners[quantizer]} and {layer_name} the "
@@ -68,7 +68,7 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
 
 def layers_to_initialize(model: nn.Module) -> list[nn.Module]:
     """Return the layers whose quantizers define `initialize`."""
-    return [layer for layer in quantized_layers(model).values()
+    return [layer for layer in layers_with_quantizer(model).values()
             if type(layer.quantizer).initialize is not Quantizer.initialize]
 
 

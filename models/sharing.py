@@ -38,7 +38,7 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
             # A weight that a hook of the layer computes is not there before the layer is called.
             layers = [layer for layer in layers if hasattr(type(layer), "weight")
                       or "weight" in layer._parameters]
-            with without_bit_width(layers):
+            with forbidding_bit_width(layers):
                 prepared = prepare(layers)
             owners = [type(layer.quantizer).__name__ for layer, tensors in zip(layers, prepared)
                       for _ in tensors]
@@ -116,7 +116,7 @@ def state_of(tensors: Iterable[Tensor]) -> Hashable:
 
 
 @contextlib.contextmanager
-def without_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
+def forbidding_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Make quantizers raise where they read their bit-width, as what they prepare is for all."""
     for layer in layers:
         layer.quantizer.preparing = True
@@ -209,7 +209,7 @@ class SharedWeight:
         weight = layer.weight
         label = layer, state_of((weight, *layer.quantizer.parameters()))
         if label not in self.shared.found:
-            with without_bit_width([layer]):
+            with forbidding_bit_width([layer]):
                 prepared = self.prepare(layer)
             self.shared.leaves(label, prepared, [type(layer.quantizer).__name__] * len(prepared))
             self.weights.append(weight)  # one that a parametrization computes must keep its id

@@ -72,8 +72,8 @@ def test_contents_that_cannot_be(content, part):
 
 def test_an_assignment_among_bit_widths():
     mix = Assignment("mix", "w2a4", {"a.*": 4, "a.b": 1})
-    assert Assignment.of(mix.content).says_as(mix)
-    assert not Assignment("mix", "w2a4", {"a.b": 1, "a.*": 4}).says_as(mix)  # the last one counts
+    assert Assignment.of(mix.content).is_identical(mix)
+    assert not Assignment("mix", "w2a4", {"a.b": 1, "a.*": 4}).is_identical(mix)  # the last counts
     assert [mix.of_layer(name).weights for name in ("a.b", "a.c", "b")] == [1, 4, 2]
     widths = [mix, models.BitWidth(32), models.BitWidth(1)]
     assert sorted(widths) == [1, 32, mix] and max(widths) is mix
@@ -207,7 +207,7 @@ def test_files_hold_it(quantizer, tmp_path):
     mix = Assignment("mix", 2, MIX)
     path, model, images = checkpoint(tmp_path, quantizer, mix)
     found = models.load(path)
-    assert found.assignments["mix"].says_as(mix)
+    assert found.assignments["mix"].is_identical(mix)
     assert torch.equal(logits(found, "mix", images), logits(model, "mix", images))
 
     for bits in ("any", [1, "mix"]):
@@ -216,7 +216,7 @@ def test_files_hold_it(quantizer, tmp_path):
         assert list(map(str, exported.files))[-1] == "mix"
         again = models.load(file)
         assert torch.equal(logits(again, "mix", images), logits(model, "mix", images))
-        assert again.assignments["mix"].says_as(mix)
+        assert again.assignments["mix"].is_identical(mix)
     deploy.export(found, tmp_path / "none.safetensors", [1, 2], "packed")
     assert not models.assignments_of(models.load(tmp_path / "none.safetensors"))
 
