@@ -42,12 +42,7 @@ def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple
     metrics = Metrics(bit_widths, device)
     with progress(loader, what) as batches:
         for images, labels in batches:
-            results = {}
-            with forward_pass.sharing(model, images):
-                for width in bit_widths:
-                    set_bit_width(model, width)
-                    results[width] = forward_pass(model, images, labels)
-            metrics.add(results, labels)
+            metrics.add(forward_pass.evaluate(images, labels, bit_widths), labels)
             if stop and stop.signal and world_size() == 1:
                 raise Stopped(stop.signal)
     metrics.check_finite(what)

@@ -1,8 +1,9 @@
 """How a network is computed: precision, memory format, compiled or eager."""
 import contextlib
+import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,14 +11,19 @@ from torch import Tensor, nn
 
 from engine.distributed import any_process
 from engine.errors import UserError
-from models import BitWidth
+from engine.run_folder import log
+from models import BitWidth, Width, set_bit_width
 from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import find_other_weights
 from models.sharing import no_sharing, prepare_weights, shared_computation
+from utils import one_line
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 AUTO = "auto"  # tf32 where all processes have it, else fp32
+CHECKED = 8  # images, of the first batch
+TOLERANCE = 1e-3  # of tensors that are equal but for rounding, relative to their norm
+LEAST = 1e-3  # of the norm of all tensors, below which the norm of one may be rounding
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -60,6 +66,8 @@ class ForwardPass:
                  batch_size: int | None = None, backend: str | Callable = "inductor"):
         check_precision(precision, device)
         self.model = model
+        self.device = device
+        self.checked = set()  # tasks in which sharing was found to be right
         torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default for convolutions
         torch.backends.cuda.matmul.allow_tf32 = False  # and its default for the classifier
         torch.backends.cudnn.benchmark = True  # chooses the fastest algorithms for fixed shapes
@@ -102,11 +110,107 @@ class ForwardPass:
     def backward(self, images: Tensor, labels: Tensor, bit_widths: Iterable[BitWidth | int | str],
                  loss: str, loss_scale: float = 1.0) -> dict[BitWidth, tuple[Tensor, Tensor]]:
         """Call models.losses.any_precision_backward with this forward pass."""
+        def gradients(sharing: Callable) -> dict[str, Tensor | None]:
+            any_precision_backward(self.model, images[:CHECKED].clone(), labels[:CHECKED],
+                                   bit_widths, loss, sharing=sharing)
+            return {f"the gradient of {name}": parameter.grad
+                    for name, parameter in self.model.named_parameters()}
+
+        self.check_sharing("training", gradients)
         return any_precision_backward(self.model, images, labels, bit_widths, loss, loss_scale,
                                       forward=self, sharing=self.sharing)
+
+    def evaluate(self, images: Tensor, labels: Tensor,
+                 bit_widths: Iterable[Width]) -> dict[Width, tuple[Tensor, Tensor]]:
+        """Return {bit-width: (loss, logits (N, classes))}; within torch.no_grad()."""
+        def logits(sharing: Callable) -> dict[str, Tensor]:
+            results = evaluate_batch(self.model, images[:CHECKED].clone(), labels[:CHECKED],
+                                     bit_widths, forward_loss, sharing)
+            return {f"the logits at {width} bits": found for width, (_, found) in results.items()}
+
+        self.check_sharing("evaluation", logits)
+        return evaluate_batch(self.model, images, labels, bit_widths, self, self.sharing)
 
     def sharing(self, model: nn.Module, images: Tensor) -> AbstractContextManager:
         """Return a context that computes once, for these images, what no bit-width changes."""
         if not self.shared:
             return no_sharing(model, images)
         return shared_computation(model, images, not self.batch_size, self.prepare)
+
+    def check_sharing(self, task: str, step: Callable[[Callable], dict]) -> None:
+        """Share nothing from now on where `step` gives something else then.
+
+        Of each task the first step is checked, not compiled. step: takes a context such as
+        shared_computation, and returns named tensors. Raises what it raises without sharing.
+        """
+        if not self.shared or task in self.checked:
+            return
+        self.checked.add(task)
+        expected = self.trial(step, no_sharing)
+        sharing = functools.partial(shared_computation, share_stem=not self.batch_size)
+        try:
+            reason = difference(self.trial(step, sharing), expected)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a refusal, or one of code that sharing does not suit
+            reason = one_line(error)
+        if reason:
+            self.shared = False
+            log.info(f"note: everything is computed anew at each bit-width: {reason}")
+
+    def trial(self, step: Callable, sharing: Callable) -> dict[str, Tensor | None]:
+        """Return what a step gives, and undo all that it changes; in float32's precision."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        allow_tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            with torch.random.fork_rng(devices), undoing(self.model):
+                return step(sharing)
+        finally:
+            torch.backends.cudnn.allow_tf32 = allow_tf32
+
+
+@contextlib.contextmanager
+def undoing(model: nn.Module) -> Iterator[None]:
+    """Undo, on exit, all changes of a model: of tensors, gradients, and modules' attributes."""
+    tensors = [(tensor, tensor.detach().clone(), tensor.requires_grad, tensor.grad)
+               for tensor in (*model.parameters(), *model.buffers())]
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents = [(value, copy.copy(value)) for _, before in attributes for value in before.values()
+                if isinstance(value, (dict, list))]
+    for tensor, *_ in tensors:
+        tensor.grad = None
+    try:
+        yield
+    finally:
+        for own, before in attributes + contents:
+            own.clear()
+            own.update(before) if isinstance(own, dict) else own.extend(before)
+        with torch.no_grad():
+            for tensor, value, requires_grad, grad in tensors:
+                tensor.copy_(value).requires_grad_(requires_grad).grad = grad
+
+
+def evaluate_batch(model: nn.Module, images: Tensor, labels: Tensor, bit_widths: Iterable[Width],
+                   forward: Callable, sharing: Callable) -> dict[Width, tuple[Tensor, Tensor]]:
+    """Return {bit-width: (loss, logits (N, classes))} of a batch."""
+    results = {}
+    with sharing(model, images):
+        for width in bit_widths:
+            set_bit_width(model, width)
+            results[width] = forward(model, images, labels)
+    return results
+
+
+def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> str:
+    """Return which tensor is another one than expected, beyond rounding; "" where none is."""
+    norms = {name: tensor.norm() for name, tensor in expected.items() if tensor is not None}
+    least = LEAST * sum(norm**2 for norm in norms.values())**0.5
+    for name, tensor in found.items():
+        if (tensor is None) != (name not in norms):
+            return f"{name}: {'None' if tensor is None else 'not None'} where they share"
+        if tensor is not None:
+            distance = float((tensor - expected[name]).norm() / (norms[name] + least))
+            if not distance <= TOLERANCE:
+                return f"{name}: off by {100 * distance:.1f} % where they share"
+    return ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 from models.quan_ops import DoReFaWeight, QuantizedLayer, WeightQuantizer
@@ -24,12 +25,24 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
     """Compute once what no bit-width changes: prepared weights, and the stem of these images.
 
     Set a bit-width before each use of the model within the context. Gradients accumulate at what is
-    shared, and propagate to the parameters on exit. prepare: prepare_weights compiled, called on
-    entry; None: prepare each weight at its first use, and again whenever it has changed.
+    shared, and propagate to the parameters on exit, so they are not whole before: clip them, and
+    take the optimizer's step, after it. prepare: prepare_weights compiled, called on entry; None:
+    prepare each weight at its first use, and again whenever it has changed.
+
+    Raises ValueError where an optimizer of the model steps within the context.
     """
+    parameters = set(model.parameters())
+
+    def refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if any(parameter in parameters for group in optimizer.param_groups
+               for parameter in group["params"]):
+            raise ValueError("an optimizer steps within shared_computation, where gradients are "
+                             "not whole: take its step after that")
+
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)
               and type(layer.quantizer).prepare is not WeightQuantizer.prepare]
     shared = Shared()
+    steps = register_optimizer_step_pre_hook(refuse_step)
     try:
         if prepare is None:
             for layer in layers:
@@ -48,6 +61,7 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
         with SharedStem(model, images) if share_stem else contextlib.nullcontext():
             yield
     finally:
+        steps.remove()
         for layer in layers:
             layer.shared = None
     shared.backward()

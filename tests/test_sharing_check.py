@@ -1,0 +1,308 @@
+"""A run finds by its first step whether what bit-widths share can be computed once."""
+import contextlib
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import models
+from engine import forward_pass
+from engine.forward_pass import ForwardPass
+from models import check_bit_widths, set_bit_width
+from models.losses import any_precision_backward, forward_loss
+from models.quan_ops import ActivationQ, Conv2dQ, DoReFaWeight, SwitchableBatchNorm2d
+from models.sharing import no_sharing, shared_computation
+from runs import run, tiny
+
+WIDTHS = [1, 4, 32]
+CPU = torch.device("cpu")
+IMAGES = torch.randn(10, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(10) % 3
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, bias=False)
+        self.bn = SwitchableBatchNorm2d(8, WIDTHS)
+        self.act = ActivationQ()
+        self.body = Conv2dQ(8, 8, 3)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(self.act(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+def network(change=lambda model: None):
+    torch.manual_seed(0)
+    model = Net().double()
+    for width in WIDTHS:
+        nn.init.uniform_(model.bn.bn_dict[str(width)].bias, 0.2, 0.6)
+    change(model)
+    return model
+
+
+# ---- changes of a network
+
+def gradient_per_bit(model):
+    model.body.weight.register_hook(lambda grad: grad / model.body.bits)
+
+
+def stem_gradient_per_bit(model):
+    model.stem.weight.register_hook(lambda grad: grad / model.body.bits)
+
+
+def quantized_stem(model):
+    """A pre-hook computes the weight, as those of torch's pruning do."""
+    weight = model.stem._parameters.pop("weight")
+    model.stem.register_parameter("weight_orig", weight)
+
+    def quantize(layer, inputs):
+        n = 2**min(model.body.bits, 8) - 1
+        rounded = (weight * n).round() / n
+        layer.weight = weight + (rounded - weight).detach()
+
+    model.stem.register_forward_pre_hook(quantize)
+
+
+class NoisyInTraining(DoReFaWeight):
+    def prepare(self, w):
+        if self.training:
+            w = w + 0.5 * w.detach().std() * torch.randn_like(w)
+        return super().prepare(w)
+
+
+class Scaled(DoReFaWeight):
+    """Returns a number beside the tensors."""
+
+    def prepare(self, w):
+        return *super().prepare(w), 2.0
+
+    def full_precision(self, v, e, factor):
+        return factor * super().full_precision(v, e)
+
+    def integers(self, v, e, factor):
+        integers, scale = super().integers(v, e)
+        return integers, factor * scale
+
+
+class ByBits(DoReFaWeight):
+    def prepare(self, w):
+        return super().prepare(w * self.bits)
+
+
+def with_quantizer(kind):
+    def change(model):
+        model.body.quantizer = kind()
+        set_bit_width(model, 32)
+    return change
+
+
+def clipped_weights(model):
+    """BinaryConnect's."""
+    def clip(layer, inputs):
+        with torch.no_grad():
+            layer.weight.clamp_(-0.05, 0.05)
+    model.body.register_forward_pre_hook(clip)
+
+
+# ---- changes of the forward pass
+
+def sam(model, images, target):
+    loss, logits = forward_loss(model, images, target)
+    if not model.training:
+        return loss, logits
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    grads = {name: grad for name, grad in zip(named, grads) if grad is not None}
+    norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+    moved = {name: named[name] + 0.05 * grad / norm for name, grad in grads.items()}
+    logits = torch.func.functional_call(model, moved, (images,))
+    return nn.functional.cross_entropy(logits, target), logits
+
+
+def trained_by_one(name, widths):
+    def forward(model, images, target):
+        model.get_submodule(name).weight.requires_grad_(model.act.bits in widths)
+        return forward_loss(model, images, target)
+    return forward
+
+
+def padded(model, images, target):
+    model.stem.padding = (1, 1) if model.act.bits == 1 else (0, 0)
+    return forward_loss(model, images, target)
+
+
+def perturbed(model, images, target):
+    weight = model.body.weight
+    old = weight.data.clone()
+    weight.data.add_(0.5 * old.std() * torch.randn_like(old))
+    found = forward_loss(model, images, target)
+    weight.data.copy_(old)
+    return found
+
+
+def cutout(model, images, target):
+    images[:, :, :model.act.bits % 7, :5] = 0
+    return forward_loss(model, images, target)
+
+
+def with_a_look(model, images, target):
+    with torch.inference_mode():
+        model(images)
+    return forward_loss(model, images, target)
+
+
+def masked(model, images, target):
+    if not hasattr(model.stem, "weight_orig"):
+        prune.random_unstructured(model.stem, "weight", 0.3)
+    magnitude = model.stem.weight_orig.detach().abs()
+    least = magnitude.flatten().kthvalue(1 + 3 * model.act.bits).values
+    model.stem.weight_mask = (magnitude > least).to(magnitude.dtype)
+    return forward_loss(model, images, target)
+
+
+CHANGES = [gradient_per_bit, stem_gradient_per_bit, quantized_stem, clipped_weights,
+           *map(with_quantizer, (NoisyInTraining, Scaled, ByBits))]
+FORWARDS = [sam, padded, perturbed, cutout, with_a_look, masked,
+            *(trained_by_one(name, widths) for name in ("stem", "body")
+              for widths in ((32,), (1, 4)))]
+CASES = [*((change, forward_loss) for change in CHANGES),
+         *((lambda model: None, forward) for forward in FORWARDS)]
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    found = []
+    monkeypatch.setattr(forward_pass.log, "info", found.append)
+    return found
+
+
+def patch_forward(monkeypatch, forward):
+    """Let all call a forward pass, as an edit of models/losses.py would."""
+    monkeypatch.setattr(forward_pass, "forward_loss", forward)
+    *before, _, sharing = any_precision_backward.__defaults__
+    monkeypatch.setattr(any_precision_backward, "__defaults__", (*before, forward, sharing))
+
+
+@pytest.mark.parametrize("change, forward", CASES)
+def test_what_sharing_does_not_suit_is_computed_anew(change, forward, monkeypatch, messages):
+    patch_forward(monkeypatch, forward)
+    steps = []
+    for shared in (True, False):
+        model = network(change)
+        computed = ForwardPass(model, CPU)
+        computed.shared = shared
+        torch.manual_seed(1)
+        for _ in range(2):
+            losses = computed.backward(IMAGES.clone(), LABELS, WIDTHS, "recursive")
+        assert not computed.shared
+        steps.append(({str(width): loss for width, (loss, _) in losses.items()},
+                      {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(*steps, rtol=0, atol=0)
+    message, = messages
+    assert message.startswith("note: everything is computed anew at each bit-width: ")
+
+
+def test_what_is_said(messages):
+    computed = ForwardPass(network(gradient_per_bit), CPU)
+    computed.backward(IMAGES, LABELS, WIDTHS, "recursive")
+    assert re.search(r"the gradient of body.weight: off by \d+\.\d %", messages.pop())
+    computed = ForwardPass(network(with_quantizer(ByBits)), CPU)
+    computed.backward(IMAGES, LABELS, WIDTHS, "recursive")
+    assert "ByBits.prepare depends on the bit-width" in messages.pop()
+
+
+def test_an_evaluation_is_tried_too(messages):
+    model = network(quantized_stem).eval()
+    computed = ForwardPass(model, CPU)
+    with torch.no_grad():
+        found = computed.evaluate(IMAGES, LABELS, WIDTHS)
+        for width, (_, logits) in found.items():
+            set_bit_width(model, width)
+            assert torch.equal(logits, model(IMAGES))
+    assert re.search(r"the logits at \d+ bits: off by \d+\.\d %", messages.pop())
+
+
+def test_the_project_s_own_networks_share(messages):
+    for quantizer in ("dorefa", "lsq"):
+        model = models.build("svhnq", WIDTHS, 10, 1, quantizer=quantizer)
+        computed = ForwardPass(model, CPU)
+        computed.backward(torch.randn(4, 3, 40, 40), torch.arange(4), WIDTHS, "recursive")
+        with torch.no_grad():
+            computed.evaluate(torch.randn(4, 3, 40, 40), torch.arange(4), WIDTHS)
+        assert computed.shared and computed.checked == {"training", "evaluation"}
+    assert not messages
+
+
+def test_a_trial_leaves_no_trace():
+    """Not in attributes, lists, buffers, weights, gradients, hooks or random states."""
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+            self.seen = []
+            self.register_buffer("mean", torch.zeros(3))
+            self.bn = SwitchableBatchNorm2d(3, WIDTHS)
+            self.fc = nn.Linear(3, 3)
+            self.hook = self.fc.register_forward_hook(lambda layer, x, y: y + self.calls)
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.append(self.calls)
+            self.mean = self.mean + torch.rand(3)
+            with torch.no_grad():
+                self.fc.bias += 1
+            return self.fc(nn.functional.dropout(self.bn(x).mean((2, 3))))
+
+    ends = []
+    for checked in (True, False):
+        torch.manual_seed(0)
+        model = Counting()
+        model.fc.weight.grad = torch.ones(3, 3)
+        computed = ForwardPass(model, CPU)
+        computed.shared = checked
+        computed.backward(IMAGES.float(), LABELS, WIDTHS, "hard")
+        model.hook.remove()
+        assert not model.fc._forward_hooks
+        ends.append([model.calls, model.seen, model.state_dict(), torch.rand(1),
+                     [parameter.grad for parameter in model.parameters()]])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_errors_of_the_network_are_raised_as_they_are():
+    def broken(model, images, target):
+        raise KeyError("my own")
+
+    computed = ForwardPass(network(), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch_forward(patch, broken)
+        with pytest.raises(KeyError, match="my own"):
+            computed.backward(IMAGES, LABELS, WIDTHS, "hard")
+
+
+def test_an_optimizer_that_steps_too_early_is_refused():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    for sharing in (shared_computation, no_sharing):
+        refused = pytest.raises(ValueError, match="an optimizer steps within shared_computation")
+        with refused if sharing is shared_computation else contextlib.nullcontext():
+            with sharing(model, IMAGES):
+                for width in check_bit_widths(WIDTHS):
+                    set_bit_width(model, width)
+                    forward_loss(model, IMAGES, LABELS)[0].backward()
+                    other.step()
+                    optimizer.step()
+    optimizer.step()
+
+
+def test_a_run_says_it_in_its_log(tmp_path, monkeypatch, tiny_cifar10):
+    prepare = DoReFaWeight.prepare
+    monkeypatch.setattr(DoReFaWeight, "prepare", lambda self, w: prepare(
+        self, w + 0.3 * w.detach().std() * torch.randn_like(w)))
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    log, = (tmp_path / "r").glob("log_*.txt")
+    assert log.read_text().count("note: everything is computed anew at each bit-width: the ") == 1
