@@ -25,7 +25,7 @@ from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dat
                               merge_args, number, path_text)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
-from engine.setup import open_data
+from engine.setup import check_classes, open_data
 from models import Assignment, saved_bit_widths
 from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
@@ -46,6 +46,7 @@ def main(args: Namespace) -> None:
     images = labels = None
     if args.check or args.benchmark:
         train_set, val_set = open_data(settings, train=args.benchmark)
+        check_classes(model, checkpoint.content, checkpoint.path, settings.dataset, val_set)
         images, labels = read_images(val_set, settings, args.check or IMAGES)
 
     with export_errors(args):

@@ -46,6 +46,7 @@ class Run(NamedTuple):
     """A results folder."""
     folder: str
     commit: str  # of the code, as config.json says it
+    checkpoint: str  # that was evaluated; "" of a training
     kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
     bit_widths: str  # those of training; "all" for dedicated networks
@@ -99,8 +100,9 @@ def load_run(folder: str | Path) -> Run:
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
     listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
     commit = escaped(str(config.get("commit")))
-    return Run(str(folder), commit, kind, escaped(name), listed, trained, settings, evaluation,
-               arguments["seed"], arguments["best_by"], history)
+    checkpoint = config["checkpoint"] if arguments["evaluate"] else ""
+    return Run(str(folder), commit, checkpoint, kind, escaped(name), listed, trained, settings,
+               evaluation, arguments["seed"], arguments["best_by"], history)
 
 
 def arguments_of(config: object, where: Path) -> dict:
@@ -240,10 +242,13 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         except UserError as error:
             no_runs.append(str(error))
             continue
-        same = [other.folder for other in runs if other[2:-1] == run[2:-1]
+        same = [other for other in runs if other[3:-1] == run[3:-1]
                 and other.history[-1]["val"].keys() == run.history[-1]["val"].keys()]
-        if same:
-            left_out.append(f"{folder} repeats seed {run.seed} of {same[0]}")
+        if same and same[0].checkpoint != run.checkpoint:
+            left_out.append(f"{folder} is of another checkpoint than {same[0].folder}, and nothing "
+                            "else tells them apart: report it alone")
+        elif same:
+            left_out.append(f"{folder} repeats seed {run.seed} of {same[0].folder}")
         else:
             runs.append(run)
     if not runs:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from dataset.data import DATASETS, get_dataset
+from dataset.data import DATASETS, Samples, get_dataset
 from dataset.loader import fingerprint, make_loader
 from engine.arguments import OneLineParser, dataset_name, number, path_text, run_name
 from engine.bit_search import PATH_FILE, Search, Step
@@ -29,7 +29,7 @@ from engine.figures import COLORS, legend_below, new_figure, save_figure
 from engine.forward_pass import ForwardPass
 from engine.resume import Checkpoint, resolve
 from engine.run_folder import RunFolder, damaged, log, parse_json, read_text
-from engine.setup import make_forward_pass
+from engine.setup import check_classes, make_forward_pass
 from models import Assignment, BitWidth, packed, saved_bit_widths
 from models.assignment import is_name
 from models.checkpoint import is_finite_number, is_whole, network_of
@@ -64,7 +64,9 @@ def main(args: Namespace) -> Path | None:
         return None
 
     forward_pass = make_forward_pass(settings, model, device)
-    calibration, held_out, count, data = read_images(args, settings, forward_pass, device)
+    dataset = get_dataset(settings.dataset, settings.train_split, data_dir=settings.data_dir)
+    check_classes(model, checkpoint.content, checkpoint.path, settings.dataset, dataset)
+    calibration, held_out, count, data = read_images(args, settings, dataset, forward_pass, device)
     field = next(name for name in FIELDS if getattr(args, name))
     search = Search(model, forward_pass, costs, bit_widths, calibration, held_out, FIELDS[field][0])
     budgets = resolve_budgets(search, getattr(args, field), field)
@@ -116,7 +118,7 @@ def usable_bit_widths(checkpoint: Checkpoint) -> list[BitWidth]:
     return found
 
 
-def read_images(args: Namespace, settings: Namespace, forward_pass: ForwardPass,
+def read_images(args: Namespace, settings: Namespace, dataset: Samples, forward_pass: ForwardPass,
                 device: torch.device,
                 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], int, str]:
     """Return calibration batches, held-out batches, the number of held-out images, and a digest of
@@ -125,7 +127,6 @@ def read_images(args: Namespace, settings: Namespace, forward_pass: ForwardPass,
     Both are of the training split, drawn by the seed, without augmentation. They share no image,
     and each takes --images, or half of the split where that is less.
     """
-    dataset = get_dataset(settings.dataset, settings.train_split, data_dir=settings.data_dir)
     count = min(args.images, len(dataset) // 2)
     if not count:
         raise UserError(f"{settings.train_split} of {settings.dataset} has {len(dataset)} images: "

@@ -51,6 +51,8 @@ def export(model: nn.Module, path: str | Path,
     if format not in FORMATS or input not in INPUTS:
         raise ValueError(f"format {format!r} and input {input!r}: choose from {FORMATS} and "
                          f"{INPUTS}")
+    if any(module.training for module in model.modules()):
+        raise ValueError("the network is in training mode: call its eval() first")
     about = about_images or getattr(model, "images", None)
     if not about or not about.get("size"):
         raise ValueError("nothing says of what images the network is: give about_images, a dict "

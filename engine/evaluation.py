@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.data import DATASETS, Samples
-from dataset.loader import Loader, count_classes
+from dataset.loader import Loader
 from engine.arguments import FLAGS, run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
@@ -17,8 +17,8 @@ from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
 from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
-from engine.setup import (check_class_names, describe_images, make_forward_pass,
-                          make_train_loader, make_val_loader, open_data)
+from engine.setup import (check_classes, make_forward_pass, make_train_loader, make_val_loader,
+                          open_data)
 from engine.state import save_checkpoint
 from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
                     check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
@@ -64,8 +64,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     train_set, val_set = open_data(args, train=bool(args.calibrate))
     model, added = network_of(content, path, bit_widths)
     added |= add_assignments(model, assignments, args)
-    check_class_names(content, path, describe_images(args.dataset, val_set))
-    check_classes(model, count_classes(args.dataset, val_set), path, args.dataset)
+    check_classes(model, content, path, args.dataset, val_set)
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
@@ -147,17 +146,6 @@ def add_costs(results: dict[Width, dict[str, float]], model: nn.Module,
         return
     for width, values in results.items():
         values.update(totals(costs.of(width)))
-
-
-def check_classes(model: nn.Module, classes: int, path: str | Path, dataset: str) -> None:
-    """Raise UserError where a network has fewer outputs than there are classes.
-
-    It may have more: a published network can be evaluated on some of ImageNet's folders.
-    """
-    outputs = model.spec["classes"]
-    if outputs < classes:
-        raise UserError(f"{path} has {outputs} classes and {dataset} has {classes}: choose the "
-                        "data set that it was trained on, by --dataset")
 
 
 def calibration_batches(args: Namespace, train_set: Samples, forward_pass: ForwardPass,

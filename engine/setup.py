@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dataset.data import DATASETS, Samples, described, get_dataset
-from dataset.loader import Loader, make_loader
+from dataset.loader import Loader, count_classes, make_loader
 from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass, choose_precision
@@ -58,6 +58,21 @@ def check_class_names(content: dict, path: str | Path, images: dict) -> None:
                for what, found in (("lacks", lacking), ("has besides", besides)) if found]
     raise UserError(f"{images['dataset']} does not have the {len(saved)} class folders that {path} "
                     f"was trained on: it {' and '.join(changes) or 'has another order'}")
+
+
+def check_classes(model: nn.Module, content: dict, path: str | Path, name: str,
+                  dataset: Samples) -> None:
+    """Raise UserError where a data set has other classes than a checkpoint's network.
+
+    The network may have more: a published one can be evaluated on some of ImageNet's folders.
+    content, path: of the checkpoint. name: of the data set.
+    """
+    check_class_names(content, path, describe_images(name, dataset))
+    classes = count_classes(name, dataset)
+    outputs = model.spec["classes"]
+    if outputs < classes:
+        raise UserError(f"{path} has {outputs} classes and {name} has {classes}: choose the data "
+                        "set that it was trained on, by --dataset")
 
 
 def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,

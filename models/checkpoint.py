@@ -12,6 +12,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -318,7 +319,12 @@ def network_of(content: dict, path: str | Path,
     load_weights(model, state_dict, path)
     set_bit_width(model, max(bit_widths))
     model.images = content.get("images")
-    model.calibrated = content.get("calibrated", [])
+    names = (model.images or {}).get("class_names")
+    if names and len(names) != model.spec["classes"]:
+        raise FileError(f"{path} names {len(names)} classes, and its network has "
+                        f"{model.spec['classes']}: the file may be damaged")
+    untrained = {*map(BitWidth.of, content.get("calibrated", ())), *added}
+    model.calibrated = [width.plain for width in sorted(untrained)]
     return model.eval(), added
 
 
@@ -478,7 +484,9 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
                         f"--quantizer, --bit_width_list and, by its classes, --dataset{hint}")
 
     check_finite(state_dict, path)
-    model.load_state_dict(state_dict)
+    versioned = OrderedDict(state_dict)
+    versioned._metadata = model.state_dict()._metadata  # which torchvision's MNASNet asks for
+    model.load_state_dict(versioned)
 
 
 def kind_of_numbers(value: Tensor) -> str | torch.dtype:

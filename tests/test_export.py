@@ -21,7 +21,7 @@ from engine.resume import Checkpoint
 from exported import network
 from models import MODELS, BitWidth, build, packed, resnet20q, set_bit_width
 from models.checkpoint import read_checkpoint
-from runs import ROOT, assert_one_line, evaluation, run
+from runs import ROOT, assert_one_line, assert_same, evaluation, run
 
 
 def run_export(*argv):
@@ -286,6 +286,15 @@ def test_a_packed_file_of_images_of_no_data_set_is_read_by_every_program(tmp_pat
     assert "dataset" not in checkpoint.content["arguments"]
 
 
+def test_a_network_in_training_mode_is_refused_and_left_alone(tmp_path):
+    model, _ = network("svhnq", [2])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    with pytest.raises(ValueError, match=r"in training mode: call its eval\(\) first"):
+        deploy.export(model, tmp_path / "net", [2], "packed", about_images={"size": 40})
+    assert_same(model.state_dict(), before)
+
+
 @pytest.mark.parametrize("error", [0.02, numpy.nan])
 def test_a_file_that_differs_is_not_published(error, tmp_path, monkeypatch):
     onnx_file = pytest.importorskip("deploy.onnx_file")
@@ -369,6 +378,9 @@ def test_a_difference_in_most_images_is_a_shortfall():
     assert found(16, 1e-5) == "" and found(3, 1e-2) == ""  # rounding, and three levels
     assert "in 16 of 16 images by more than rounding" in found(16, 1e-3)
     assert "in 4 of 16" in found(4, 1e-2) and found(4, 1e-2, flipped=1) == ""
+    logits = exact[:3] + 0.2
+    few = check.row(logits, ours[:3], exact[:3], numpy.zeros(3, bool))
+    assert "in 3 of 3 images" in check.shortfall({4: few})
 
 
 def test_a_check_that_falls_short():
@@ -382,6 +394,9 @@ def test_a_check_that_falls_short():
     two[5] = two[1]
     message = check.shortfall(results_of(two, expected, labels))
     assert message == "at 4 bits 99.44 % of predictions agree, and 99.5 % must"
+    for count in (1, 3):  # of few images none may be another
+        assert f"in 1 of {count} images" in check.shortfall(
+            results_of(one[:count], expected[:count], labels[:count]))
 
 
 def test_a_check_that_falls_short_ends_with_1(arguments, tmp_path, capsys, monkeypatch):

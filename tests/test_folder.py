@@ -1,4 +1,5 @@
 """--dataset folder:PATH: images of one's own, from their folder to training and export."""
+import contextlib
 import shutil
 import warnings
 from argparse import Namespace
@@ -13,6 +14,7 @@ from torchvision import transforms
 
 import export
 import models
+import search
 import tiny_data
 from dataset.data import DATASETS, DataError, get_dataset, get_transform, row_of
 from dataset.files import load_image
@@ -251,8 +253,16 @@ def test_train_resume_evaluate_export(photos, tmp_path, monkeypatch, capsys):
     assert run(["--evaluate", "--pretrain", packed, *again, "--results-dir", "e5"]) == 1
     assert_one_line(capsys, "folder:again does not have the 3 class folders that", "net.safeten",
                     "it lacks bee and has besides wasp")
-    assert run(["--resume", results, "--epochs", 3, *again]) == 1
-    assert_one_line(capsys, "folder:again does not have the 3 class folders", "has besides wasp")
+    refused = [partial(run, ["--resume", results, "--epochs", 3, *again]),
+               partial(run_export, results, "--format", "packed", "--output", "n", *again,
+                       "--check", 4),
+               partial(run_program, search.main, partial(search.parse_args, [
+                   str(results), *again, "--budget", "50%", "--images", "2"]))]
+    for program in refused:
+        with contextlib.suppress(SystemExit):
+            assert program() == 1
+        assert_one_line(capsys, "folder:again does not have the 3 class folders", "besides wasp")
+    assert not Path("n").exists()
 
 
 @pytest.mark.parametrize("removed", [(), ("images",), ("images", "arguments")])

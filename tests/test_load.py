@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 from float_networks import SMALL, draw
-from runs import ROOT, assert_one_line, evaluation, load, run, tiny
+from runs import ROOT, assert_one_line, assert_same, evaluation, load, run, tiny
 from torch import nn
 
 import models
@@ -73,6 +73,27 @@ def test_a_run(name, place, two_checkpoints):
         "model": "resnet4q", "width": 1, "classes": 10, "all_conv": False, "quantizer": "dorefa",
         "bit_widths": [2, 32]}
     assert content["network"] == {**found.spec, "own_bits": {}}
+
+
+def test_a_bit_width_that_was_not_trained_is_known_as_such(trained):
+    assert models.load(trained).calibrated == []
+    assert models.load(trained, [2, 3, 32]).calibrated == [3]
+
+
+def test_class_names_of_another_number_are_refused(trained, tmp_path):
+    content = load(trained)
+    content["images"]["class_names"] = ["a", "b"]
+    torch.save(content, tmp_path / "x.pth.tar")
+    with pytest.raises(models.FileError, match="names 2 classes, and its network has 10"):
+        models.load(tmp_path / "x.pth.tar")
+
+
+def test_a_network_that_asks_for_its_version_is_read():
+    """torchvision's MNASNet, whose state dict says it beside the entries."""
+    model = models.build("torchvision:mnasnet0_5", [4], 5)
+    state_dict = {key: value + 1 for key, value in model.state_dict().items()}
+    load_weights(model, state_dict, "x")
+    assert_same(model.state_dict(), state_dict)
 
 
 def test_a_run_of_another_variant(tmp_path, tiny_cifar10):

@@ -40,7 +40,7 @@ def write_evaluation(folder, trained, top1, batches=20):
         "arguments": {**arguments, "evaluate": True, "calibrate": batches,
                       "bit_width_list": list(top1)}, "epoch": 3,
         "trained_bit_widths": arguments["bit_width_list"],
-        "checkpoint": "x/ckpt/model_best.pth.tar"}))
+        "checkpoint": f"{trained}/ckpt/model_best.pth.tar"}))
     (folder / "evaluation.json").write_text(json.dumps(
         {bits: {"loss": 1.0, "top1": value, "top5": 99.0} for bits, value in top1.items()}))
     return str(folder)
@@ -181,6 +181,15 @@ def test_evaluations_say_what_they_are_of(runs, tmp_path, capsys):
     assert "| dedicated 32-bit, calibrated on 20 batches | 20.00 |" in out
     assert "| dedicated 32-bit, not calibrated | 15.00 |" in out
     assert "| dedicated, not calibrated |  | 96.00 |" in out
+
+
+def test_evaluations_of_two_runs_of_one_seed_are_no_repetition(tmp_path, capsys):
+    write_run(tmp_path / "a", {1: [1.0]})
+    write_run(tmp_path / "b", {1: [2.0]}, "--lr", "0.1")
+    first, second = (write_evaluation(tmp_path / f"{name}_e", tmp_path / name, {1: 20.0})
+                     for name in "ab")
+    assert run([first, second, "--output", str(tmp_path / "t")]) == 0
+    assert f"left out: {second} is of another checkpoint than {first}" in capsys.readouterr().out
 
 
 def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsys):
