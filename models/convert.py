@@ -1,15 +1,23 @@
 """A network of float layers, made into one that runs at any precision."""
 import copy
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from models import graph as graphs
-from models.bit_widths import BitWidth, check_bit_widths
+from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
+from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, WeightQuantizer,
+                             set_bit_width)
+
+
+REPLACED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6)
+SIZES = (32, 64, 224)  # of images, one of which a network may take
+TOLERANCE = 1e-3  # of outputs that are equal but for rounding, relative to their norm
 
 
 def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
@@ -20,10 +28,12 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     convolutions whose input is the image, the last linear layer, and the modules named in `keep`,
     with all within them, stay in full precision; all bit-widths share the BatchNorms in `keep`.
     layer_table lists what became of each layer. Raises ValueError for a network that lacks layers
-    to convert, or has one that cannot be converted.
+    to convert, or has one that cannot be converted, and where the copy, not quantized, computes
+    something else.
     """
     bit_widths = check_bit_widths(bit_widths)
     training = network.training
+    original = copy.deepcopy(network).eval()
     network = copy.deepcopy(network)
     check_layers(network, keep)
 
@@ -46,8 +56,82 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
         run = type(fx.GraphModule(network, graph)).forward
 
     model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note)
+    check_equal(original, model.eval(), bit_widths[0])
     set_bit_width(model, bit_widths[0])
     return model.train(training)
+
+
+class FloatWeight(WeightQuantizer):
+    """Leaves a weight as it is."""
+
+    def full_precision(self, w: Tensor) -> Tensor:
+        return w
+
+
+@torch.no_grad()
+def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWidth) -> None:
+    """Raise ValueError where a converted network that is not quantized has other outputs.
+
+    Both are in evaluation mode. Networks that take none of SIZES, or return no tensor, pass.
+    """
+    set_bit_width(model, bit_width)
+    weights = {layer: layer.quantizer for layer in model.modules() if isinstance(layer, Conv2dQ)}
+    for layer in weights:
+        layer.quantizer = FloatWeight()
+    for layer in model.modules():
+        if isinstance(layer, (Conv2dQ, ActivationQ)):
+            layer.quantizer.switch(FULL_PRECISION, str(bit_width))
+    try:
+        with torch.random.fork_rng():
+            expected, steps = outputs(network)
+            found, own_steps = outputs(model)
+    finally:
+        for layer, quantizer in weights.items():
+            layer.quantizer = quantizer
+    if not isinstance(expected, Tensor) or is_close(found, expected):
+        return
+    own_steps = {name.removeprefix("network."): step for name, step in own_steps.items()}
+    behind = [name for name, step in steps.items()
+              if name in own_steps and not is_close(own_steps[name], step)]
+    raise ValueError(f"the converted network computes something else{from_layer(behind)}: its "
+                     "forward does what torch.fx does not follow, such as a change in place that "
+                     "is read under another name")
+
+
+def from_layer(names: list[str]) -> str:
+    """Return where, for a message."""
+    return f", from layer {names[0]} on" if names else ""
+
+
+def outputs(network: nn.Module) -> tuple[object, dict[str, Tensor]]:
+    """Return a network's output, and those of its modules, on random images of one of SIZES."""
+    first = next(network.parameters())
+    for size in () if first.is_meta else SIZES:
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        steps = {}
+
+        def note(layer, inputs, output, name):
+            if isinstance(output, Tensor):
+                steps[name] = output.clone()
+
+        hooks = [layer.register_forward_hook(functools.partial(note, name=name))
+                 for name, layer in network.named_modules() if name]
+        try:
+            return network(images.to(first)), steps
+        except Exception:  # of a network that takes images of another size
+            continue
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return None, {}
+
+
+def is_close(found: object, expected: Tensor) -> bool:
+    """Return whether tensors are equal but for rounding, or the expected one is not finite."""
+    if not expected.isfinite().all():
+        return True
+    return (isinstance(found, Tensor) and found.shape == expected.shape
+            and bool((found - expected).norm() <= TOLERANCE * expected.norm()))
 
 
 def call(network: nn.Module, x: Tensor) -> Tensor:
@@ -76,6 +160,9 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
                 layer._forward_hooks or layer._forward_pre_hooks):
             raise ValueError(f"layer {names[0]} has hooks, and is replaced: add them to the "
                              "converted network instead")
+        if type(layer) in REPLACED and not kept and "forward" in vars(layer):
+            raise ValueError(f"layer {names[0]} has a forward of its own, and is replaced: give it "
+                             "a class of its own, or name it in keep")
     for kind in (nn.Conv2d, nn.BatchNorm2d):
         if not any(type(layer) is kind for layer in modules.values()):
             raise ValueError(f"the network has no {kind.__name__}, and a conversion needs some: "

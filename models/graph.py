@@ -95,6 +95,25 @@ def sources_of(graph: fx.Graph,
     return sources
 
 
+class ModeTracer(fx.Tracer):
+    """Traces a network; ValueError where a part sets a mode of torch's, which no graph holds."""
+
+    def trace(self, *args, **kwargs):
+        self.modes = modes()
+        return super().trace(*args, **kwargs)
+
+    def create_node(self, *args, **kwargs):
+        if modes() != self.modes:
+            raise ValueError("a part of its forward sets no_grad or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def modes() -> tuple[bool, ...]:
+    """Return torch's modes that a context may set."""
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
 class IsTraining(nn.Module):
     """Returns whether it is in training mode, which a traced graph would hold as a constant."""
 
@@ -110,10 +129,10 @@ def trace(network: nn.Module) -> fx.Graph:
     that draws numbers, or where training and evaluation call different things.
     """
     before = random_states()
-    graph = fx.Tracer().trace(network.train(True))
+    graph = ModeTracer().trace(network.train(True))
     if random_states() != before:  # such as stochastic depth, whose graph is another each time
         raise ValueError("its forward draws numbers in Python")
-    other = fx.Tracer().trace(network.train(False))
+    other = ModeTracer().trace(network.train(False))
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
 
@@ -181,6 +200,8 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
             continue
 
         owner = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
+        if not is_module and owner and owner[0] in kept:
+            continue
         base = node.target if is_module else ".".join([*owner, "relu"])
         name = base
         count = 0

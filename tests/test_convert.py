@@ -159,6 +159,7 @@ def test_a_torchvision_stem_is_shared_once(runs_of):
     model = convert(build("small_shufflenet").double(), [2, 8, 32])
     images = reference.values("images", (2, 3, 32, 32), 0)
     grads = {}
+    runs_of(model.network.conv1[0])  # of the conversion
     for sharing in (shared_computation, no_sharing):
         model.zero_grad()
         model.train()

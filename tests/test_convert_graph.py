@@ -158,6 +158,62 @@ def test_an_input_that_is_changed_in_place_under_another_name_is_refused(alias):
     convert(Aliased(torch.clone), [2, 32])
 
 
+@pytest.mark.parametrize("alias", [
+    lambda x: x.float(), lambda x: x.detach(), lambda x: x.narrow(1, 0, 8), nn.Dropout(),
+    lambda x: x.mul_(0.5), lambda x: x.unbind(0)[0].expand(x.shape)])
+def test_a_copy_that_computes_something_else_is_refused(alias):
+    """Even unquantized, whatever the cause."""
+    with pytest.raises(ValueError, match="computes something else, from layer head on"):
+        convert(Aliased(alias), [2, 32])
+
+
+@pytest.mark.parametrize("name", ["bn", "relu", "conv", "head"])
+def test_a_layer_with_a_forward_of_its_own_is_refused(name):
+    network = Aliased(torch.clone)
+    network.conv1 = nn.Conv2d(3, 3, 1)
+    layer = network.get_submodule(name)
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+    with pytest.raises(ValueError, match=f"layer {name} has a forward of its own"):
+        convert(network, [2, 32])
+
+
+class Moded(Aliased):
+    def __init__(self, mode):
+        super().__init__(torch.clone)
+        self.mode = mode
+
+    def forward(self, x):
+        with self.mode():
+            x = self.bn(self.stem(x))
+        return self.head(self.conv(self.relu(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("mode", [
+    torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_forward_with_a_mode_of_its_own_is_not_traced(mode, images):
+    with pytest.warns(UserWarning, match="a part of its forward sets no_grad or autocast"):
+        model = convert(Moded(mode), [2, 32])
+    with torch.no_grad():
+        model(images)
+    if mode is torch.no_grad:
+        model(images).sum().backward()
+        assert model.network.stem.weight.grad is None
+
+
+def test_functions_in_keep_stay_as_they_are():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = FloatBlock(8, 8, 1), FloatBlock(8, 8, 1)
+            self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(self.stem(x)))).mean((2, 3))
+
+    names = activations(convert(Two(), [1, 32], keep=["a"]))
+    assert names and all(name.startswith("b.") for name in names)
+
+
 def test_what_is_replaced_keeps_what_it_has_or_is_refused():
     network = Shared().requires_grad_(False)
     network.b[0].weight.requires_grad_(True)
