@@ -15,7 +15,7 @@ from engine.run_folder import log
 from models import BitWidth, Width, set_bit_width
 from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss
-from models.quan_ops import find_other_weights
+from models.quan_ops import find_unscalable
 from models.sharing import no_sharing, prepare_weights, shared_computation
 from utils import one_line
 
@@ -84,7 +84,7 @@ class ForwardPass:
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
         if precision != "fp32":
             link_inputs(model)
-            find_other_weights(model)
+            find_unscalable(model)
 
     def compile(self, device: torch.device, precision: str, backend: str | Callable) -> None:
         """Compile the forward pass, and the preparation of weights."""

@@ -213,7 +213,7 @@ class QuantizedLayer:
         self.quantizer = DoReFaWeight()
         self.shared = None  # what quantizer.prepare gives, while shared_computation runs
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
-        self.weight_is_product = True  # of integer_weight, as far as is known
+        self.is_scalable = True  # as far as is known
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
     @property
@@ -234,14 +234,19 @@ class QuantizedLayer:
         return self.shared.prepared(self)
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
-        """Return the quantized weight as integers, in floating point, and their scale."""
-        integers, scale = self.quantizer.integers(*self.prepared_weight())
+        """Return the quantized weight as integers, in floating point, and their scale.
+
+        Outside autocast, which would round a matrix product of the quantizer.
+        """
+        with without_autocast(self):
+            integers, scale = self.quantizer.integers(*self.prepared_weight())
         return integers, torch.as_tensor(scale, dtype=integers.dtype, device=integers.device)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight that the layer computes with."""
         if self.bits == FULL_PRECISION:
-            return self.quantizer.full_precision(*self.prepared_weight())
+            with without_autocast(self):
+                return self.quantizer.full_precision(*self.prepared_weight())
         integers, scale = self.integer_weight()
         return integers * scale
 
@@ -253,8 +258,8 @@ class QuantizedLayer:
         16 bits and TF32 represent exactly; their scales multiply the output.
         """
         edited = (type(self).quantized_weight is not QuantizedLayer.quantized_weight
-                  or not self.weight_is_product)
-        if self.bits == FULL_PRECISION or edited or not low_precision(x):
+                  or not self.is_scalable)
+        if self.bits == FULL_PRECISION or edited or not self.rounds_operands(x):
             return linear_map(x, self.quantized_weight(), self.bias)
         integers, scale = self.integer_weight()
         if scale.numel() > 1:
@@ -270,6 +275,10 @@ class QuantizedLayer:
         y = linear_map(operand, integers * weight_unit, None)
         y = y.to(scale.dtype) * (scale * (input_unit / weight_unit))
         return y if self.bias is None else y + self.bias.view(-1, *[1] * (integers.ndim - 2))
+
+    def rounds_operands(self, x: Tensor) -> bool:
+        """Return whether the operands of a convolution of x are rounded."""
+        return low_precision(x)
 
     def input_unit(self) -> Tensor | float:
         """Return u such that quantized activations, divided by u, are integers over 2^bits.
@@ -368,12 +377,12 @@ class NearestMultiple(torch.autograd.Function):
 
 
 @torch.no_grad()
-def find_other_weights(model: nn.Module) -> None:
-    """Set weight_is_product of a model's layers, by copies of them with random weights.
+def find_unscalable(model: nn.Module) -> None:
+    """Set is_scalable of a model's layers, by copies of them with random parameters.
 
-    It is False where quantized_weight was edited to return another weight than the product of
-    integer_weight, which low precision takes. Weights that are no parameters are left out: of
-    packed files, or what a parametrization or pruning computes.
+    It is False where integers and a scale behind them give another output than the weight does, as
+    where quantized_weight was edited, or a convolution pads with ones. Weights that are no
+    parameters are left out: of packed files, or what a parametrization or pruning computes.
     """
     widths = [width for width in bit_widths_of(model) if width.weights != FULL_PRECISION]
     drawn = torch.Generator().manual_seed(0)
@@ -381,24 +390,57 @@ def find_other_weights(model: nn.Module) -> None:
     for layer in model.modules():
         if not isinstance(layer, QuantizedLayer) or not has_float_parameter(layer):
             continue
-        layer.weight_is_product = True
-        twin = copy.deepcopy(layer).to("cpu", torch.float32).eval()
-        twin.weight.normal_(generator=drawn)
-        for width in widths:
-            twin.switch_bit_width(width)
-            if twin.bits != FULL_PRECISION:
-                torch.set_rng_state(state)  # for a quantizer that draws numbers
-                integers, scale = twin.integer_weight()
-                torch.set_rng_state(state)
-                if not torch.equal(twin.quantized_weight(), integers * scale):
-                    layer.weight_is_product = False
+        twin = copy.deepcopy(layer).to("cpu", torch.float32)
+        twin.input_quantizer = None  # which has another bit-width
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.normal_(generator=drawn)
+        x = inputs_of(twin, drawn)
+        layer.is_scalable = True
+        for training in (True, False):
+            twin.train(training)
+            for width in widths:
+                twin.switch_bit_width(width)
+                if twin.bits != FULL_PRECISION and x is not None:
+                    layer.is_scalable &= is_scalable(twin, x, state)
     torch.set_rng_state(state)
+
+
+def is_scalable(layer: nn.Module, x: Tensor, state: Tensor) -> bool:
+    """Return whether a layer has the same output in both forms of `apply_quantized`.
+
+    state: of torch's random numbers, which a quantizer may draw.
+    """
+    outputs = []
+    for is_low in (True, False):
+        torch.set_rng_state(state)
+        own = copy.deepcopy(layer)  # as a quantizer may count
+        own.rounds_operands = lambda x, is_low=is_low: is_low
+        outputs.append(own.forward(x))  # without hooks
+    found, expected = outputs
+    return bool((found - expected).norm() <= 1e-4 * expected.norm())
+
+
+def inputs_of(layer: nn.Module, drawn: torch.Generator) -> Tensor | None:
+    """Return random inputs of a convolution or a linear layer; None of other layers."""
+    if hasattr(layer, "in_features"):
+        return torch.rand(2, layer.in_features, generator=drawn)
+    if hasattr(layer, "in_channels"):
+        sizes = [dilation * (size - 1) + 2
+                 for size, dilation in zip(layer.kernel_size, layer.dilation)]
+        return torch.rand(2, layer.in_channels, *sizes, generator=drawn)
+    return None
 
 
 def has_float_parameter(layer: nn.Module) -> bool:
     """Return whether a layer's weight is a parameter of floating point."""
     weight = layer._parameters.get("weight")
     return weight is not None and weight.is_floating_point()
+
+
+def without_autocast(layer: nn.Module) -> torch.autocast:
+    """Return a context without autocast on a layer's device."""
+    return torch.autocast(next(layer.parameters()).device.type, enabled=False)
 
 
 def low_precision(x: Tensor) -> bool:

@@ -440,6 +440,66 @@ def test_low_precision_follows_a_weight_that_was_edited_where_it_stands(monkeypa
         assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
 
 
+class PadOne(Conv2dQ):
+    """Pads with ones, as binary networks do."""
+
+    def forward(self, x):
+        return self.apply_quantized(x, lambda x, w, b: functional.conv2d(
+            functional.pad(x, (1,) * 4, value=1.0), w, b))
+
+
+class Learned(Conv2dQ):
+    """A factor and a shift of the output, which are 1 and 0 at first."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = nn.Parameter(torch.ones(8, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(8, 1, 1))
+
+    def forward(self, x):
+        return self.apply_quantized(x, lambda x, w, b: self.factor * functional.conv2d(
+            x, w, b) + self.shift)
+
+
+class Standardized(Conv2dQ):
+    def forward(self, x):
+        return self.apply_quantized(x, lambda x, w, b: functional.conv2d(
+            x, (w - w.mean()) / w.std(), b))
+
+
+@pytest.mark.parametrize("kind", [PadOne, Learned, Standardized])
+@pytest.mark.parametrize("bias", [True, False])
+def test_low_precision_follows_what_a_layer_makes_of_its_weight(kind, bias):
+    torch.manual_seed(0)
+    model = build("svhnq", [1, 2, 8, 32], 10, 1)
+    model.layers[6] = layer = kind(8, 8, 3, bias=bias)
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert not layer.is_scalable
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name in ("factor", "shift"):
+                parameter.fill_(3)
+    for bits in (1, 2, 8):
+        set_bit_width(model, bits)
+        assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
+
+
+def test_low_precision_follows_a_weight_of_training_alone(monkeypatch):
+    """Quant-Noise (Fan et al., 2021): some weights stay as they are."""
+    product = QuantizedLayer.quantized_weight
+
+    def partly(layer):
+        weight = product(layer)
+        kept = torch.rand_like(weight) < 0.5
+        return torch.where(kept, layer.weight, weight) if layer.training else weight
+
+    monkeypatch.setattr(QuantizedLayer, "quantized_weight", partly)
+    model = build("svhnq", [2, 32], 10, 1)
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert not any(layer.is_scalable for layer in model.modules()
+                   if isinstance(layer, QuantizedLayer))
+
+
 class Running(DoReFaWeight):
     """The scale is a running mean."""
 
@@ -461,7 +521,7 @@ class Stochastic(DoReFaWeight):
 
 
 @pytest.mark.parametrize("quantizer", ["dorefa", "lsq", "running", "stochastic"])
-def test_weights_are_known_to_be_the_product_of_their_integers(quantizer, monkeypatch):
+def test_layers_are_known_to_be_scalable(quantizer, monkeypatch):
     for kind in (Running, Stochastic):
         def made(layer, bit_widths, kind=kind):
             return kind() if isinstance(layer, QuantizedLayer) else DoReFaActivation()
@@ -471,9 +531,28 @@ def test_weights_are_known_to_be_the_product_of_their_integers(quantizer, monkey
     model = build("svhnq", ["w2a4", 4, 32], 10, 1, quantizer=quantizer)
     before = copy.deepcopy(model.state_dict())
     ForwardPass(model, torch.device("cpu"), "bf16")
-    assert all(layer.weight_is_product for layer in model.modules()
+    assert all(layer.is_scalable for layer in model.modules()
                if isinstance(layer, QuantizedLayer))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_quantizer_s_matrix_product_is_not_rounded():
+    class Rotated(DoReFaWeight):
+        def prepare(self, w):
+            rotation = torch.linalg.qr(torch.arange(64.0).view(8, 8).sin())[0]
+            return super().prepare((rotation @ w.flatten(1)).view_as(w))
+
+    layer = Conv2dQ(8, 8, 3)
+    layer.quantizer = Rotated()
+    set_bit_width(layer, 8)
+    expected = layer.quantized_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.quantized_weight(), expected)
+        assert torch.equal(layer.integer_weight()[0], layer.integer_weight()[0].float())
+    set_bit_width(layer, 32)
+    expected = layer.quantized_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.quantized_weight(), expected)
 
 
 def test_a_weight_that_pruning_computes_in_low_precision():
