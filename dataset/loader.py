@@ -21,8 +21,9 @@ from torchvision import datasets, transforms
 from dataset.cached_arrays import cached_arrays
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
-from utils import progress
+from utils import brief, progress
 
+LOOKED_AT = 16  # samples, for a transform of the data set's own
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
 
 
@@ -123,11 +124,15 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
                      workers: int) -> tuple[Tensor, Tensor] | None:
     """Return images and labels as read_arrays does, after the row's fixed transforms.
 
-    Returns None where memory cannot reproduce the row's transforms.
+    Returns None where memory cannot reproduce the row's transforms, or those of the data set.
     """
     known = in_memory_transforms(name, train)
-    if known is None:
+    if known is None or is_random(dataset):
         return None
+    mode = str(getattr(dataset[0][0], "mode", "")) if len(dataset) else ""
+    if mode.startswith(("I", "F")):
+        raise DataError(f"{name} has images of mode {mode}, whose values the row's transforms clip "
+                        "at 255: give them 8 bits where the row opens them")
     fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
     source = DATASETS[name].source
 
@@ -140,6 +145,25 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
         if known.padding:  # then the crop is not of the image's own size
             return None
         raise
+
+
+def is_random(dataset: Samples) -> bool:
+    """Return whether samples are others when they are read again, as by a transform of their own.
+
+    Looks at a few; random states stay as they are.
+    """
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([]):
+            for index in range(min(len(dataset), LOOKED_AT)):
+                first, second = dataset[index], dataset[index]
+                if not all(map(numpy.array_equal, first, second)):
+                    return True
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+    return False
 
 
 def collate_of(name: str, train: bool) -> Callable[[list[tuple[Tensor, int]]], list[Tensor]]:
@@ -166,6 +190,9 @@ def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int,
             f"Resize({size}) and CenterCrop({size}) to these transforms, and Grayscale(3) for "
             "images of one channel, or correct the row's image_size")
     images, labels = default_collate(samples)
+    if not torch.is_tensor(labels) or labels.ndim != 1 or labels.is_floating_point():
+        raise DataError(f"{name} has a label {brief(samples[0][1])}, and a label is the number of "
+                        "a class, a whole number: correct what the row opens")
     if num_classes:
         check_labels(labels, num_classes, name, "correct the data, or the row's num_classes")
     return [images, labels]

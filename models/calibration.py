@@ -13,7 +13,7 @@ from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
 from models.graph import Tracer
 from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assignments_of,
-                             bit_widths_of, set_bit_width)
+                             bit_widths_of, set_bit_width, width_of)
 from utils import brief
 
 # The key of a tensor that exists once per bit-width: in a bn_dict, or in a quantizer's *_dict.
@@ -175,9 +175,11 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
     """
     model.eval()
     set_bit_width(model, bit_width)
-    norms = [layer.bn_dict[layer.width] for layer in model.modules()
-             if isinstance(layer, SwitchableBatchNorm2d)]
-    layers = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    key = str(width_of(model, bit_width))
+    entries = [states[key] for name, states in model.named_modules()
+               if name.endswith("_dict") and isinstance(states, nn.ModuleDict) and key in states]
+    layers = {norm for entry in entries for norm in entry.modules()
+              if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
     momentum = [layer.momentum for layer in layers]
     calls = dict.fromkeys(layers, 0)  # of each: one may be called more than once
 

@@ -478,3 +478,23 @@ def test_a_checkpoint_without_its_seed_is_not_resumed(trained, tmp_path, capsys)
     torch.save(content, tmp_path / "x.pth.tar")
     assert run(["--resume", tmp_path / "x.pth.tar", "--results-dir", tmp_path / "r"]) == 1
     assert_one_line(capsys, "x.pth.tar lacks its argument seed")
+
+
+def test_every_batch_norm_of_a_bit_width_is_calibrated():
+    class Norms(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm_dict = torch.nn.ModuleDict({
+                str(width): torch.nn.Sequential(torch.nn.BatchNorm1d(3)) for width in (2, 4)})
+            self.bn = SwitchableBatchNorm2d(3, [2, 4])
+
+        def switch_bit_width(self, bit_width):
+            self.width = str(bit_width)
+
+        def forward(self, x):
+            return self.norm_dict[self.width](self.bn(x).mean((2, 3)) + 7)
+
+    model = Norms()
+    calibrate(model, 2, [torch.randn(4, 3, 5, 5)])
+    means = {width: norm[0].running_mean.mean().item() for width, norm in model.norm_dict.items()}
+    assert means == {"2": pytest.approx(7, abs=0.5), "4": 0}

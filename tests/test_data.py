@@ -671,3 +671,55 @@ def test_transforms_as_text():
     assert text_of(row) == (
         "Resize(size=40, interpolation=bilinear, max_size=None, antialias=True), "
         "Compose( CenterCrop(size=(32, 32)) ), doubled")
+
+
+# ---- rows of one's own
+
+def own_row(monkeypatch, samples, **more):
+    monkeypatch.setitem(DATASETS, "own", DATASETS["digits"]._replace(
+        open=lambda root, split: samples, val_split={"train": "val"}, num_classes=None, shapes={},
+        **more))
+    monkeypatch.setitem(data_paths, "own", "own")
+    return get_dataset("own", "train")
+
+
+class OwnTransform:
+    """A data set that crops and flips by itself."""
+
+    crop = transforms.Compose([transforms.RandomCrop(40, padding=6),
+                               transforms.RandomHorizontalFlip()])
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        pixels = numpy.random.default_rng(index).integers(0, 256, (40, 40, 3), numpy.uint8)
+        return self.crop(Image.fromarray(pixels)), index
+
+
+def test_a_transform_of_the_data_set_s_own_is_drawn_in_each_epoch(monkeypatch):
+    dataset = own_row(monkeypatch, OwnTransform())
+    before = torch.get_rng_state()
+    loader = make_loader(dataset, "own", torch.device("cpu"), 8, train=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    epochs = []
+    for epoch in range(2):
+        loader.batch_sampler.epoch = epoch
+        (images, labels), = loader
+        epochs.append(images[labels.argsort()])
+    assert sum(torch.equal(*pair) for pair in zip(*epochs)) < 4
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("label", [0.25, [0, 1]])
+def test_labels_that_are_no_classes_are_refused(label, in_memory, monkeypatch):
+    dataset = own_row(monkeypatch, [(Image.new("RGB", (40, 40)), label)] * 4, in_memory=in_memory)
+    with pytest.raises(DataError, match="a label is the number of a class"):
+        list(make_loader(dataset, "own", torch.device("cpu"), 4, train=False))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(mode, monkeypatch):
+    dataset = own_row(monkeypatch, [(Image.new(mode, (40, 40)), 0)] * 4)
+    with pytest.raises(DataError, match=f"images of mode {mode}, whose values"):
+        make_loader(dataset, "own", torch.device("cpu"), 4, train=False)
