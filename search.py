@@ -36,6 +36,7 @@ from models.checkpoint import is_finite_number, is_whole, network_of
 from models.cost import Costs, cost_table, totals
 from utils import brief, flag_text, markdown_table, write_json, write_text
 
+WRITTEN = ("layer_bits.json", "path.md", "path.png")  # in the folder of a search
 FIELDS = {"budget": ("bit_operations", "ops"), "bytes": ("weight_bytes", "bytes")}
 
 
@@ -77,6 +78,14 @@ def main(args: Namespace) -> Path | None:
                     "data": data, "bit_widths": flag_text(bit_widths), "by": search.by,
                     "images": count, "seed": args.seed}
         path = read_path(run.path / PATH_FILE, identity)
+        damage = search.find_damage(path)
+        if damage is not None:
+            raise damaged(run.path / PATH_FILE, f"step {damage}", path[damage].unit,
+                          "one that follows from the step before it")
+        for file in WRITTEN:
+            if not path and (run.path / file).exists():
+                raise UserError(f"{run.path / file} is not of a search that could go on: choose "
+                                "another folder with --results-dir")
         log.info(f"searching bits for {len(search.units)} layers of {checkpoint.path}, of "
                  f"{flag_text(bit_widths)} bits: predictions on {count} training images, BatchNorm "
                  f"of {sum(map(len, calibration))} others")
@@ -91,11 +100,11 @@ def main(args: Namespace) -> Path | None:
         uniform = {width: uniform_step(search, width) for width in bit_widths}
         found = {text: next(step for step in path if step.cost[search.by] <= budget)
                  for text, budget in budgets.items()}
-        write_json(run.path / "layer_bits.json", [
+        write_json(run.path / WRITTEN[0], [
             search.assignment(step.layers, text).content for text, step in found.items()])
         table = path_table(path, uniform, found)
-        write_text(run.path / "path.md", table)
-        draw(run.path / "path.png", path, uniform, found, search.by, name)
+        write_text(run.path / WRITTEN[1], table)
+        draw(run.path / WRITTEN[2], path, uniform, found, search.by, name)
         for text, step in found.items():
             log.info(f"{text}: step {path.index(step)}, {step.cost['bit_operations'] / 1e6:,.1f} "
                      f"Mbit-ops, {step.cost['weight_bytes']:,} bytes, divergence "

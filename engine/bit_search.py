@@ -116,11 +116,23 @@ class Search:
                     break
         return found
 
-    def cost(self, layers: dict[str, BitWidth]) -> int:
-        """Return the cost of an assignment."""
+    def totals(self, layers: dict[str, BitWidth]) -> dict[str, int]:
+        """Return all costs of an assignment."""
         assignment = self.assignment(layers)
         add_assignment(self.model, assignment)
-        return totals(self.costs.of(assignment))[self.by]
+        return totals(self.costs.of(assignment))
+
+    def cost(self, layers: dict[str, BitWidth]) -> int:
+        """Return the cost of an assignment by which the search goes."""
+        return self.totals(layers)[self.by]
+
+    def find_damage(self, path: list[Step]) -> int | None:
+        """Return the first of a path's steps that does not follow from the one before it."""
+        for place, step in enumerate(path):
+            ways = self.lowered(path[place - 1]) if place else [([], {})]
+            if (step.unit, step.layers) not in ways or step.cost != self.totals(step.layers):
+                return place
+        return None
 
     def least_cost(self) -> int:
         """Return the cost with all units at the lowest bit-width."""

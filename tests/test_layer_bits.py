@@ -403,6 +403,21 @@ def test_a_search(tiny_cifar10, tmp_path, monkeypatch, capsys):
     for name in ("path.json", "layer_bits.json", "path.md"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
+    steps = read(parts, "path.json")
+    for damage in (lambda steps: steps[-1]["cost"].update(bit_operations=1),
+                   lambda steps: steps[1].update(layers={"layers.99": 2}),
+                   lambda steps: steps[1].update(unit=["zzz"]), lambda steps: steps.pop(0)):
+        edited = copy.deepcopy(steps)
+        damage(edited["steps"])
+        (parts / "path.json").write_text(json.dumps(edited))
+        capsys.readouterr()
+        assert searched(*common, parts, "--budget", "50%,2bit") == 1
+        assert_one_line(capsys, "path.json: its step ", "not one that follows from the step before")
+    (parts / "path.json").unlink()
+    assert searched(*common, parts, "--budget", "50%,2bit") == 1
+    assert_one_line(capsys, "layer_bits.json is not of a search that could go on")
+    (parts / "path.json").write_bytes((whole / "path.json").read_bytes())
+
     before = snapshot(parts)
     assert searched(*common, parts, "--budget", "50%", "--seed", 1) == 1
     assert_one_line(capsys, "parts holds another search: its seed is 0, not 1")
