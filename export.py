@@ -239,6 +239,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="folder that holds the data sets' folders; default: data")
     args = parser.parse_args(argv)
     args.output = Path(args.output)
+    if args.output.is_dir() or not args.output.name:
+        parser.error(f"--output {args.output} is a folder: name a file in it")
     if str(args.output) != printable(str(args.output)):
         parser.error(f"--output {args.output} is not UTF-8, as the formats' libraries need it: "
                      "give another name, or go into that folder first")

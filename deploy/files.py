@@ -15,7 +15,7 @@ from deploy import check, runtimes
 from deploy.graph import Run, image_shape
 from models import Width, assignments_of, packed, bit_widths_of
 from models.bit_widths import check_bit_widths
-from utils import commit, writing
+from utils import commit, one_line, writing
 
 FORMATS = ("packed", "onnx")
 INPUTS = ("float32", "uint8")
@@ -61,7 +61,11 @@ def export(model: nn.Module, path: str | Path,
         format == "onnx" and bit_widths == "any"))
     files = file_names(path, widths, bit_widths == "any" or format == "packed")
     black = numpy.zeros((1, *image_shape(about["size"])), numpy.float32)
-    logits, _ = check.forward(model, black, widths[0])
+    try:
+        logits, _ = check.forward(model, black, widths[0])
+    except RuntimeError as error:
+        raise ValueError(f"the network does not run on images of size {about['size']} "
+                         f"({one_line(error)}): give the size that it was trained on") from error
     with temporary_folder(path) as folder:
         written = {width: folder / file.name for width, file in files.items()}
         with writing(path):

@@ -233,6 +233,9 @@ def check_layer(operation: Operation) -> None:
         expected = nn.functional.linear(x, layer.weight, layer.bias)
     else:
         return
+    if not expected.isfinite().all():
+        raise ValueError(f"layer {name} computes numbers that are not finite, as a weight of zeros "
+                         "does: take another checkpoint")
     found = layer(x)
     if found.shape != expected.shape or not torch.allclose(
             found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):

@@ -61,6 +61,7 @@ class RunFolder:
                  save_every: float | None = None):
         self.save_every = save_every
         self.last_save = time.monotonic()
+        self.has_noted = False  # that a checkpoint does not hold all
         self.history = []  # records of metrics.jsonl
         self.writer = None
         self.lock = None
@@ -177,6 +178,12 @@ class RunFolder:
         """Save a TrainingState to this folder; all processes must call it."""
         state.save(self.path, best)
         self.last_save = time.monotonic()
+        unsaved = state.unsaved()
+        if unsaved and not self.has_noted:
+            self.has_noted = True
+            log.info(f"note: {', '.join(unsaved[:3])}{', ...' * (len(unsaved) > 3)} changed in "
+                     "training, and no checkpoint holds it, so that a resumed run begins it anew: "
+                     "make it a buffer")
 
     def save_is_due(self) -> bool:
         """Return whether `save_every` minutes have passed since the last save; rank 0 decides."""

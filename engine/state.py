@@ -11,13 +11,21 @@ from torch import nn
 from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
-from models import BitWidth
+from models import BitWidth, set_bit_width
 from models.checkpoint import (FileError, add_hash, check_field, check_own_bits, is_count, is_dense,
                                is_finite_number, is_named_values, is_whole, load_weights,
                                network_content, take)
 from utils import WriteError, brief, one_line, escaped, replacing, writing
 
 OPTIMIZER = "optimizer's "  # before a field's name
+
+
+def numbers_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, int | float]:
+    """Return the numbers that are Python attributes of a model's modules, at one bit-width."""
+    set_bit_width(model, bit_widths[0])
+    return {f"{name}.{attribute}".strip("."): value for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            if isinstance(value, (int, float)) and attribute != "training"}
 
 
 class TrainingState:
@@ -43,6 +51,14 @@ class TrainingState:
         self.best = (-math.inf, -math.inf)  # the largest best_key
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
+        self.numbers = numbers_of(model, bit_widths)
+        for name, value in vars(optimizer).items():
+            own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
+            if isinstance(value, torch.optim.Optimizer) and not own:
+                raise UserError(f"the optimizer {type(optimizer).__name__} holds another one, "
+                                f"{name}, and its state_dict does not have the state of that, so a "
+                                "run could not be resumed: give it a state_dict and "
+                                "load_state_dict that do")
         names = {parameter: name for name, parameter in model.named_parameters()}
         grouped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if not grouped <= names.keys():
@@ -56,6 +72,11 @@ class TrainingState:
             raise UserError(f"parameter_groups in engine/setup.py leaves out {left[0]}, which "
                             "would not be trained: set its requires_grad to False, or give it a "
                             "group")
+
+    def unsaved(self) -> list[str]:
+        """Return the modules' attributes that training changed and no checkpoint holds."""
+        return [name for name, value in numbers_of(self.model, self.bit_widths).items()
+                if value != self.numbers.get(name, value)]
 
     def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
         """Count an epoch as done; return whether it is the best so far, ties included."""

@@ -128,6 +128,27 @@ def test_wrong_arguments(argv, code, parts, arguments, tmp_path, capsys, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_a_folder(arguments, tmp_path, capsys):
+    for folder in (tmp_path, "..", "/", "."):
+        assert run_export(*arguments, "--format", "packed", "--output", folder) == 2
+        assert_one_line(capsys, "is a folder: name a file in it")
+
+
+def test_a_size_that_the_network_does_not_take(tmp_path):
+    model, _ = network("svhnq", [2])
+    with pytest.raises(ValueError, match="does not run on images of size 48"):
+        deploy.export(model, tmp_path / "net", [2], "packed", about_images={"size": 48})
+
+
+def test_a_weight_of_zeros_is_named(tmp_path):
+    onnx_file = pytest.importorskip("deploy.onnx_file")
+    model, _ = network("svhnq", [2])
+    with torch.no_grad():
+        model.layers[6].weight.zero_()
+    with pytest.raises(ValueError, match="layer layers.6 computes numbers that are not finite"):
+        onnx_file.export(model, [2], tmp_path / "net.onnx", 40)
+
+
 def test_outputs_that_are_refused(arguments, tmp_path, capsys):
     output = tmp_path / "net"
     output.write_text("mine")

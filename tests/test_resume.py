@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.resume import resolve
 from engine.run_folder import read_metrics
 from models import MODELS
+from models.quan_ops import ActivationQ
 
 
 @pytest.fixture
@@ -216,6 +217,49 @@ def test_another_optimizer_resumes(make, tmp_path, tiny_cifar10, monkeypatch):
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     assert_resumes(tiny(tiny_cifar10, tmp_path), tmp_path, monkeypatch)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Keeps its state in another optimizer, as implementations of SAM do."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 0.01})
+        self.base = torch.optim.SGD(self.param_groups, 0.01, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def step(self):
+        self.base.step()
+
+
+def test_an_optimizer_whose_state_no_checkpoint_would_hold(tmp_path, tiny_cifar10, monkeypatch,
+                                                           capsys):
+    monkeypatch.setattr(train, "make_optimizer", lambda args, groups: Wrapping(groups))
+    assert run(tiny(tiny_cifar10, tmp_path / "r")) == 1
+    assert_one_line(capsys, "the optimizer Wrapping holds another one, base, and its state_dict")
+    assert not (tmp_path / "r").exists()
+
+
+def test_attributes_that_no_checkpoint_holds_are_named(tmp_path, tiny_cifar10, monkeypatch):
+    init, forward = ActivationQ.__init__, ActivationQ.forward
+
+    def with_temperature(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.temperature = 1.0
+
+    def warming(self, x):
+        self.temperature += self.training
+        return forward(self, x)
+
+    monkeypatch.setattr(ActivationQ, "__init__", with_temperature)
+    notes = []
+    for name in ("plain", "warming"):
+        assert run(tiny(tiny_cifar10, tmp_path / name)) == 0
+        log, = (tmp_path / name).glob("log_*.txt")
+        notes.append([line for line in log.read_text().splitlines() if "note: " in line])
+        monkeypatch.setattr(ActivationQ, "forward", warming)
+    assert not notes[0] and len(notes[1]) == 1
+    line, = notes[1]
+    assert ".temperature, " in line and "changed in training, and no checkpoint" in line
 
 
 def test_groups_that_are_not_of_the_network(tmp_path, tiny_cifar10, monkeypatch, capsys):
