@@ -158,7 +158,11 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
             raise ValueError(f"layer {name} has a weight that a parametrization or pruning "
                              "computes, which a packed file does not hold: remove that first")
     left_out = [name for name in assignments_of(model) if name not in assignments]
-    tensors = {key: value.contiguous()
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, QuantizedLayer) and layers.get(name) is not layer:
+            raise ValueError(f"layer {name} is another one, too, and a packed file holds each "
+                             "once: give the network one name for it, or take ONNX")
+    tensors = {key: value.clone(memory_format=torch.contiguous_format)  # it may be another's, too
                for key, value in without_assignments(model.state_dict(), left_out).items()
                if is_stored_unchanged(key, bit_widths, layers)}
 

@@ -22,6 +22,7 @@ from models.bit_widths import BitWidth
 from models.checkpoint import FileError
 from models.quan_ops import Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer
 from runs import assert_one_line, assert_same, evaluation, run
+from small_networks import ShortSVHN
 
 WIDTHS = [1, 2, 4, 8]
 FILES = Path(__file__).parent / "files"
@@ -569,3 +570,16 @@ def test_what_a_packed_file_is_not(argv, parts, digits, tmp_path, capsys):
 def test_a_packed_file_is_not_resumed(digits, tmp_path, capsys):
     assert run(["--resume", digits, "--results-dir", tmp_path / "r"]) == 1
     assert_one_line(capsys, "packed file")
+
+
+def test_layers_that_share_a_weight_and_layers_of_two_names(tmp_path):
+    model = ShortSVHN([2], width=1).eval()
+    about = {"model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "arguments": {}}
+    model.other = torch.nn.Linear(*model.fc.weight.shape[::-1])
+    model.other.weight = model.fc.weight
+    packed.save(model, [2], tmp_path / "net", about)
+    tensors, _ = packed.read(tmp_path / "net")
+    assert torch.equal(tensors["other.weight"], tensors["fc.weight"])
+    model.again = model.layers[3]
+    with pytest.raises(ValueError, match="layer again is another one, too"):
+        packed.save(model, [2], tmp_path / "other", about)
