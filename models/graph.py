@@ -98,11 +98,11 @@ def sources_of(graph: fx.Graph,
 class ModeTracer(fx.Tracer):
     """Traces a network; ValueError where a part sets a mode of torch's, which no graph holds."""
 
-    def trace(self, *args, **kwargs):
+    def trace(self, *args: object, **kwargs: object) -> fx.Graph:
         self.modes = modes()
         return super().trace(*args, **kwargs)
 
-    def create_node(self, *args, **kwargs):
+    def create_node(self, *args: object, **kwargs: object) -> fx.Node:
         if modes() != self.modes:
             raise ValueError("a part of its forward sets no_grad or autocast")
         return super().create_node(*args, **kwargs)
