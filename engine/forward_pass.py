@@ -141,18 +141,16 @@ class ForwardPass:
         """Share nothing from now on where `step` gives something else then.
 
         Of each task the first step is checked, not compiled. step: takes a context such as
-        shared_computation, and returns named tensors. Raises what it raises without sharing.
+        shared_computation, and returns named tensors.
         """
         if not self.shared or task in self.checked:
             return
         self.checked.add(task)
-        expected = self.trial(step, no_sharing)
         sharing = functools.partial(shared_computation, share_stem=not self.batch_size)
         try:
+            expected = self.trial(step, no_sharing)
             reason = difference(self.trial(step, sharing), expected)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a refusal, or one of code that sharing does not suit
+        except Exception as error:  # a refusal, or one of the network's own code
             reason = one_line(error)
         if reason:
             self.shared = False
