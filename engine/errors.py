@@ -145,6 +145,10 @@ def explain(error: Exception) -> str:
         if type(error).__name__ == "Unsupported":
             return (f"--compile cannot follow {user_code(error)} ({one_line(error)}): write it "
                     "otherwise, leave --compile out, or where a run goes on, pass --no-compile")
+        if "RecompileLimit" in type(error).__name__:
+            return ("--compile compiles again and again, as where code reads a Python "
+                    "number that changes: make it a tensor, leave --compile out, or where a run "
+                    "goes on, pass --no-compile")
         return (f"--compile needs a compiler that works here ({one_line(error)}): leave it out, or "
                 "where a run goes on, pass --no-compile")
     raise error

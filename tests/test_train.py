@@ -407,3 +407,15 @@ def test_a_change_that_cannot_be_compiled_is_named_by_its_line():
     message = explain(caught.value)
     assert f"--compile cannot follow {__file__}, line {line} (" in message
     assert "\n" not in message
+
+
+def test_a_number_that_changes_is_named_where_it_is_compiled_again_and_again():
+    def forward(model, x):
+        return x * model.factor
+
+    model = torch.nn.ReLU()
+    compiled = torch.compile(forward, fullgraph=True, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(Exception) as caught:
+        for model.factor in range(4):
+            compiled(model, torch.ones(1))
+    assert "--compile compiles again and again" in explain(caught.value)
