@@ -1,8 +1,9 @@
-"""Helpers for files, texts and progress bars."""
+"""Helpers for files, texts, random states and progress bars."""
 import contextlib
 import errno
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy
+import torch
 from tqdm import tqdm
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a full disk
@@ -144,6 +147,20 @@ def commit() -> str | None:
                "--abbrev=40", "--dirty= with local changes"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def keeping_random_states(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Restore on exit the random states of Python, NumPy and torch, there on the CPU and devices.
+    """
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
 
 
 def progress(batches: Iterable, name: str) -> tqdm:

@@ -21,7 +21,8 @@ from torchvision import datasets, transforms
 from dataset.cached_arrays import cached_arrays
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
-from utils import brief, progress
+from dataset.folder import is_folder
+from utils import brief, keeping_random_states, progress
 
 LOOKED_AT = 16  # samples, for a transform of the data set's own
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
@@ -98,6 +99,7 @@ def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: i
         DataError: now or in a later batch, an image cannot be read or is not of the row's
             image_size.
     """
+    check_mode(dataset, name, train)
     batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
     if in_memory and DATASETS[name].in_memory:
         arrays = read_into_memory(dataset, name, train, workers)
@@ -129,10 +131,6 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
     known = in_memory_transforms(name, train)
     if known is None or is_random(dataset):
         return None
-    mode = str(getattr(dataset[0][0], "mode", "")) if len(dataset) else ""
-    if mode.startswith(("I", "F")):
-        raise DataError(f"{name} has images of mode {mode}, whose values the row's transforms clip "
-                        "at 255: give them 8 bits where the row opens them")
     fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
     source = DATASETS[name].source
 
@@ -147,22 +145,33 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
         raise
 
 
+def check_mode(dataset: Samples, name: str, train: bool) -> None:
+    """Raise DataError for images of more than 8 bits, which torchvision's transforms would clip.
+
+    Looks at the first one; a row whose transforms begin with one of another kind may know better.
+    """
+    row = DATASETS[name]
+    first = next(iter(row.train if train else row.eval), None)
+    is_known = type(first).__module__.startswith("torchvision")
+    if is_folder(name) or not len(dataset) or not is_known or isinstance(first, transforms.Lambda):
+        return
+    with keeping_random_states():
+        mode = str(getattr(dataset[0][0], "mode", ""))
+    if mode.startswith(("I", "F")):
+        raise DataError(f"{name} has images of mode {mode}, whose values the row's transforms clip "
+                        "at 255: give them 8 bits where the row opens them")
+
+
 def is_random(dataset: Samples) -> bool:
-    """Return whether samples are others when they are read again, as by a transform of their own.
+    """Return whether samples change when they are read again, as by a transform of their own.
 
     Looks at a few; random states stay as they are.
     """
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state()
-    try:
-        with torch.random.fork_rng([]):
-            for index in range(min(len(dataset), LOOKED_AT)):
-                first, second = dataset[index], dataset[index]
-                if not all(map(numpy.array_equal, first, second)):
-                    return True
-    finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
+    with keeping_random_states():
+        for index in range(min(len(dataset), LOOKED_AT)):
+            first, second = dataset[index], dataset[index]
+            if not all(map(numpy.array_equal, first, second)):
+                return True
     return False
 
 

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import functools
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -182,7 +183,7 @@ def quantize_by_nncf(path: Path, calibration: numpy.ndarray, folder: Path,
     content = nncf.quantize(runtimes.openvino_core().read_model(path), data,
                             subset_size=len(calibration),
                             ignored_scope=nncf.IgnoredScope(
-                                patterns=[f"{node}(/.*)?$" for node in in_float]))
+                                patterns=[f"{re.escape(node)}(/.*)?$" for node in in_float]))
     output = folder / "nncf.xml"
     try:
         openvino.save_model(content, output, compress_to_fp16=False)

@@ -129,10 +129,22 @@ class Search:
     def find_damage(self, path: list[Step]) -> int | None:
         """Return the first of a path's steps that does not follow from the one before it."""
         for place, step in enumerate(path):
-            ways = self.lowered(path[place - 1]) if place else [([], {})]
-            if (step.unit, step.layers) not in ways or step.cost != self.totals(step.layers):
+            before = path[place - 1] if place else None
+            if not self.follows(step, before) or step.cost != self.totals(step.layers):
                 return place
         return None
+
+    def follows(self, step: Step, before: Step | None) -> bool:
+        """Return whether a step lowers one unit, and the cost; None: whether it is the first."""
+        if before is None:
+            return not step.unit and not step.layers
+        if step.unit not in self.units:
+            return False
+        highest = self.bit_widths[-1]
+        old, new = (each.layers.get(step.unit[0], highest) for each in (before, step))
+        return (new in self.bit_widths and new < old
+                and step.layers == {**before.layers, **dict.fromkeys(step.unit, new)}
+                and step.cost[self.by] < before.cost[self.by])
 
     def least_cost(self) -> int:
         """Return the cost with all units at the lowest bit-width."""

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -17,11 +18,13 @@ from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import find_unscalable
 from models.sharing import no_sharing, prepare_weights, shared_computation
-from utils import one_line
+from utils import keeping_random_states, one_line
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 AUTO = "auto"  # tf32 where all processes have it, else fp32
-CHECKED = 8  # images, of the first batch
+TRAINING = "training"  # tasks
+EVALUATION = "evaluation"
+CHECKED = 8  # images, of the first batch of a task
 TOLERANCE = 1e-3  # of tensors that are equal but for rounding, relative to their norm
 LEAST = 1e-3  # of the norm of all tensors, below which the norm of one may be rounding
 
@@ -67,7 +70,7 @@ class ForwardPass:
         check_precision(precision, device)
         self.model = model
         self.device = device
-        self.checked = set()  # tasks in which sharing was found to be right
+        self.suits = {}  # {task: whether sharing was found to suit it}
         torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default for convolutions
         torch.backends.cuda.matmul.allow_tf32 = False  # and its default for the classifier
         torch.backends.cudnn.benchmark = True  # chooses the fastest algorithms for fixed shapes
@@ -116,7 +119,10 @@ class ForwardPass:
             return {f"the gradient of {name}": parameter.grad
                     for name, parameter in self.model.named_parameters()}
 
-        self.check_sharing("training", gradients)
+        if self.shared and TRAINING not in self.suits:
+            reason = self.find_unsuitable(gradients)
+            unsuitable, = any_process([bool(reason)])
+            self.note(TRAINING, unsuitable, reason or "another process found a difference")
         return any_precision_backward(self.model, images, labels, bit_widths, loss, loss_scale,
                                       forward=self, sharing=self.sharing)
 
@@ -126,57 +132,66 @@ class ForwardPass:
         def logits(sharing: Callable) -> dict[str, Tensor]:
             results = evaluate_batch(self.model, images[:CHECKED].clone(), labels[:CHECKED],
                                      bit_widths, forward_loss, sharing)
-            return {f"the logits at {width} bits": found for width, (_, found) in results.items()}
+            return {f"the output at {width}-bit": found for width, (_, found) in results.items()}
 
-        self.check_sharing("evaluation", logits)
-        return evaluate_batch(self.model, images, labels, bit_widths, self, self.sharing)
+        if self.shared and EVALUATION not in self.suits:
+            reason = self.find_unsuitable(logits)
+            self.note(EVALUATION, bool(reason), reason)
+        return evaluate_batch(self.model, images, labels, bit_widths, self,
+                              functools.partial(self.sharing, task=EVALUATION))
 
-    def sharing(self, model: nn.Module, images: Tensor) -> AbstractContextManager:
+    def sharing(self, model: nn.Module, images: Tensor,
+                task: str = TRAINING) -> AbstractContextManager:
         """Return a context that computes once, for these images, what no bit-width changes."""
-        if not self.shared:
+        if not self.shared or not self.suits.get(task, True):
             return no_sharing(model, images)
         return shared_computation(model, images, not self.batch_size, self.prepare)
 
-    def check_sharing(self, task: str, step: Callable[[Callable], dict]) -> None:
-        """Share nothing from now on where `step` gives something else then.
+    def note(self, task: str, unsuitable: bool, reason: str) -> None:
+        """Keep, and log, whether sharing suits a task."""
+        self.suits[task] = not unsuitable
+        if unsuitable:
+            log.info(f"note: {task} computes everything anew at each bit-width: {reason}")
 
-        Of each task the first step is checked, not compiled. step: takes a context such as
-        shared_computation, and returns named tensors.
+    def find_unsuitable(self, step: Callable[[Callable], dict[str, Tensor | None]]) -> str:
+        """Return why sharing does not suit a step, "" where it does.
+
+        step: called with a context such as shared_computation, not compiled; returns named tensors.
         """
-        if not self.shared or task in self.checked:
-            return
-        self.checked.add(task)
         sharing = functools.partial(shared_computation, share_stem=not self.batch_size)
-        try:
-            expected = self.trial(step, no_sharing)
-            reason = difference(self.trial(step, sharing), expected)
-        except Exception as error:  # a refusal, or one of the network's own code
-            reason = one_line(error)
-        if reason:
-            self.shared = False
-            log.info(f"note: everything is computed anew at each bit-width: {reason}")
+        found, error = self.trial(step, sharing)  # first, as it refuses an optimizer's steps
+        if not error:
+            expected, error = self.trial(step, no_sharing)
+        return one_line(error) if error else difference(found, expected)
 
-    def trial(self, step: Callable, sharing: Callable) -> dict[str, Tensor | None]:
-        """Return what a step gives, and undo all that it changes; in float32's precision."""
+    def trial(self, step: Callable, sharing: Callable) -> tuple[dict | None, Exception | None]:
+        """Return what a step gives, in float32's precision, and its error; undo its effects."""
         devices = [self.device] if self.device.type == "cuda" else []
         allow_tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
-            with torch.random.fork_rng(devices), undoing(self.model):
-                return step(sharing)
+            with keeping_random_states(devices), undoing(self.model):
+                try:
+                    return step(sharing), None
+                except Exception as error:  # a refusal, or one of the network's own code
+                    return None, error
         finally:
             torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
 @contextlib.contextmanager
 def undoing(model: nn.Module) -> Iterator[None]:
-    """Undo, on exit, all changes of a model: of tensors, gradients, and modules' attributes."""
-    tensors = [(tensor, tensor.detach().clone(), tensor.requires_grad, tensor.grad)
-               for tensor in (*model.parameters(), *model.buffers())]
+    """Undo, on exit, changes of a model: of its tensors, gradients, and modules' attributes.
+
+    Of attributes that are dicts or lists, what they hold; not what stands within that.
+    """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    contents = [(value, copy.copy(value)) for _, before in attributes for value in before.values()
-                if isinstance(value, (dict, list))]
-    for tensor, *_ in tensors:
+    values = [value for _, before in attributes for value in before.values()]
+    contents = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list))]
+    tensors = {*model.parameters(), *model.buffers(), *filter(torch.is_tensor, values)}
+    saved = [(tensor, tensor.detach().clone(), tensor.requires_grad, tensor.grad)
+             for tensor in tensors if tensor.is_leaf and not tensor.is_inference()]
+    for tensor, *_ in saved:
         tensor.grad = None
     try:
         yield
@@ -185,8 +200,10 @@ def undoing(model: nn.Module) -> Iterator[None]:
             own.clear()
             own.update(before) if isinstance(own, dict) else own.extend(before)
         with torch.no_grad():
-            for tensor, value, requires_grad, grad in tensors:
-                tensor.copy_(value).requires_grad_(requires_grad).grad = grad
+            for tensor, value, requires_grad, grad in saved:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+                tensor.requires_grad_(requires_grad).grad = grad
 
 
 def evaluate_batch(model: nn.Module, images: Tensor, labels: Tensor, bit_widths: Iterable[Width],
@@ -201,14 +218,19 @@ def evaluate_batch(model: nn.Module, images: Tensor, labels: Tensor, bit_widths:
 
 
 def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> str:
-    """Return which tensor is another one than expected, beyond rounding; "" where none is."""
-    norms = {name: tensor.norm() for name, tensor in expected.items() if tensor is not None}
-    least = LEAST * sum(norm**2 for norm in norms.values())**0.5
+    """Return which tensor is another one than expected, beyond rounding; "" where none is.
+
+    One that is expected not to be finite is not compared.
+    """
+    norms = {name: float(tensor.norm()) for name, tensor in expected.items() if tensor is not None}
+    least = LEAST * math.hypot(*filter(math.isfinite, norms.values()))
     for name, tensor in found.items():
         if (tensor is None) != (name not in norms):
-            return f"{name}: {'None' if tensor is None else 'not None'} where they share"
-        if tensor is not None:
-            distance = float((tensor - expected[name]).norm() / (norms[name] + least))
-            if not distance <= TOLERANCE:
-                return f"{name}: off by {100 * distance:.1f} % where they share"
+            return f"with sharing, {name} is {'None' if tensor is None else 'not None'}"
+        if tensor is None or not math.isfinite(norms[name]):
+            continue
+        distance = float((tensor - expected[name]).norm())
+        if not distance <= TOLERANCE * (norms[name] + least):
+            return (f"with sharing, {name} differs by "
+                    f"{100 * distance / (norms[name] + least or 1):.1f} %")
     return ""

@@ -25,7 +25,7 @@ def numbers_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, int | 
     set_bit_width(model, bit_widths[0])
     return {f"{name}.{attribute}".strip("."): value for name, module in model.named_modules()
             for attribute, value in vars(module).items()
-            if isinstance(value, (int, float)) and attribute != "training"}
+            if type(value) in (int, float) and not attribute.startswith("_")}
 
 
 class TrainingState:
@@ -52,9 +52,9 @@ class TrainingState:
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
         self.numbers = numbers_of(model, bit_widths)
+        has_own_state = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
         for name, value in vars(optimizer).items():
-            own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
-            if isinstance(value, torch.optim.Optimizer) and not own:
+            if isinstance(value, torch.optim.Optimizer) and not has_own_state:
                 raise UserError(f"the optimizer {type(optimizer).__name__} holds another one, "
                                 f"{name}, and its state_dict does not have the state of that, so a "
                                 "run could not be resumed: give it a state_dict and "
@@ -76,7 +76,7 @@ class TrainingState:
     def unsaved(self) -> list[str]:
         """Return the modules' attributes that training changed and no checkpoint holds."""
         return [name for name, value in numbers_of(self.model, self.bit_widths).items()
-                if value != self.numbers.get(name, value)]
+                if repr(value) != repr(self.numbers.get(name))]
 
     def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
         """Count an epoch as done; return whether it is the best so far, ties included."""

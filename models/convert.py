@@ -1,4 +1,5 @@
 """A network of float layers, made into one that runs at any precision."""
+import contextlib
 import copy
 import functools
 import warnings
@@ -16,7 +17,9 @@ from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, Weight
 
 
 REPLACED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6)
-SIZES = (32, 64, 224)  # of images, one of which a network may take
+SIZES = (32, 40, 64, 28, 96, 224)  # of images, one of which a network may take
+NOT_COMPARED = ("whether it computes what the float network did is not known, which takes none of "
+                f"the sizes {', '.join(map(str, SIZES))} or returns no tensor")
 TOLERANCE = 1e-3  # of outputs that are equal but for rounding, relative to their norm
 
 
@@ -56,7 +59,8 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
         run = type(fx.GraphModule(network, graph)).forward
 
     model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note)
-    check_equal(original, model.eval(), bit_widths[0])
+    if not check_equal(original, model.eval(), bit_widths[0]):
+        model.note = "; ".join(filter(None, [model.note, NOT_COMPARED]))
     set_bit_width(model, bit_widths[0])
     return model.train(training)
 
@@ -69,11 +73,14 @@ class FloatWeight(WeightQuantizer):
 
 
 @torch.no_grad()
-def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWidth) -> None:
-    """Raise ValueError where a converted network that is not quantized has other outputs.
+def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWidth) -> bool:
+    """Return whether a converted network could be compared with the float one, both in evaluation.
 
-    Both are in evaluation mode. Networks that take none of SIZES, or return no tensor, pass.
+    Raises ValueError where the converted one, not quantized, has other outputs. Networks that take
+    none of SIZES, or return no tensor, are not compared; those on the meta device need not be.
     """
+    if next(model.parameters()).is_meta:
+        return True
     set_bit_width(model, bit_width)
     weights = {layer: layer.quantizer for layer in model.modules() if isinstance(layer, Conv2dQ)}
     for layer in weights:
@@ -82,48 +89,50 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
         if isinstance(layer, (Conv2dQ, ActivationQ)):
             layer.quantizer.switch(FULL_PRECISION, str(bit_width))
     try:
-        with torch.random.fork_rng():
-            expected, steps = outputs(network)
-            found, own_steps = outputs(model)
+        for size in SIZES:
+            with contextlib.suppress(Exception):  # of a network that takes another size
+                expected, steps = outputs(network, size)
+                break
+        else:
+            return False
+        if not isinstance(expected, Tensor):
+            return False
+        found, own_steps = outputs(model, size)
     finally:
         for layer, quantizer in weights.items():
             layer.quantizer = quantizer
-    if not isinstance(expected, Tensor) or is_close(found, expected):
-        return
+    if is_close(found, expected):
+        return True
     own_steps = {name.removeprefix("network."): step for name, step in own_steps.items()}
     behind = [name for name, step in steps.items()
               if name in own_steps and not is_close(own_steps[name], step)]
-    raise ValueError(f"the converted network computes something else{from_layer(behind)}: its "
-                     "forward does what torch.fx does not follow, such as a change in place that "
-                     "is read under another name")
+    where = f", from layer {behind[0]} on" if behind else ""
+    raise ValueError(f"the converted network computes something else{where}: its forward does what "
+                     "torch.fx does not follow, such as a change in place that is read under "
+                     "another name")
 
 
-def from_layer(names: list[str]) -> str:
-    """Return where, for a message."""
-    return f", from layer {names[0]} on" if names else ""
+def outputs(network: nn.Module, size: int) -> tuple[object, dict[str, Tensor]]:
+    """Return a network's output, and those of its modules, on two random images of a size."""
+    first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    drawn = torch.Generator().manual_seed(0)
+    images = torch.randn(2, first.in_channels, size, size, generator=drawn).to(first.weight)
+    steps = {}
 
+    def note(layer, inputs, output, name):
+        if isinstance(output, Tensor):
+            steps[name] = output.clone()
 
-def outputs(network: nn.Module) -> tuple[object, dict[str, Tensor]]:
-    """Return a network's output, and those of its modules, on random images of one of SIZES."""
-    first = next(network.parameters())
-    for size in () if first.is_meta else SIZES:
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        steps = {}
-
-        def note(layer, inputs, output, name):
-            if isinstance(output, Tensor):
-                steps[name] = output.clone()
-
-        hooks = [layer.register_forward_hook(functools.partial(note, name=name))
-                 for name, layer in network.named_modules() if name]
-        try:
-            return network(images.to(first)), steps
-        except Exception:  # of a network that takes images of another size
-            continue
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return None, {}
+    hooks = [layer.register_forward_hook(functools.partial(note, name=name))
+             for name, layer in network.named_modules() if name]
+    state = torch.get_rng_state()
+    try:
+        torch.set_rng_state(drawn.get_state())  # the same for both; manual_seed is GPUs', too
+        return network(images), steps
+    finally:
+        torch.set_rng_state(state)
+        for hook in hooks:
+            hook.remove()
 
 
 def is_close(found: object, expected: Tensor) -> bool:

@@ -221,7 +221,7 @@ class SharedWeight:
     def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
         """Return what the layer's quantizer prepares of its weight."""
         weight = layer.weight
-        label = layer, state_of((weight, *layer.quantizer.parameters()))
+        label = layer, state_of((weight, *layer.quantizer.parameters(), *layer.quantizer.buffers()))
         if label not in self.shared.found:
             with forbidding_bit_width([layer]):
                 prepared = self.prepare(layer)

@@ -167,6 +167,24 @@ def test_a_copy_that_computes_something_else_is_refused(alias):
         convert(Aliased(alias), [2, 32])
 
 
+def test_images_of_any_channels_are_compared_and_draws_are_the_same():
+    network = Aliased(lambda x: x.detach())
+    network.stem = nn.Conv2d(1, 8, 1)
+    with pytest.raises(ValueError, match="computes something else"):
+        convert(network, [2, 32])
+    convert(Aliased(lambda x: functional.dropout(x, 0.5, True)), [2, 32])  # in evaluation, too
+
+
+def test_a_network_of_another_size_says_that_it_was_not_compared():
+    class Fixed(Aliased):
+        def forward(self, x):
+            return super().forward(x.view(-1, 3, 17, 19))
+
+    assert "whether it computes what the float network did is not known" in convert(
+        Fixed(torch.clone), [2, 32]).note
+    assert convert(Aliased(torch.clone), [2, 32]).note == ""
+
+
 @pytest.mark.parametrize("name", ["bn", "relu", "conv", "head"])
 def test_a_layer_with_a_forward_of_its_own_is_refused(name):
     network = Aliased(torch.clone)

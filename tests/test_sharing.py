@@ -293,7 +293,7 @@ def test_integers_that_change_what_was_prepared_are_refused():
     with pytest.raises(ValueError, match="InPlace changes in place what all bit-widths share"):
         any_precision_backward(model, images, labels, WIDTHS)
     forward = ForwardPass(model, torch.device("cpu"), batch_size=2, backend="aot_eager")
-    forward.checked.add("training")
+    forward.suits["training"] = True
     with pytest.raises(ValueError, match="InPlace changes in place what all bit-widths share"):
         forward.backward(images, labels, [4, 1], "recursive")
 

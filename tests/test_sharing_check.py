@@ -1,5 +1,7 @@
 """A run finds by its first step whether what bit-widths share can be computed once."""
 import contextlib
+import math
+import random
 import re
 
 import pytest
@@ -198,18 +200,18 @@ def test_what_sharing_does_not_suit_is_computed_anew(change, forward, monkeypatc
         torch.manual_seed(1)
         for _ in range(2):
             losses = computed.backward(IMAGES.clone(), LABELS, WIDTHS, "recursive")
-        assert not computed.shared
+        assert computed.suits == ({"training": False} if shared else {})
         steps.append(({str(width): loss for width, (loss, _) in losses.items()},
                       {name: parameter.grad for name, parameter in model.named_parameters()}))
     torch.testing.assert_close(*steps, rtol=0, atol=0)
     message, = messages
-    assert message.startswith("note: everything is computed anew at each bit-width: ")
+    assert message.startswith("note: training computes everything anew at each bit-width: ")
 
 
 def test_what_is_said(messages):
     computed = ForwardPass(network(gradient_per_bit), CPU)
     computed.backward(IMAGES, LABELS, WIDTHS, "recursive")
-    assert re.search(r"the gradient of body.weight: off by \d+\.\d %", messages.pop())
+    assert re.search(r"the gradient of body.weight differs by \d+\.\d %", messages.pop())
     computed = ForwardPass(network(with_quantizer(ByBits)), CPU)
     computed.backward(IMAGES, LABELS, WIDTHS, "recursive")
     assert "ByBits.prepare depends on the bit-width" in messages.pop()
@@ -223,7 +225,7 @@ def test_an_evaluation_is_tried_too(messages):
         for width, (_, logits) in found.items():
             set_bit_width(model, width)
             assert torch.equal(logits, model(IMAGES))
-    assert re.search(r"the logits at \d+ bits: off by \d+\.\d %", messages.pop())
+    assert re.search(r"the output at \d+-bit differs by \d+\.\d %", messages.pop())
 
 
 def test_the_project_s_own_networks_share(messages):
@@ -233,7 +235,7 @@ def test_the_project_s_own_networks_share(messages):
         computed.backward(torch.randn(4, 3, 40, 40), torch.arange(4), WIDTHS, "recursive")
         with torch.no_grad():
             computed.evaluate(torch.randn(4, 3, 40, 40), torch.arange(4), WIDTHS)
-        assert computed.shared and computed.checked == {"training", "evaluation"}
+        assert computed.suits == {"training": True, "evaluation": True}
     assert not messages
 
 
@@ -245,6 +247,7 @@ def test_a_trial_leaves_no_trace():
             self.calls = 0
             self.seen = []
             self.register_buffer("mean", torch.zeros(3))
+            self.plain = torch.zeros(3)
             self.bn = SwitchableBatchNorm2d(3, WIDTHS)
             self.fc = nn.Linear(3, 3)
             self.hook = self.fc.register_forward_hook(lambda layer, x, y: y + self.calls)
@@ -252,7 +255,8 @@ def test_a_trial_leaves_no_trace():
         def forward(self, x):
             self.calls += 1
             self.seen.append(self.calls)
-            self.mean = self.mean + torch.rand(3)
+            self.mean = self.mean + torch.rand(3) + random.random()
+            self.plain += 1
             with torch.no_grad():
                 self.fc.bias += 1
             return self.fc(nn.functional.dropout(self.bn(x).mean((2, 3))))
@@ -260,6 +264,7 @@ def test_a_trial_leaves_no_trace():
     ends = []
     for checked in (True, False):
         torch.manual_seed(0)
+        random.seed(0)
         model = Counting()
         model.fc.weight.grad = torch.ones(3, 3)
         computed = ForwardPass(model, CPU)
@@ -267,9 +272,60 @@ def test_a_trial_leaves_no_trace():
         computed.backward(IMAGES.float(), LABELS, WIDTHS, "hard")
         model.hook.remove()
         assert not model.fc._forward_hooks
-        ends.append([model.calls, model.seen, model.state_dict(), torch.rand(1),
+        ends.append([model.calls, model.seen, model.plain, model.state_dict(), torch.rand(1),
                      [parameter.grad for parameter in model.parameters()]])
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_each_task_decides_for_itself(messages):
+    """So that a resumed run trains as one that was not stopped."""
+    class NoisyInEvaluation(NoisyInTraining):
+        def prepare(self, w):
+            if not self.training:
+                w = w + 0.5 * w.detach().std() * torch.randn_like(w)
+            return DoReFaWeight.prepare(self, w)
+
+    model = network(with_quantizer(NoisyInEvaluation))
+    computed = ForwardPass(model, CPU)
+    computed.backward(IMAGES, LABELS, WIDTHS, "hard")
+    model.eval()
+    with torch.no_grad():
+        computed.evaluate(IMAGES, LABELS, WIDTHS)
+    assert computed.suits == {"training": True, "evaluation": False}
+
+
+def test_an_optimizer_that_steps_within_backward_keeps_its_state(messages):
+    steps = []
+    for shared in (True, False):
+        model = network()
+        optimizer = torch.optim.Adam(model.fc.parameters())
+        for parameter in model.fc.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+        computed = ForwardPass(model, CPU)
+        computed.shared = shared
+        computed.backward(IMAGES, LABELS, WIDTHS, "hard")
+        steps.append([state["step"] for state in optimizer.state.values()])
+    assert steps[0] == steps[1]
+    assert "an optimizer steps within shared_computation" in messages.pop()
+
+
+def test_numbers_that_are_not_finite_or_zero_do_not_count():
+    nothing = {"a": torch.zeros(3), "b": torch.ones(2), "c": None}
+    assert forward_pass.difference(nothing, nothing) == ""
+    broken = {**nothing, "a": torch.tensor([1, math.nan, 2])}
+    assert forward_pass.difference(broken, broken) == ""
+    assert "b differs by" in forward_pass.difference({**broken, "b": torch.zeros(2)}, broken)
+    assert "b differs" in forward_pass.difference({**nothing, "b": torch.tensor([1, math.nan])},
+                                                  nothing)
+
+
+def test_buffers_that_cannot_be_written_stay(messages):
+    model = network()
+    model.register_buffer("same", torch.ones(1).expand(8))
+    computed = ForwardPass(model, CPU)
+    computed.backward(IMAGES, LABELS, WIDTHS, "hard")
+    assert computed.suits == {"training": True} and not messages
+    assert model.bn.bn_dict["4"].num_batches_tracked == 1
 
 
 def test_errors_of_the_network_are_raised_as_they_are():
@@ -305,4 +361,5 @@ def test_a_run_says_it_in_its_log(tmp_path, monkeypatch, tiny_cifar10):
         self, w + 0.3 * w.detach().std() * torch.randn_like(w)))
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     log, = (tmp_path / "r").glob("log_*.txt")
-    assert log.read_text().count("note: everything is computed anew at each bit-width: the ") == 1
+    note = "note: training computes everything anew at each bit-width: with sharing, the gradient"
+    assert log.read_text().count(note) == 1
