@@ -118,6 +118,7 @@ def shortfall(results: Results) -> str:
     for bits, values in results.items():
         allowed = 2 * values["torch_flipped"] + FREQUENCY * values["images"]
         allowed += min(ALLOWED, values["images"] // FEW)
+        differing = (1 - values["agree"] / 100) * values["images"]
         is_close = values["mean64"] <= 2 * values["torch_mean64"]
         if not values["finite"]:
             shortfalls.append(f"at {bits} bits there are logits that are not finite")
@@ -125,8 +126,7 @@ def shortfall(results: Results) -> str:
             shortfalls.append(
                 f"at {bits} bits its logits are off by {values['relative']:.1g} of the network's, "
                 f"in {values['flipped']} of {values['images']} images by more than rounding")
-        elif values["agree"] < AGREE and (1 - values["agree"] / 100) * values["images"] > min(
-                1.5, values["images"] / FEW):
+        elif values["agree"] < AGREE and differing > min(1.5, values["images"] / FEW):
             shortfalls.append(f"at {bits} bits {values['agree']:.2f} % of predictions agree, and "
                               f"{AGREE} % must")
         elif abs(values.get("top1", 0) - values.get("network_top1", 0)) > max(

@@ -20,14 +20,6 @@ from utils import WriteError, brief, one_line, escaped, replacing, writing
 OPTIMIZER = "optimizer's "  # before a field's name
 
 
-def numbers_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, int | float]:
-    """Return the numbers that are Python attributes of a model's modules, at one bit-width."""
-    set_bit_width(model, bit_widths[0])
-    return {f"{name}.{attribute}".strip("."): value for name, module in model.named_modules()
-            for attribute, value in vars(module).items()
-            if type(value) in (int, float) and not attribute.startswith("_")}
-
-
 class TrainingState:
     """A run between two steps: epochs done, steps and metrics of the next, network, optimizer.
 
@@ -214,6 +206,14 @@ def data_difference(saved: dict | None, own: dict | None) -> str:
                 changes.append(f"its {name} is another" if digest else
                                f"its {name} was {brief(saved[name])} and is {value}")
     return ", ".join(changes)
+
+
+def numbers_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, int | float]:
+    """Return the numbers that are Python attributes of a model's modules, at one bit-width."""
+    set_bit_width(model, bit_widths[0])
+    return {f"{name}.{attribute}".strip("."): value for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            if type(value) in (int, float) and not attribute.startswith("_")}
 
 
 def first_not_finite(model: torch.nn.Module) -> str | None:

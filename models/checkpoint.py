@@ -485,7 +485,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
 
     check_finite(state_dict, path)
     versioned = OrderedDict(state_dict)
-    versioned._metadata = model.state_dict()._metadata  # which torchvision's MNASNet asks for
+    versioned._metadata = own._metadata  # which torchvision's MNASNet asks for
     model.load_state_dict(versioned)
 
 

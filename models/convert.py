@@ -14,7 +14,7 @@ from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, WeightQuantizer,
                              set_bit_width)
-
+from utils import keeping_random_states
 
 REPLACED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6)
 SIZES = (32, 40, 64, 28, 96, 224)  # of images, one of which a network may take
@@ -125,12 +125,11 @@ def outputs(network: nn.Module, size: int) -> tuple[object, dict[str, Tensor]]:
 
     hooks = [layer.register_forward_hook(functools.partial(note, name=name))
              for name, layer in network.named_modules() if name]
-    state = torch.get_rng_state()
     try:
-        torch.set_rng_state(drawn.get_state())  # the same for both; manual_seed is GPUs', too
-        return network(images), steps
+        with keeping_random_states():
+            torch.set_rng_state(drawn.get_state())  # the same for both; manual_seed is GPUs', too
+            return network(images), steps
     finally:
-        torch.set_rng_state(state)
         for hook in hooks:
             hook.remove()
 

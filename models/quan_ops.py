@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.assignment import Assignment, Width
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.float_layers import BatchNorm2d
+from utils import keeping_random_states
 
 # ---- quantizers: a change here reaches training, evaluation, low precision and export
 
@@ -381,12 +382,12 @@ def find_unscalable(model: nn.Module) -> None:
     """Set is_scalable of a model's layers, by copies of them with random parameters.
 
     It is False where integers and a scale behind them give another output than the weight does, as
-    where quantized_weight was edited, or a convolution pads with ones. Weights that are no
-    parameters are left out: of packed files, or what a parametrization or pruning computes.
+    where quantized_weight was edited, or a convolution pads with ones; and where that is not known,
+    as of what is neither a convolution nor linear. Weights that are no parameters are left out: of
+    packed files, or what a parametrization or pruning computes.
     """
     widths = [width for width in bit_widths_of(model) if width.weights != FULL_PRECISION]
     drawn = torch.Generator().manual_seed(0)
-    state = torch.get_rng_state()
     for layer in model.modules():
         if not isinstance(layer, QuantizedLayer) or not has_float_parameter(layer):
             continue
@@ -396,29 +397,26 @@ def find_unscalable(model: nn.Module) -> None:
             if parameter.is_floating_point():
                 parameter.normal_(generator=drawn)
         x = inputs_of(twin, drawn)
-        layer.is_scalable = True
-        for training in (True, False):
-            twin.train(training)
-            for width in widths:
-                twin.switch_bit_width(width)
-                if twin.bits != FULL_PRECISION and x is not None:
-                    layer.is_scalable &= is_scalable(twin, x, state)
-    torch.set_rng_state(state)
+        layer.is_scalable = x is not None and all(
+            is_scalable(twin.train(training), width, x)
+            for training in (True, False) for width in widths)
 
 
-def is_scalable(layer: nn.Module, x: Tensor, state: Tensor) -> bool:
+def is_scalable(layer: nn.Module, width: BitWidth, x: Tensor) -> bool:
     """Return whether a layer has the same output in both forms of `apply_quantized`.
 
-    A layer that does not run on x is not known to have. state: of torch's random numbers, which a
-    quantizer may draw.
+    A layer that does not run on x is not known to have.
     """
+    layer.switch_bit_width(width)
+    if layer.bits == FULL_PRECISION:
+        return True
     outputs = []
     for is_low in (True, False):
-        torch.set_rng_state(state)
         own = copy.deepcopy(layer)  # as a quantizer may count
         own.rounds_operands = lambda x, is_low=is_low: is_low
         try:
-            outputs.append(own.forward(x))  # without hooks
+            with keeping_random_states():  # which a quantizer may draw from
+                outputs.append(own.forward(x))  # without hooks
         except Exception:  # such as of more inputs
             return False
     found, expected = outputs

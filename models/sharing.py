@@ -31,9 +31,8 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
 
     Raises ValueError where an optimizer of the model steps within the context.
     """
-    parameters = set(model.parameters())
-
     def refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = set(model.parameters())
         if any(parameter in parameters for group in optimizer.param_groups
                for parameter in group["params"]):
             raise ValueError("an optimizer steps within shared_computation, where gradients are "

@@ -484,6 +484,24 @@ def test_low_precision_follows_what_a_layer_makes_of_its_weight(kind, bias):
         assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
 
 
+class Bilinear(QuantizedLayer, nn.Bilinear):
+    """Neither a convolution nor linear: its inputs are not known."""
+
+    def forward(self, x):
+        return self.apply_quantized(x, lambda x, w, b: functional.bilinear(x, x, w, b))
+
+
+def test_a_layer_of_an_unknown_kind_computes_with_its_weight():
+    torch.manual_seed(0)
+    layer = Bilinear(4, 4, 3)
+    del layer.in1_features, layer.in2_features
+    model = nn.Sequential(SwitchableBatchNorm2d(4, [2]), layer)
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert not layer.is_scalable
+    set_bit_width(model, 2)
+    assert bf16_error(layer, torch.randint(4, (8, 4)) / 3) < 0.02
+
+
 def test_low_precision_follows_a_weight_of_training_alone(monkeypatch):
     """Quant-Noise (Fan et al., 2021): some weights stay as they are."""
     product = QuantizedLayer.quantized_weight
