@@ -30,12 +30,13 @@ from models import Assignment, saved_bit_widths
 from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
 from models.checkpoint import BEST, network_of
-from utils import WriteError, flag_text, one_line, printable, progress
+from utils import WriteError, flag_text, one_line, printable, progress, unwinding_signals
 
 IMAGES = 500  # for a benchmark's accuracy, without --check
 CALIBRATION = 300  # training images for the runtimes' own quantization
 
 
+@unwinding_signals()  # removes the temporary folder
 def main(args: Namespace) -> None:
     """Export the file or files; check and benchmark them as the arguments say."""
     checkpoint = Checkpoint(published.find_checkpoint(args.source, BEST))

@@ -1,15 +1,18 @@
-"""Helpers for files, texts, random states and progress bars."""
+"""Helpers for files, signals, texts, random states and progress bars."""
 import contextlib
 import errno
 import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import numpy
 import torch
@@ -54,6 +57,44 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class SignalReceived(BaseException):
+    """SIGTERM, SIGHUP or SIGUSR1, which unwinds the code as KeyboardInterrupt does."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def unwinding_signals() -> Iterator[None]:
+    """Have signals that end the process unwind the context first; ignored ones stay ignored."""
+    handlers = {}
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        for each in handlers:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        raise SignalReceived(number)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                handlers[number] = signal.getsignal(number)
+        for number in handlers:
+            signal.signal(number, unwind)
+    try:
+        yield
+    except SignalReceived as received:
+        restore()
+        signal.raise_signal(received.number)
+        raise SystemExit(128 + received.number) from None  # the former handler only took note
+    finally:
+        restore()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets
 
-from dataset.download import filling, unwinding_signals
-from utils import WriteError, one_line, replacing
+from dataset.download import filling
+from utils import WriteError, one_line, replacing, unwinding_signals
 
 Arrays = tuple[Tensor, Tensor]  # images (N, H, W, 3) uint8, labels (N,) int64
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets, transforms
 
-from dataset.download import downloading, filling, reason_of, unwinding_signals
+from dataset.download import downloading, filling, reason_of
 from dataset.files import (IMAGES, LABELS, DataError, ImageFolder, check_idx, check_samples,
                            load_image, writing_to)
 from dataset.folder import PREFIX, is_folder, open_folder
-from utils import one_line, replacing
+from utils import one_line, replacing, unwinding_signals
 
 Samples = Dataset | list  # of (PIL image, label)
 

@@ -4,28 +4,17 @@ import errno
 import fcntl
 import os
 import resource
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from urllib.error import URLError
 
-from utils import one_line
+from utils import one_line, unwinding_signals
 
 TIMEOUT = 60  # seconds without a byte
 LIMIT = 4 * 10**9  # bytes of a file; SVHN's extra split, the largest one, has 1.3 * 10**9
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP,
               errno.ENOSPC, errno.EDQUOT)
-
-
-class SignalReceived(BaseException):
-    """SIGTERM, SIGHUP or SIGUSR1, which unwinds a download as KeyboardInterrupt does."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 @contextlib.contextmanager
@@ -46,36 +35,6 @@ def downloading() -> Iterator[None]:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             socket.setdefaulttimeout(timeout)
-
-
-@contextlib.contextmanager
-def unwinding_signals() -> Iterator[None]:
-    """Have signals that end the process unwind the context first; ignored ones stay ignored."""
-    handlers = {}
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        for each in handlers:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the cleaning up
-        raise SignalReceived(number)
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                handlers[number] = signal.getsignal(number)
-        for number in handlers:
-            signal.signal(number, unwind)
-    try:
-        yield
-    except SignalReceived as received:
-        restore()
-        signal.raise_signal(received.number)
-        raise SystemExit(128 + received.number) from None  # the former handler only took note
-    finally:
-        restore()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from dataset.files import DataError
 from engine import published
 from engine.errors import UserError
 from test_published import publish
+from utils import unwinding_signals
 
 FETCHED = ("data", "checkpoint")
 
@@ -137,7 +138,7 @@ def test_signals_that_are_ignored_or_noted_stay_so(monkeypatch):
     note = lambda number, frame: noted.append(number)
     other = signal.signal(signal.SIGTERM, note)
     try:
-        with pytest.raises(SystemExit) as ended, download.unwinding_signals():
+        with pytest.raises(SystemExit) as ended, unwinding_signals():
             signal.raise_signal(signal.SIGHUP)  # nohup's
             signal.raise_signal(signal.SIGTERM)
             noted.append("the download went on")

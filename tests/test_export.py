@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -181,6 +182,21 @@ def test_a_failed_export_leaves_nothing(arguments, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(packed, "save", full)
     assert run_export(*arguments, "--format", "packed", "--output", tmp_path / "net") == 1
     assert_one_line(capsys, f"{tmp_path}/net cannot be written (No space left", "free space there")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_leaves_nothing_of_an_export(arguments, tmp_path, monkeypatch):
+    def stopped(*args):
+        args[2].write_text("half")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(packed, "save", stopped)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # else it ends the tests
+    try:
+        code = run_export(*arguments, "--format", "packed", "--output", tmp_path / "net")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
 
 
