@@ -91,8 +91,9 @@ def list_images(folder: str, extensions: tuple[str, ...],
                 above: tuple[tuple[int, int], ...]) -> list[tuple[str, list[str]]]:
     """Return a folder and all those in it, each with the sorted names of its images.
 
-    above: the identities of the folders that it stands in. Raises DataError for a link to one of
-    them, which would be walked without end, and for an image that is no file.
+    Hidden ones are left out. above: the identities of the folders that it stands in. Raises
+    DataError for a link to one of them, which would be walked without end, and for an image that
+    is no file.
     """
     own = identity(folder)
     if own in above:
@@ -101,6 +102,8 @@ def list_images(folder: str, extensions: tuple[str, ...],
     inner = []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name.startswith("."):  # such as macOS's ._photo.jpg, which is no image
+                continue
             if entry.is_dir():
                 inner += list_images(entry.path, extensions, (*above, own))
             elif has_file_allowed_extension(entry.name, extensions):

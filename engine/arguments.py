@@ -258,7 +258,7 @@ def add_running(add: Callable[..., None]) -> None:
         "--pretrain (or --resume) at every bit-width of the list; default: all that it has")
     add("--calibrate", kind=TASK, type=number(int, 0), help="with --evaluate: a bit-width that was "
         "not trained copies the nearest one that was, and re-estimates BatchNorm's statistics over "
-        "this many training batches (0: none)")
+        "this many training batches, or all (0: none)")
     add("--layer_bits", "--layer-bits", kind=TASK, type=path_text, metavar="FILE",
         help="with --calibrate: evaluate the assignments of bits to layers of a JSON file, too, "
         "such as search.py writes")

@@ -11,7 +11,7 @@ from dataset.loader import Loader
 from engine.arguments import FLAGS, run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
-from engine.errors import Stopped, StopRequest, UsageError, UserError
+from engine.errors import Stopped, StopRequest, UserError
 from engine.figures import evaluation_table, save_evaluation_figure
 from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
@@ -69,6 +69,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
         batches = calibration_batches(args, train_set, forward_pass, device)
+        args.calibrate = batches.batch_sampler.stop  # all, where there are fewer
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
     name = f"{run_name(Namespace(**{**vars(args), 'bit_width_list': plain(trained)}))}_evaluation"
@@ -150,15 +151,12 @@ def add_costs(results: dict[Width, dict[str, float]], model: nn.Module,
 
 def calibration_batches(args: Namespace, train_set: Samples, forward_pass: ForwardPass,
                         device: torch.device) -> Loader:
-    """Return a loader of the first --calibrate training batches, the whole of each."""
+    """Return a loader of the first --calibrate training batches, or all, the whole of each."""
     loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
-    if args.calibrate > len(loader):
-        raise UsageError(f"--calibrate {args.calibrate} is more than the {len(loader)} batches of "
-                         f"{args.train_split}: give at most that")
     batches = loader.batch_sampler
     batches.rank = 0  # every process reads whole batches
     batches.world_size = 1
-    batches.stop = args.calibrate
+    batches.stop = min(args.calibrate, len(loader))
     return loader
 
 

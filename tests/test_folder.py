@@ -144,9 +144,11 @@ def test_other_folders_are_refused(change, parts, photos):
         assert part in str(error.value)
 
 
-def test_hidden_folders_are_no_classes(photos):
-    (photos / ".thumbnails").mkdir()
-    shutil.copy(photos / "ant" / "alpha.png", photos / "._alpha.png")
+def test_hidden_files_and_folders_are_neither_images_nor_classes(photos):
+    for folder in (photos, photos / "ant"):
+        (folder / ".thumbnails").mkdir()
+        for place in (folder, folder / ".thumbnails"):
+            (place / "._alpha.png").write_bytes(b"not an image")
     assert len(names_in(photos, "train") | names_in(photos, "val")) == 18
 
 
