@@ -10,9 +10,10 @@
 # command on each, with NNODES=4 NODE_RANK=0..3 MASTER_ADDR=host-of-rank-0 (MASTER_PORT, 29500).
 # The results folder, which all machines must see, is results/imagenet_resnet50q_any, or
 # results/imagenet_resnet50q_2 and so on of a dedicated model, with _bf16 or _tf32 at the end where
-# --precision says so (--results-dir for another). The same command again goes on from its latest
-# checkpoint, and so does a run of which a process died (MAX_RESTARTS, 3 times). Where decoding is
-# what the GPUs wait for, benchmarks/resize_imagenet.py makes a smaller copy (docs/speed.md).
+# --precision says so; another loss, seed or short trial needs a --results-dir of its own. The same
+# command again goes on from its latest checkpoint, and so does a run of which a process died
+# (MAX_RESTARTS, 3 times). Where decoding is what the GPUs wait for, benchmarks/resize_imagenet.py
+# makes a smaller copy (docs/speed.md).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 

@@ -251,7 +251,8 @@ def add_training(add: Callable[..., None]) -> None:
 def add_running(add: Callable[..., None]) -> None:
     """Declare the flags of the task and the machine."""
     add("--pretrain", kind=RUN, type=source, help="load these weights first: a checkpoint, a "
-        "folder with model_best.pth.tar, a URL, or a published name")
+        "folder with model_best.pth.tar, a URL, a published name, the float network's state dict "
+        "for torchvision:NAME, or with --evaluate a packed file")
     add("--resume", kind=TASK, type=source,
         help="resume a run: its results folder, or a checkpoint")
     add("--evaluate", kind=TASK, action="store_true", help="do not train: print the accuracy of "
