@@ -11,7 +11,7 @@ import csv
 import os
 import statistics
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,11 +51,23 @@ class Run(NamedTuple):
     name: str
     bit_widths: str  # those of training; "all" for dedicated networks
     trained: frozenset[BitWidth]
-    settings: dict[str, str]  # {argument: words} of what else may differ between runs
+    settings: dict[str, str]  # {argument: words, "" where off} of what else may differ
     evaluation: dict[str, str]  # likewise, of what was evaluated and how
     seed: int
     best_by: str
     history: list[dict]  # records of metrics.jsonl; one for an evaluation
+
+    @property
+    def configuration(self) -> tuple:
+        """What runs of one row have in common."""
+        return (self.kind, self.name, self.bit_widths, *self.evaluation.items(),
+                *self.settings.items())
+
+    @property
+    def identity(self) -> tuple:
+        """What a repetition of a run has in common with it."""
+        return (self.configuration, self.trained, self.seed, self.best_by,
+                self.history[-1]["val"].keys())
 
 
 def load_run(folder: str | Path) -> Run:
@@ -83,8 +95,10 @@ def load_run(folder: str | Path) -> Run:
 
     bit_widths = config.get("trained_bit_widths") or arguments["bit_width_list"]
     trained = frozenset(map(BitWidth.of, bit_widths))
-    name = f"any, {arguments['loss']}" if len(trained) > 1 else "dedicated"
-    evaluation = {}
+    name = "dedicated"
+    if len(trained) > 1:
+        name = f"any, {arguments['loss']}" if arguments["loss"] else "any"  # a published network
+    evaluation = {"evaluation": "", "calibration": ""}
     if arguments["evaluate"]:
         if len(trained) == 1 and history[0]["val"].keys() != trained:
             name += f" {flag_text(bit_widths)}-bit"
@@ -94,9 +108,10 @@ def load_run(folder: str | Path) -> Run:
     if arguments["precision"] not in (AUTO, "fp32"):
         name += f", {arguments['precision']}"
     settings = {argument: escaped(setting_words(argument, value))
-                for argument, value in sorted(arguments.items())
-                if value is not None and value is not False
-                and sets_apart(argument, arguments["evaluate"])}
+                for argument, value in sorted(trained_with(config, arguments).items())
+                if sets_apart(argument)}
+    if not arguments["evaluate"]:
+        settings["processes"] = escaped(f"processes {config.get('processes', 1)}")
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
     listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
     commit = escaped(str(config.get("commit")))
@@ -116,7 +131,8 @@ def arguments_of(config: object, where: Path) -> dict:
     for name, flag in FLAGS.items():
         if flag.in_name and name not in config["arguments"]:
             raise damaged(where, f"argument {name}", None, "that of a run")
-        if not is_like(arguments[name], DEFAULTS[name]):
+        is_known = name != "loss" or arguments[name] or not arguments["evaluate"]
+        if is_known and not is_like(arguments[name], DEFAULTS[name]):
             raise damaged(where, f"argument {name}", arguments[name],
                           f"of the type of {flag_text(DEFAULTS[name])}")
     if arguments["best_by"] not in ("highest", "mean"):
@@ -130,7 +146,18 @@ def arguments_of(config: object, where: Path) -> dict:
             raise damaged(where, name, widths, "a list of bit-widths") from None
     if arguments["evaluate"] and not isinstance(config.get("checkpoint"), str):
         raise damaged(where, "checkpoint", config.get("checkpoint"), "a path")
+    if not isinstance(config.get("trained_with", {}), dict):
+        raise damaged(where, "trained_with", config["trained_with"], "arguments")
     return arguments
+
+
+def trained_with(config: dict, arguments: dict) -> dict:
+    """Return the arguments of a run's training; of an evaluation, as far as they are known."""
+    if not arguments["evaluate"]:
+        return arguments
+    known = {name: value for name, value in arguments.items()
+             if name in FLAGS and FLAGS[name].evaluated}
+    return {**known, **config.get("trained_with", {})}
 
 
 def assignments_in(config: dict, where: Path) -> list[Assignment]:
@@ -166,8 +193,13 @@ def is_like(value: object, default: object) -> bool:
 
 
 def setting_words(argument: str, value: object) -> str:
-    """Return an argument and its value in words: "batch size 64", "all conv", "no lr decay"."""
+    """Return an argument and its value in words: "batch size 64", "all conv", "no lr decay".
+
+    Those of one that is off are "".
+    """
     name = argument.replace("_", " ")
+    if value is None or value is False or (argument, value) == ("start_epoch", 0):
+        return ""
     if value is True:
         return name
     return f"no {name}" if value == [] else f"{name} {flag_text(value)}"
@@ -177,27 +209,29 @@ def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
     """Return in words which checkpoint was evaluated, and how many batches calibrated it."""
     stem = escaped(Path(checkpoint).name.split(".")[0])
     named = {"model_best": "best checkpoint", "model_latest": "last checkpoint"}
-    words = {"checkpoint": f"{named.get(stem, stem)} evaluated"}
+    calibration = ""
     if batches is not None:
         count = "1 batch" if batches == 1 else f"{batches} batches"
-        words["calibrate"] = f"calibrated on {count}" if batches else "not calibrated"
-    return words
+        calibration = f"calibrated on {count}" if batches else "not calibrated"
+    return {"evaluation": f"{named.get(stem, stem)} evaluated", "calibration": calibration}
 
 
-def sets_apart(argument: str, evaluated: bool) -> bool:
+def sets_apart(argument: str) -> bool:
     """Return whether an argument that is not part of a run's name may distinguish runs."""
     flag = FLAGS.get(argument)
-    if flag is None or flag.in_name or flag.kind in (MACHINE, TASK):
+    if flag is None or flag.in_name:
         return False
-    return flag.evaluated or not evaluated
+    return flag.kind not in (MACHINE, TASK) or argument == "start_epoch"
 
 
 def names_of(runs: list[Run]) -> list[str]:
     """Return the runs' names, each with what distinguishes it from most others of its kind.
 
-    What an evaluation is of also distinguishes it from trainings on the same data.
+    What an evaluation is of also distinguishes it from trainings on the same data. Runs of one name
+    are of one configuration.
     """
     names = []
+    configurations = defaultdict(set)  # of a name in a table
     for run in runs:
         peers = [peer for peer in runs if peer.kind == run.kind]
         panel = [peer for peer in runs if peer.kind[:2] == run.kind[:2]]
@@ -210,13 +244,27 @@ def names_of(runs: list[Run]) -> list[str]:
         if len(alike) > 1:
             name += f" ({run.bit_widths})"
         names.append(name)
+        configurations[run.kind[:2], name].add(run.configuration)
+    for place, run in enumerate(runs):
+        if len(configurations[run.kind[:2], names[place]]) > 1:
+            every = [*run.evaluation.values(), *run.settings.values()]
+            names[place] = ", ".join([run.name, *filter(None, every)])
     return names
 
 
 def varying(own: dict[str, str], of_all: list[dict[str, str]]) -> list[str]:
-    """Return the words of `own` that are not those of three quarters in `of_all`, or more."""
-    return [words for key, words in own.items()
-            if sum(other.get(key) == words for other in of_all) < 0.75 * len(of_all)]
+    """Return the words of `own` that are not those of three quarters in `of_all`, or more.
+
+    What is off in `own` is said where it is on in those.
+    """
+    found = []
+    for key, words in own.items():
+        others = [other[key] for other in of_all if key in other]
+        usual, count = Counter(others).most_common(1)[0]
+        is_usual = count >= 0.75 * len(others)
+        if not (is_usual and words == usual) and (words or is_usual):
+            found.append(words or f"without {key.replace('_', ' ')}")
+    return found
 
 
 def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
@@ -242,8 +290,7 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         except UserError as error:
             no_runs.append(str(error))
             continue
-        same = [other for other in runs if other[3:-1] == run[3:-1]
-                and other.history[-1]["val"].keys() == run.history[-1]["val"].keys()]
+        same = [other for other in runs if other.identity == run.identity]
         if same and same[0].checkpoint != run.checkpoint:
             left_out.append(f"{folder} is of another checkpoint than {same[0].folder}, and nothing "
                             "else tells them apart: report it alone")

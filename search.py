@@ -149,8 +149,6 @@ def read_images(args: Namespace, settings: Namespace, dataset: Samples, forward_
                                 memory_format=forward_pass.memory_format))
 
     calibration = [images for images, _ in batches(order[count:2 * count])]
-    if len(calibration) > 1 and len(calibration[-1]) < len(calibration[0]):
-        calibration.pop()  # which would count as much as a whole batch
     data = packed.digest({}, fingerprint(dataset))
     return calibration, batches(order[:count]), count, data
 

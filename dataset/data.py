@@ -120,6 +120,7 @@ class DataSet(NamedTuple):
     in_memory: bool = True  # small enough to be held as arrays
     # A part -> its raw file and that file's checksum: then its arrays are cached beside the file.
     source: Callable[[Dataset], tuple[str, str]] | None = None
+    joined: dict[str, tuple[str, ...]] = {}  # a split -> the parts that it is, where several
     # Images, height and width of each part, as it is read; checked where they are given.
     shapes: dict[str, tuple[int, int, int]] = {}
 
@@ -164,7 +165,8 @@ DATASETS = {
     "svhn": DataSet(
         open=lambda root, split: open_downloadable(datasets.SVHN, root, split=split),
         val_split={"train_extra": "test", "train": "test", "extra": "test",
-                   "train_extra_auto_quan": "val_auto_quan"}, train=RESIZE_40, eval=RESIZE_40,
+                   "train_extra_auto_quan": "val_auto_quan"},
+        joined={"train_extra": ("train", "extra")}, train=RESIZE_40, eval=RESIZE_40,
         source=lambda dataset: (dataset.filename, dataset.file_md5),
         shapes={"train": (73_257, 32, 32), "test": (26_032, 32, 32), "extra": (531_131, 32, 32)}),
     "imagenet": imagenet_row(open_image_folder),
@@ -245,8 +247,9 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
 
     root = root_of(name, data_dir)
     held_out = split.endswith("_auto_quan")  # a part of the default split
-    names = (next(iter(row.val_split)) if held_out else split).split("_")
-    parts = [row.open(root, part) for part in names]  # "train_extra": train and extra, joined
+    whole = next(iter(row.val_split)) if held_out else split
+    names = row.joined.get(whole, (whole,))
+    parts = [row.open(root, part) for part in names]
     for part, samples in zip(names, parts):
         check_samples(samples, f"{name}'s {part} part in {root}", row.shapes.get(part),
                       row.num_classes)

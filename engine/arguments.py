@@ -318,8 +318,8 @@ def check_saved(arguments: dict, path: str | Path) -> dict:
     actions = {action.dest: action for action in parser._actions}
     for name, value in arguments.items():
         action = actions.get(name)
-        if action is None or value is None and action.default is None:
-            continue
+        if action is None or value is None and (action.default is None or name == "loss"):
+            continue  # a published network does not say its loss
         try:
             if isinstance(action.default, bool):
                 right = isinstance(value, bool)
@@ -434,13 +434,13 @@ def flag_name(name: str) -> str:
 
 
 def run_name(args: Namespace) -> str:
-    """Return a run's name: data, model, bit-widths, loss, what is not by default, seed."""
+    """Return a run's name: data, model, bit-widths, loss if known, what is not by default, seed."""
     dataset = args.dataset
     if is_folder(dataset):
         path = os.path.abspath(dataset.removeprefix(PREFIX))
         dataset = f"folder-{os.path.basename(path)[:NAME_LENGTH]}"
     parts = [dataset, args.model.replace(":", "-"), "-".join(map(str, args.bit_width_list))]
-    if len(args.bit_width_list) > 1:
+    if len(args.bit_width_list) > 1 and args.loss:
         parts.append(args.loss)
     if args.all_conv:
         parts.append("allconv")

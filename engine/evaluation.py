@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dataset.data import DATASETS, Samples
 from dataset.loader import Loader
-from engine.arguments import FLAGS, run_name
+from engine.arguments import FLAGS, MACHINE, TASK, run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
 from engine.errors import Stopped, StopRequest, UserError
@@ -25,7 +25,7 @@ from models import (Assignment, BitWidth, Width, add_assignment, assignments_of,
 from models.calibration import copies_quantizers
 from models.checkpoint import network_content, network_of
 from models.cost import Costs, totals
-from utils import flag_text, one_line, progress, write_json
+from utils import flag_text, one_line, progress, without_secrets, write_json
 
 
 @torch.no_grad()
@@ -72,7 +72,8 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         args.calibrate = batches.batch_sampler.stop  # all, where there are fewer
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
-    name = f"{run_name(Namespace(**{**vars(args), 'bit_width_list': plain(trained)}))}_evaluation"
+    named = {**vars(args), "bit_width_list": plain(trained)}
+    name = f"{run_name(Namespace(**named))}_evaluation"
     with RunFolder(args.results_dir, name) as run:
         split = DATASETS[args.dataset].val_split[args.train_split]
         log.info(f"evaluating {path}, {args.model} trained at {flag_text(trained)} bits, on "
@@ -94,8 +95,10 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         results = evaluate(model, forward_pass, val_loader, wanted, device)
         add_costs(results, model, DATASETS[args.dataset].image_size)
         if rank() == 0:
-            run.write_config(vars(args), device, checkpoint=str(path), epoch=content.get("epoch"),
+            own = {name: value for name, value in vars(args).items() if is_of_evaluation(name)}
+            run.write_config(own, device, checkpoint=str(path), epoch=content.get("epoch"),
                              trained_bit_widths=plain(trained),
+                             trained_with=without_secrets(content.get("arguments") or {}),
                              assignments=[each.content for each in wanted
                                           if isinstance(each, Assignment)])
             write_json(run.path / "evaluation.json", results)
@@ -105,6 +108,13 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
                 save_calibrated(args, checkpoint, model, added)
             log.info(run.contents())
     return run.path
+
+
+def is_of_evaluation(argument: str) -> bool:
+    """Return whether an evaluation has this argument: the others are of the training."""
+    flag = FLAGS[argument]
+    return flag.evaluated or flag.kind in (MACHINE, TASK) or argument in ("pretrain",
+                                                                         "bit_width_list")
 
 
 def given_assignments(args: Namespace) -> list[Assignment]:

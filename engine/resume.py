@@ -232,6 +232,7 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
              if name in FLAGS and FLAGS[name].evaluated}
     if saved.get("precision") == "tf32":
         saved["precision"] = AUTO  # fp32, which is finer, where the device has no TF32
+    saved.setdefault("loss", None)  # of a published network, which does not say it
     network = {name: saved[name] for name in names_of(NETWORK) if name in saved}
     changed = differences(network, vars(flags))
     if changed:

@@ -33,7 +33,7 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
         model = MODELS[name](bit_widths, num_classes, width, all_conv)
     else:
         model = convert(zoo.torchvision_network(name, num_classes), bit_widths)
-    if quantizer != "dorefa":  # the default of every layer
+    if QUANTIZERS.get(quantizer, "unknown"):
         set_quantizers(model, quantizer, bit_widths)
     model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
                   "quantizer": quantizer,

@@ -169,9 +169,9 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
               batches: Iterable[Tensor]) -> None:
     """Re-estimate one bit-width's BatchNorm statistics over batches of images (N, 3, H, W).
 
-    Each statistic becomes its average over the batches. Nothing else changes, not even resnet20q's
-    shared shortcut BatchNorm. Leaves the model in evaluation mode at that bit-width. Raises
-    ValueError where there are no batches.
+    Each statistic becomes its average over the batches, weighted by their sizes. Nothing else
+    changes, not even resnet20q's shared shortcut BatchNorm. Leaves the model in evaluation mode at
+    that bit-width. Raises ValueError where there are no batches.
     """
     model.eval()
     set_bit_width(model, bit_width)
@@ -181,13 +181,13 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
     layers = {norm for entry in entries for norm in entry.modules()
               if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
     momentum = [layer.momentum for layer in layers]
-    calls = dict.fromkeys(layers, 0)  # of each: one may be called more than once
+    seen = dict.fromkeys(layers, 0)  # images
 
     def average(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        if not calls[layer]:
+        if not seen[layer]:
             layer.reset_running_stats()
-        calls[layer] += 1
-        layer.momentum = 1 / calls[layer]  # cumulative; torch's own waits for the count
+        seen[layer] += len(inputs[0])
+        layer.momentum = len(inputs[0]) / seen[layer]  # cumulative; torch's own waits for the count
 
     hooks = [layer.train().register_forward_pre_hook(average) for layer in layers]
     count = 0

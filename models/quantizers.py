@@ -6,19 +6,14 @@ from torch import Tensor, nn
 
 from models.bit_widths import BitWidth, check_bit_widths
 from models.lsq import lsq
-from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
-                             Quantizer, set_bit_width)
+from models.quan_ops import DoReFaActivation, DoReFaWeight  # noqa: F401  to build others on
+from models.quan_ops import ActivationQ, QuantizedLayer, Quantizer, set_bit_width
 from utils import brief
 
 
-def dorefa(layer: nn.Module, bit_widths: Iterable[BitWidth]) -> Quantizer:
-    """Return the published quantizer for a layer's weight, or for activations."""
-    return DoReFaWeight() if isinstance(layer, QuantizedLayer) else DoReFaActivation()
-
-
 # Called with a layer, a QuantizedLayer or an ActivationQ, and the network's bit-widths.
-QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer]] = {
-    "dorefa": dorefa,
+QUANTIZERS: dict[str, Callable[[nn.Module, Iterable[BitWidth]], Quantizer] | None] = {
+    "dorefa": None,  # what layers hold when they are built: see models/quan_ops.py
     "lsq": lsq,
 }
 
@@ -50,10 +45,12 @@ def check_own_bits(model: nn.Module, saved: dict[str, int]) -> None:
 def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | int | str]) -> None:
     """Replace the quantizer of every quantized layer by one of QUANTIZERS[name].
 
-    Raises ValueError for an unknown name, and where two layers get one quantizer.
+    Raises ValueError for an unknown name, for "dorefa", and where two layers get one quantizer.
     """
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer {name!r} does not exist: choose from {', '.join(QUANTIZERS)}")
+    if QUANTIZERS[name] is None:
+        raise ValueError(f"{name} is what layers hold when they are built: build the network anew")
     bit_widths = check_bit_widths(bit_widths)
     owners = {}
     for layer_name, layer in layers_with_quantizer(model).items():

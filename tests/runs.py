@@ -114,5 +114,5 @@ def assert_one_line(capsys, *parts):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.endswith("\n"), err
     for part in parts:
-        assert part in err
+        assert part in err, err
     assert "Traceback" not in err

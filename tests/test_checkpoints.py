@@ -111,6 +111,12 @@ def test_a_batch_norm_that_is_called_twice_is_calibrated_over_all_calls(batches)
     assert not model.bn.bn_dict["2"]._forward_pre_hooks
 
 
+def test_a_short_batch_counts_by_its_size():
+    bn = SwitchableBatchNorm2d(1, [2])
+    calibrate(bn, 2, [torch.zeros(3, 1, 2, 2), torch.full((1, 1, 2, 2), 4.0)])
+    assert bn.bn_dict["2"].running_mean.item() == pytest.approx(1)
+
+
 def test_norms_without_statistics_are_not_calibrated():
     model = reference.fill(ResNet8([2], width=1), seed=0)
     model.bn.bn_dict["2"] = torch.nn.GroupNorm(4, 16)
@@ -201,8 +207,8 @@ def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tiny_cifa
     assert config["epoch"] == load(trained, "model_best")["epoch"]
     found = report.load_run(folder)
     assert (found.name, found.bit_widths) == ("any, recursive", "2,32")
-    assert found.evaluation == {"checkpoint": "best checkpoint evaluated",
-                                "calibrate": "calibrated on 1 batch"}
+    assert found.evaluation == {"evaluation": "best checkpoint evaluated",
+                                "calibration": "calibrated on 1 batch"}
 
 
 def test_calibration_takes_all_batches_where_there_are_fewer(trained, tiny_cifar10, tmp_path,

@@ -23,7 +23,7 @@ import tiny_data
 from dataset import data as data_room
 from dataset import cached_arrays
 from dataset import loader as loader_room
-from dataset.data import DATASETS, data_paths, get_dataset, get_transform, text_of
+from dataset.data import DATASETS, DataSet, data_paths, get_dataset, get_transform, text_of
 from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
                             count_classes, fingerprint, flipped_crops, make_loader, read_arrays)
@@ -167,6 +167,21 @@ def test_svhn_joins_train_and_extra_and_counts_ten_as_zero(tmp_path, monkeypatch
     assert [label for _, label in joined] == [label for part in (train, extra) for _, label in part]
     assert [label for _, label in train] == tiny_data.labels(12)
     assert joined[12][0].tobytes() == extra[0][0].tobytes()
+
+
+def test_the_name_of_a_split_is_opened_as_it_is(monkeypatch):
+    """An underscore joins nothing: train_full is no train and full."""
+    opened = []
+
+    def note(root, split):
+        opened.append(split)
+        return [(Image.new("RGB", (40, 40)), 0)]
+
+    monkeypatch.setitem(DATASETS, "own", DataSet(open=note, val_split={"train_full": "test_b"}))
+    monkeypatch.setitem(data_paths, "own", "own")
+    for split in ("train_full", "test_b"):
+        assert len(get_dataset("own", split)) == 1
+    assert opened == ["train_full", "test_b"]
 
 
 @pytest.fixture
@@ -481,7 +496,7 @@ def test_a_data_folder_that_links_to_itself(tmp_path):
 
 def test_images_are_those_of_torchvision_in_its_order(tmp_path):
     folder, opened = folder_of(tmp_path)
-    for index, inner in enumerate(("b", "a/c", "a-", "b/.hidden")):
+    for index, inner in enumerate(("b", "a/c", "a-")):
         (folder / inner).mkdir(parents=True)
         shutil.copy(folder / "n01440764_0.JPEG", folder / inner / f"{9 - index}.PNG")
     (folder / "notes.txt").write_text("")
@@ -489,8 +504,12 @@ def test_images_are_those_of_torchvision_in_its_order(tmp_path):
     (folder.parent / "link").symlink_to("n01440764/b")
     found = opened()
     expected = datasets.ImageFolder(folder.parent)
-    assert found.samples == expected.samples and len(found) == 6 + 4 + 1 + 2
+    assert found.samples == expected.samples and len(found) == 6 + 3 + 1 + 1
     assert found.classes == expected.classes and found.targets == expected.targets
+    (folder / ".thumbnails").mkdir()
+    for hidden in ("._0.JPEG", ".thumbnails/0.JPEG"):  # which torchvision takes for images
+        (folder / hidden).write_bytes(b"")
+    assert opened().samples == found.samples
 
 
 def test_names_that_are_no_utf8(tmp_path):

@@ -415,6 +415,8 @@ def test_a_difference_in_most_images_is_a_shortfall():
     assert found(16, 1e-5) == "" and found(3, 1e-2) == ""  # rounding, and three levels
     assert "in 16 of 16 images by more than rounding" in found(16, 1e-3)
     assert "in 4 of 16" in found(4, 1e-2) and found(4, 1e-2, flipped=1) == ""
+    ours += 1e-3  # as of levels that float32 rounds otherwise in most images
+    assert found(16, 5e-3, flipped=14) == "" and "in 16 of 16" in found(16, 5e-2, flipped=14)
     logits = exact[:3] + 0.2
     few = check.row(logits, ours[:3], exact[:3], numpy.zeros(3, bool))
     assert "in 3 of 3 images" in check.shortfall({4: few})

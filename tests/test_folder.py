@@ -267,6 +267,17 @@ def test_train_resume_evaluate_export(photos, tmp_path, monkeypatch, capsys):
     assert not Path("n").exists()
 
 
+def test_some_of_the_class_folders_are_refused(trained, tmp_path, capsys):
+    """Without the names of all, nobody knows which of a network's classes they are."""
+    for name in ("val/class 8", "val/class 9"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(32, 32, 3).save(tmp_path / name / "x.png")
+    torch.save({**load(trained), "images": None}, tmp_path / "x.pth.tar")
+    argv = ["--evaluate", "--pretrain", tmp_path / "x.pth.tar", "--dataset", f"folder:{tmp_path}"]
+    assert run([*argv, "--results-dir", tmp_path / "e"]) == 1
+    assert_one_line(capsys, f"has 10 classes and folder:{tmp_path} has 2")
+
+
 @pytest.mark.parametrize("removed", [(), ("images",), ("images", "arguments")])
 def test_images_are_normalized_as_the_network_was_trained(removed, trained, tmp_path, monkeypatch):
     monkeypatch.setitem(published.DATASET, "resnet4q", "cifar10")

@@ -2,9 +2,11 @@
 import pytest
 import torch
 
+import models
 import reference
 from models import DEFAULT_WIDTH, MODELS, bit_widths_of, set_bit_width
-from models.quan_ops import Conv2dQ, SwitchableBatchNorm2d
+from models.quan_ops import (Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
+                             SwitchableBatchNorm2d)
 from small_networks import Bottlenecks
 
 SIZE = {"resnet20q": 32, "resnet50q": 64, "svhnq": 40}
@@ -109,3 +111,21 @@ def test_resnet50q_initialisation():
             assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
         if isinstance(layer, torch.nn.BatchNorm2d):
             assert (layer.weight == 1).all() and (layer.bias == 0).all()
+
+
+def test_another_default_quantizer_takes_effect(monkeypatch):
+    """Nothing that a reader edits is without effect."""
+    class Own(DoReFaWeight):
+        pass
+
+    monkeypatch.setitem(models.QUANTIZERS, "dorefa", lambda layer, bit_widths: (
+        Own() if isinstance(layer, QuantizedLayer) else DoReFaActivation()))
+    found = {type(layer.quantizer) for layer in models.build("svhnq", [2, 8], 10, 1).modules()
+             if isinstance(layer, QuantizedLayer)}
+    assert found == {Own}
+
+
+def test_dorefa_is_not_set_afterwards():
+    model = models.build("svhnq", [2, 8], 10, 1, quantizer="lsq")
+    with pytest.raises(ValueError, match="dorefa is what layers hold when they are built"):
+        models.set_quantizers(model, "dorefa", [2, 8])

@@ -9,11 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import report
 from engine.arguments import merge_args, parse_flags, run_name
 from engine.errors import run_program
 from engine.run_folder import write_metrics
+from models import MODELS
+from runs import run as train
+from runs import tiny
 
 
 def write_run(folder, top1, *flags):
@@ -129,6 +133,71 @@ def test_names_leave_out_what_most_runs_have(runs, tmp_path, capsys):
         "| any, recursive, batch size 256, optimizer sgd",
         "| any, recursive, all conv, batch size 256", "| any, recursive, bf16, batch size 256",
         "| any, recursive, batch size 256, no lr decay, schedule cosine"]
+
+
+def row_of(runs, tmp_path, capsys):
+    """Return the rows of a report of runs as {name: top-1 at its first bit-width}."""
+    assert run([*runs, "--output", str(tmp_path / "t")]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| any")]
+    return {cells[0]: cells[1] for cells in rows}
+
+
+@pytest.mark.parametrize("flags, usual", [
+    (["--all-conv"], "without all conv"), (["--widths-per-step", "2"], "without widths per step"),
+    (["--sync-bn"], "without sync bn"), (["--start-epoch", "1"], "without start epoch")])
+def test_a_run_without_what_most_have_has_its_own_row(flags, usual, tmp_path, capsys):
+    runs = [write_run(tmp_path / f"{seed}", {1: [0.0, 90.0], 2: [0.0, 90.0]}, *flags, "--seed",
+                      str(seed)) for seed in range(3)]
+    runs.append(write_run(tmp_path / "plain", {1: [0.0, 50.0], 2: [0.0, 50.0]}))
+    assert row_of(runs, tmp_path, capsys) == {
+        "any, recursive": "90.00 ± 0.00", f"any, recursive, {usual}": "50.00"}
+
+
+def test_a_training_among_its_evaluations_has_its_own_row(tmp_path, capsys):
+    runs = []
+    for seed in range(3):
+        trained = tmp_path / f"a{seed}"
+        runs.append(write_run(trained, {1: [90.0]}, "--seed", str(seed)))
+        write_evaluation(tmp_path / f"e{seed}", trained, {1: 70.0, 2: 75.0}, batches=None)
+    found = [runs[0], *(str(tmp_path / f"e{seed}") for seed in range(3))]
+    assert run([*found, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| dedicated, without evaluation | 90.00 |" in out
+    assert "| dedicated 1-bit | 70.00 ± 0.00 | 75.00 ± 0.00 |" in out
+
+
+def test_runs_on_other_numbers_of_processes_are_apart(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, {1: [top1], 32: [99.0]}, "--seed", seed)
+            for name, top1, seed in (("a", 90.0, "0"), ("b", 50.0, "1"))]
+    edit(tmp_path / "b" / "config.json", "processes", value=8)
+    assert row_of(runs, tmp_path, capsys) == {
+        "any, recursive, processes 1": "90.00", "any, recursive, processes 8": "50.00"}
+
+
+def test_evaluations_of_networks_that_were_trained_otherwise_are_apart(
+        tmp_path, tiny_cifar10, capsys):
+    """By what train.py writes."""
+    folders = []
+    for name, more in (("a", ["--lr", 0.01]), ("b", ["--lr", 0.1, "--seed", 1])):
+        assert train(tiny(tiny_cifar10, tmp_path / name, "--epochs", 1, *more)) == 0
+        folders.append(tmp_path / f"{name}_e")
+        assert train(["--evaluate", "--pretrain", tmp_path / name, "--data-dir", tiny_cifar10,
+                      "--results-dir", folders[-1]]) == 0
+    config = json.loads((folders[0] / "config.json").read_text())
+    assert config["trained_with"]["lr"] == 0.01 and "lr" not in config["arguments"]
+    capsys.readouterr()
+    assert row_of(map(str, folders), tmp_path, capsys).keys() == {
+        "any, recursive, lr 0.01", "any, recursive, lr 0.1"}
+
+
+def test_a_published_network_is_not_said_to_have_the_default_loss(tmp_path, tiny_cifar10, capsys):
+    model = MODELS["resnet4q"]([2, 32], width=1)
+    torch.save({"model": "resnet4q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
+    assert train(["--evaluate", "--pretrain", tmp_path / "x.pth.tar", "--dataset", "cifar10",
+                  "--data-dir", tiny_cifar10, "--results-dir", tmp_path / "e"]) == 0
+    capsys.readouterr()
+    assert row_of([str(tmp_path / "e")], tmp_path, capsys).keys() == {"any"}
 
 
 def test_a_run_in_bf16_is_named_so_alone_too(tmp_path, capsys):
@@ -328,4 +397,4 @@ def test_names_reach_the_terminal_without_escape_sequences(tmp_path, capsys):
     assert run([str(folder), "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and r"m\x1b[2J on digits" in out
-    assert report.load_run(folder).evaluation["checkpoint"] == r"\x1b[31mred evaluated"
+    assert report.load_run(folder).evaluation["evaluation"] == r"\x1b[31mred evaluated"
