@@ -129,7 +129,7 @@ def arguments_of(config: object, where: Path) -> dict:
         raise UserError(f"{where} does not hold the arguments of a run: leave its folder out")
     arguments = {**DEFAULTS, **config["arguments"]}
     for name, flag in FLAGS.items():
-        if flag.in_name and name not in config["arguments"]:
+        if flag.identifies and name not in config["arguments"]:
             raise damaged(where, f"argument {name}", None, "that of a run")
         is_known = name != "loss" or arguments[name] or not arguments["evaluate"]
         if is_known and not is_like(arguments[name], DEFAULTS[name]):
@@ -219,7 +219,7 @@ def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
 def sets_apart(argument: str) -> bool:
     """Return whether an argument that is not part of a run's name may distinguish runs."""
     flag = FLAGS.get(argument)
-    if flag is None or flag.in_name:
+    if flag is None or flag.identifies:
         return False
     return flag.kind not in (MACHINE, TASK) or argument == "start_epoch"
 

@@ -28,12 +28,12 @@ TASK = "task"  # what a command does
 class Flag(NamedTuple):
     """The properties of a flag that do not concern its parsing.
 
-    evaluated: an evaluation takes it from the checkpoint, unless the command line sets it. in_name:
-    it is part of a run's name in reports.
+    evaluated: an evaluation takes it from the checkpoint, unless the command line sets it.
+    identifies: each run's files must say it, and reports name a run by it.
     """
     kind: str
     evaluated: bool = False
-    in_name: bool = False
+    identifies: bool = False
 
 
 NAME_LENGTH = 40  # characters of a folder's name in that of a run
@@ -168,9 +168,9 @@ def make_parser(description: str | None = None) -> OneLineParser:
     """Return the parser of all flags of train.py, and declare them in FLAGS."""
     parser = OneLineParser(description)
 
-    def add(flag, *names, kind, evaluated=False, in_name=False, **kwargs):
+    def add(flag, *names, kind, evaluated=False, identifies=False, **kwargs):
         action = parser.add_argument(flag, *names, **kwargs)
-        FLAGS[action.dest] = Flag(kind, evaluated, in_name)
+        FLAGS[action.dest] = Flag(kind, evaluated, identifies)
 
     add_network(add)
     add_training(add)
@@ -186,7 +186,7 @@ def choice(names: Iterable[str], more: str = "") -> dict[str, object]:
 def add_network(add: Callable[..., None]) -> None:
     """Declare the flags of the network."""
     widths = ", ".join(f"{width} for {name}" for name, width in DEFAULT_WIDTH.items())
-    add("--model", kind=NETWORK, evaluated=True, in_name=True, type=model_name, default="svhnq",
+    add("--model", kind=NETWORK, evaluated=True, identifies=True, type=model_name, default="svhnq",
         metavar="NAME",
         help=f"{', '.join(MODELS)}, or {zoo.PREFIX}NAME, such as {zoo.PREFIX}resnet18")
     add("--width", kind=NETWORK, evaluated=True, type=number(int, 1),
@@ -199,7 +199,7 @@ def add_network(add: Callable[..., None]) -> None:
 
 def add_training(add: Callable[..., None]) -> None:
     """Declare the flags of data, loss and optimization."""
-    add("--dataset", kind=RUN, evaluated=True, in_name=True, type=dataset_name, default="digits",
+    add("--dataset", kind=RUN, evaluated=True, identifies=True, type=dataset_name, default="digits",
         metavar="NAME", help=f"{', '.join(named_datasets())}, or {PREFIX}PATH: images of your own, "
         "a folder per class, in train/ and val/ or to be split")
     add("--image-size", kind=RUN, evaluated=True, type=number(int, 1), metavar="PIXELS",
@@ -209,10 +209,10 @@ def add_training(add: Callable[..., None]) -> None:
         help="split to train on; default: train, for svhn train_extra")
     add("--train-fraction", kind=RUN, type=number(float, 0, 1, above=True), default=1.0,
         help="fraction of the training split to train on, drawn by the seed; for short trials")
-    add("--bit_width_list", "--bit-width-list", kind=RUN, in_name=True, type=bit_width_list,
+    add("--bit_width_list", "--bit-width-list", kind=RUN, identifies=True, type=bit_width_list,
         default=[1, 2, 4, 8, 32], metavar="K,...", help="bit-widths of 1 to 8 and 32, such as 4, "
         "or w2a4 for 2 bits of weights and 4 of activations; one alone trains a dedicated model")
-    add("--loss", kind=RUN, evaluated=True, in_name=True, default="recursive",
+    add("--loss", kind=RUN, evaluated=True, identifies=True, default="recursive",
         **choice(NEXT_TARGET, "; what a lower bit-width learns from: hard = the labels, soft = "
                  "the highest bit-width, recursive = the next higher one, half = the mean of hard "
                  "and soft"))
@@ -239,11 +239,11 @@ def add_training(add: Callable[..., None]) -> None:
     add("--best-by", kind=RUN, default="highest", **choice(
         ("highest", "mean"), ": model_best.pth.tar is chosen by the top-1 of the highest "
         "bit-width, or by the mean over bit-widths; ties by the other, then the later epoch"))
-    add("--precision", kind=RUN, evaluated=True, in_name=True, default=AUTO,
+    add("--precision", kind=RUN, evaluated=True, identifies=True, default=AUTO,
         **choice((AUTO, *PRECISIONS), ": of the convolutions' operands; auto is tf32 on GPUs that "
                  "have it and fp32 elsewhere, and a resumed run keeps its own"))
-    add("--seed", kind=RUN, evaluated=True, in_name=True, type=number(int, 0, 2**32 - 1), default=0,
-        help="seed of weights, data and dropout")
+    add("--seed", kind=RUN, evaluated=True, identifies=True, type=number(int, 0, 2**32 - 1),
+        default=0, help="seed of weights, data and dropout")
     add("--sync-bn", kind=RUN, action="store_true", help="with several processes: BatchNorm uses "
         "the statistics of the whole batch; default: of each process's part, as published")
 

@@ -162,7 +162,7 @@ def resolve_resumed(flags: Namespace, source: str | Path,
         raise UsageError(f"--resume {source} does not say how it was trained: give "
                          f"{', '.join(missing)}, or start a new run from it with --pretrain")
     for name, flag in FLAGS.items():
-        if own_arguments and flag.in_name and name not in own_arguments:
+        if own_arguments and flag.identifies and name not in own_arguments:
             raise FileError(f"{checkpoint.path} lacks its argument {name}: the file may be damaged")
     free = ["resume", "start_epoch"]
     # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.

@@ -356,7 +356,7 @@ def mutate(rng, content, make):
 # Fields that older or published files lack, and which may be None.
 MAY_LACK = {"images", "network", "best", "data", "counts", "dataset", "size", "mean", "std",
             "class_names", "param_names", "initial_lr", "arguments", "quantizer", "own_bits",
-            *(name for name, flag in FLAGS.items() if not flag.in_name)}
+            *(name for name, flag in FLAGS.items() if not flag.identifies)}
 
 
 def may_be_meant(path, old, new):
