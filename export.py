@@ -65,13 +65,14 @@ def main(args: Namespace) -> None:
         from deploy import benchmark
 
         float_network = None
-        added = {}
+        is_trained = False
         if "packed" not in checkpoint.content:
-            float_network, added = network_of(checkpoint.content, checkpoint.path,
-                                              {*bit_widths, BitWidth(FULL_PRECISION)})
+            float_network, _ = network_of(checkpoint.content, checkpoint.path,
+                                          {*bit_widths, BitWidth(FULL_PRECISION)})
+            is_trained = FULL_PRECISION not in float_network.calibrated
         calibration, _ = read_images(train_set, settings, CALIBRATION)
         benchmark.benchmark(f"{stem}_benchmark", exported.files, args.format, args.input,
-                            float_network, BitWidth(FULL_PRECISION) not in added, about, images,
+                            float_network, is_trained, about, images,
                             labels, calibration)
 
 

@@ -24,7 +24,7 @@ from engine.forward_pass import AUTO
 from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
 from models import Assignment, BitWidth, check_bit_widths
 from models.bit_widths import FULL_PRECISION
-from models.checkpoint import is_finite_number
+from models.checkpoint import LATEST, is_finite_number, is_whole
 from utils import (escaped, flag_text, markdown_table, mean_and_deviation, one_line, printable,
                    replacing, write_text, writing)
 
@@ -103,6 +103,10 @@ def load_run(folder: str | Path) -> Run:
         if len(trained) == 1 and history[0]["val"].keys() != trained:
             name += f" {flag_text(bit_widths)}-bit"
         evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
+        done, of_all = config.get("epoch"), config.get("trained_with", {}).get("epochs")
+        is_last = Path(config["checkpoint"]).name == LATEST
+        if is_last and is_whole(done) and is_whole(of_all) and done < of_all:
+            name += f", {done} of {of_all} epochs"
     elif history[-1]["epoch"] < arguments["epochs"]:
         name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
     if arguments["precision"] not in (AUTO, "fp32"):
@@ -111,13 +115,21 @@ def load_run(folder: str | Path) -> Run:
                 for argument, value in sorted(trained_with(config, arguments).items())
                 if sets_apart(argument)}
     if not arguments["evaluate"]:
-        settings["processes"] = escaped(f"processes {config.get('processes', 1)}")
+        settings["processes"] = escaped(f"processes {each_value(config, 'processes', 1)}")
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
     listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
-    commit = escaped(str(config.get("commit")))
+    commit = escaped(each_value(config, "commit"))
     checkpoint = config["checkpoint"] if arguments["evaluate"] else ""
     return Run(str(folder), commit, checkpoint, kind, escaped(name), listed, trained, settings,
                evaluation, arguments["seed"], arguments["best_by"], history)
+
+
+def each_value(config: dict, name: str, default: object = None) -> str:
+    """Return a value of a config.json, after those that it had before the run was resumed."""
+    earlier = config.get("earlier")
+    parts = [*earlier, config] if isinstance(earlier, list) else [config]
+    parts = [part for part in parts if isinstance(part, dict)]
+    return ", then ".join(dict.fromkeys(str(part.get(name, default)) for part in parts))
 
 
 def arguments_of(config: object, where: Path) -> dict:

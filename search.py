@@ -260,7 +260,7 @@ def path_table(path: list[Step], uniform: dict[BitWidth, Step], found: dict[str,
     head = ["step", "lowered", "to bits", "Mbit-ops", "bytes", "divergence", "top-1 (%)", "budget"]
     note = ("divergence (Kullback-Leibler, from predictions of the highest bit-width) and top-1 "
             "on training images that were held out for the search; the bit-widths in the last rows "
-            "have their own BatchNorms")
+            "have their own BatchNorms; Mbit-ops and bytes are of the quantized layers")
     return f"{markdown_table(head, rows)}\n\n{note}\n"
 
 

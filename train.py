@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.data import Samples
 from dataset.loader import Loader, count_classes, fingerprint
 from engine import published
 from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
@@ -52,6 +53,9 @@ from models.calibration import without_assignments
 from models.checkpoint import BEST, read_checkpoint, saved_assignments
 from models.converted import AnyPrecisionNetwork
 from utils import flag_text, without_secrets, write_text
+
+
+TO_VALIDATE = " to validate on"  # ends what a run's data says of its validation split
 
 
 def main(flags: Namespace) -> Path:
@@ -197,8 +201,15 @@ def prepare(args: Namespace,
     bit_widths = sorted(check_bit_widths(args.bit_width_list))
     state = TrainingState(model, optimizer, bit_widths, device, without_secrets(vars(args)),
                           train_loader.batch_sampler.num_samples,
-                          describe_images(args.dataset, train_set), fingerprint(train_set))
+                          describe_images(args.dataset, train_set),
+                          fingerprints(train_set, val_set))
     return state, forward_pass, train_loader, val_loader
+
+
+def fingerprints(train_set: Samples, val_set: Samples) -> dict[str, int | str]:
+    """Return what tells a run's data from others, on which it is not resumed."""
+    own = {f"{name}{TO_VALIDATE}": value for name, value in fingerprint(val_set).items()}
+    return {**fingerprint(train_set), **own}
 
 
 def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkpoint | None,
@@ -252,6 +263,9 @@ def log_run_info(args: Namespace, device: torch.device, state: TrainingState, ru
         log.info(fitted("not set, so by default: " + "  ".join(defaults)))
     if message:
         log.info(message)
+    training = {name for name in state.data if not name.endswith(TO_VALIDATE)}
+    if all(state.data[name] == state.data[f"{name}{TO_VALIDATE}"] for name in training):
+        log.info("note: the images to validate on are those to train on")
     if rank() == 0 and isinstance(state.model, AnyPrecisionNetwork):
         table = layer_table(state.model)
         write_text(run.path / "layers.md", f"{table}\n")

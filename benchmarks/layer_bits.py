@@ -7,7 +7,8 @@ split (of Fashion-MNIST its test split), in folders under --output: the same com
 it stopped. Prints and writes a Markdown table and a picture. A gain is the top-1 of a mixture less
 that of the straight line between the uniform bit-widths beside it, at the mixture's own
 bit-operations and in the same network: a line over the logarithm of bit-operations, and one over
-bit-operations, which is what one gets by running some of the images at either bit-width.
+bit-operations, which is what one gets by running some of the images at either bit-width. The
+uniform ones, all-1 and so on, have BatchNorms that are re-estimated as the mixtures' are.
 """
 import json
 import math
@@ -19,12 +20,13 @@ from pathlib import Path
 from reference_way import ROOT  # first: it adds the project to the path
 
 from engine.arguments import OneLineParser, path_text
+from engine.bit_search import PATH_FILE
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
 from models.bit_widths import BITS, FULL_PRECISION
 from utils import write_json, write_text
 
-UNIFORM = [str(bits) for bits in BITS if bits != FULL_PRECISION]
+UNIFORM = {f"all-{bits}": bits for bits in BITS if bits != FULL_PRECISION}  # names of assignments
 LINES = {"log": math.log, "linear": float}
 
 
@@ -46,8 +48,13 @@ def measured(source, options):
     if not (evaluation / "evaluation.json").exists():
         run("search.py", source, "--budget", options.budget, "--images", options.images,
             "--results-dir", search, *more)
+        found = json.loads((search / "layer_bits.json").read_text())
+        trained = json.loads((search / PATH_FILE).read_text())["bit_widths"].split(",")
+        found += [{"name": name, "default": bits, "layers": {}} for name, bits in UNIFORM.items()
+                  if str(bits) in trained]
+        write_json(folder / "layer_bits.json", found)
         run("train.py", "--evaluate", "--pretrain", source, "--layer_bits",
-            search / "layer_bits.json", "--calibrate", options.calibrate, "--results-dir",
+            folder / "layer_bits.json", "--calibrate", options.calibrate, "--results-dir",
             evaluation, *more)
     return json.loads((evaluation / "evaluation.json").read_text())
 
@@ -78,7 +85,7 @@ def summary(networks):
     """
     found = {}
     for name in networks[0]:
-        if name == str(FULL_PRECISION):
+        if name.isdecimal():  # with its own BatchNorms
             continue
         values = [network[name] for network in networks]
         top1 = [each["top1"] for each in values]

@@ -18,7 +18,7 @@ import reference_way  # noqa: F401  first: it adds the project to the path
 import export
 from deploy import benchmark
 from engine.arguments import OneLineParser
-from engine.errors import run_program
+from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import open_data
 from models.bit_widths import FULL_PRECISION
@@ -29,7 +29,9 @@ from utils import mean_and_deviation, progress, write_json
 def measure(path):
     """Return {way: top-1 in %} of a float network as it is and after each tool, and notes."""
     checkpoint = Checkpoint(find_file(path, LATEST))
-    network, _ = network_of(checkpoint.content, checkpoint.path, [FULL_PRECISION])
+    network, added = network_of(checkpoint.content, checkpoint.path, [FULL_PRECISION])
+    if added or network.calibrated:
+        raise UserError(f"{path} was not trained at 32 bits: give networks that were")
     options = export.parse_args([str(path), "--format", "onnx", "--output", "net.onnx"])
     about = export.image_description(options, checkpoint)
     settings = export.data_settings(options, checkpoint, network.spec["model"], about)

@@ -88,6 +88,7 @@ def flops_of_a_step(options):
     """Count the FLOPs of a step's convolutions and matrix products."""
     eager = {**vars(options), "compile": False, "cuda_graph": False, "precision": "fp32"}
     run = Run(argparse.Namespace(**eager), "default")
+    run.steps(1)  # the first one tries sharing, too
     with FlopCounterMode(display=False) as counter:
         run.steps(1)
     return counter.get_total_flops()

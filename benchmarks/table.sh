@@ -51,7 +51,6 @@ export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 results=results/${table}_table
 
 one_run() {  # FOLDER [flags]
-    if [ -e "$1/accuracy.png" ]; then return; fi
     if [ -s "$1/metrics.jsonl" ] && [ ! -e "$1/ckpt" ]; then return; fi  # of benchmarks/runs
     "./train_$recipe.sh" --results-dir "$1" "${@:2}" > /dev/null
     echo "$1"

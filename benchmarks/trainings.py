@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 import reference_way  # first: it adds the project to the path
 import train
@@ -26,19 +25,11 @@ BITS = (1, 2, 4, 8, 32)
 NEVER_SAVES = SimpleNamespace(save_is_due=lambda: False)  # train_one_epoch's results folder
 
 
-class RandomImages(Dataset):
-    """Random uint8 images as data set `name` stores them; large ones are a few that repeat."""
-
-    def __init__(self, name, count):
-        self.count = count
-        shape = (min(count, 64), 375, 500, 3) if name == "imagenet" else (count, 32, 32, 3)
-        self.images = torch.randint(256, shape, dtype=torch.uint8).numpy()
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        return Image.fromarray(self.images[index % len(self.images)]), index % 10
+def random_images(name, count):
+    """Return random samples as data set `name` has them; large images are a few that repeat."""
+    shape = (min(count, 64), 375, 500, 3) if name == "imagenet" else (count, 32, 32, 3)
+    images = list(map(Image.fromarray, torch.randint(256, shape, dtype=torch.uint8).numpy()))
+    return [(images[index % len(images)], index % 10) for index in range(count)]
 
 
 class OneBatch:
@@ -79,7 +70,7 @@ class Run:
 
     def loader(self):
         """Return the training loader, with random images."""
-        images = RandomImages(self.args.dataset, self.images)
+        images = random_images(self.args.dataset, self.images)
         with WAYS[self.way]():
             return setup.make_train_loader(
                 self.args, images, self.forward_pass.memory_format, self.device)

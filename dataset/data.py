@@ -137,6 +137,7 @@ def imagenet_row(opened: Callable[[str | Path, str], Samples], size: int = 224) 
 
 RESIZE_40 = (transforms.Resize(40),)
 THREE_CHANNELS = (transforms.Grayscale(3),)  # the one channel, three times
+HELD_OUT = "_auto_quan"  # ends the name of a split's first 95 %, and of the rest
 FLIP_AND_CROP = (transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4))
 MNIST_SHAPES = {"train": (60_000, 28, 28), "test": (10_000, 28, 28)}
 CIFAR_SHAPES = {"train": (50_000, 32, 32), "test": (10_000, 32, 32)}
@@ -246,8 +247,12 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
         raise ValueError(f"{name} has no split {split}: choose from {', '.join(splits)}")
 
     root = root_of(name, data_dir)
-    held_out = split.endswith("_auto_quan")  # a part of the default split
-    whole = next(iter(row.val_split)) if held_out else split
+    is_training = split in row.val_split
+    held_out = split.endswith(HELD_OUT)
+    whole = split
+    if held_out and not is_training:
+        whole = next(train for train, val in row.val_split.items() if val == split)
+    whole = whole.removesuffix(HELD_OUT)
     names = row.joined.get(whole, (whole,))
     parts = [row.open(root, part) for part in names]
     for part, samples in zip(names, parts):
@@ -258,6 +263,6 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
         indices = list(range(len(dataset)))
         random.Random(123).shuffle(indices)
         cut = int(0.95 * len(indices))
-        part = indices[:cut] if split.startswith("train") else indices[cut:]
+        part = indices[:cut] if is_training else indices[cut:]
         dataset = Subset(dataset, part)
     return dataset if transform is None else Transformed(dataset, transform)

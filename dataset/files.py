@@ -162,7 +162,8 @@ def check_samples(dataset: Dataset | list, source: str, shape: tuple[int, int, i
             raise DataError(
                 f"{file_of(dataset, IMAGES, source)} holds {count:,} images of {height} x {width} "
                 f"pixels, not {shape[0]:,} of {shape[1]} x {shape[2]}: {REMEDY}")
-    if labels is not None and num_classes:
+    is_final = getattr(dataset, "target_transform", None) is None  # else a batch shows them
+    if labels is not None and num_classes and is_final:
         check_labels(labels, num_classes, file_of(dataset, LABELS, source))
 
 

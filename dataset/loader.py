@@ -15,16 +15,15 @@ from typing import NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 from torchvision import datasets, transforms
 
 from dataset.cached_arrays import cached_arrays
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels
 from dataset.folder import is_folder
-from utils import brief, keeping_random_states, progress
+from utils import brief, flag_text, keeping_random_states, progress
 
-LOOKED_AT = 16  # samples, for a transform of the data set's own
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
 
 
@@ -129,7 +128,7 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
     Returns None where memory cannot reproduce the row's transforms, or those of the data set.
     """
     known = in_memory_transforms(name, train)
-    if known is None or is_random(dataset):
+    if known is None or not is_fixed(dataset):
         return None
     fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
     source = DATASETS[name].source
@@ -162,17 +161,18 @@ def check_mode(dataset: Samples, name: str, train: bool) -> None:
                         "at 255: give them 8 bits where the row opens them")
 
 
-def is_random(dataset: Samples) -> bool:
-    """Return whether samples change when they are read again, as by a transform of their own.
+def is_fixed(dataset: Samples) -> bool:
+    """Return whether samples are known to be the same each time they are read.
 
-    Looks at a few; random states stay as they are.
+    Those of a list are, and of torchvision's data sets without transforms of their own.
     """
-    with keeping_random_states():
-        for index in range(min(len(dataset), LOOKED_AT)):
-            first, second = dataset[index], dataset[index]
-            if not all(map(numpy.array_equal, first, second)):
-                return True
-    return False
+    if isinstance(dataset, Subset):
+        return is_fixed(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(map(is_fixed, dataset.datasets))
+    if isinstance(dataset, datasets.VisionDataset):
+        return dataset.transforms is None and type(dataset).__module__.startswith("torchvision.")
+    return isinstance(dataset, (list, tuple))
 
 
 def collate_of(name: str, train: bool) -> Callable[[list[tuple[Tensor, int]]], list[Tensor]]:
@@ -208,7 +208,7 @@ def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int,
 
 
 def fingerprint(dataset: Samples) -> dict[str, int | str]:
-    """Return what tells a data set from another: its size, its folders, and three of its samples.
+    """Return what tells a data set from another: its size, folders or labels, and three samples.
 
     Images are given by their SHA-256, before any transform; those of a folder by their files', as
     decoders differ.
@@ -216,8 +216,13 @@ def fingerprint(dataset: Samples) -> dict[str, int | str]:
     count = len(dataset)
     found = {"number of images": count}
     in_folders = isinstance(dataset, datasets.DatasetFolder)
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if isinstance(dataset, list):
+        labels = [label for _, label in dataset]
     if in_folders:
         found["list of class folders"] = sha256("\n".join(dataset.classes))
+    elif labels is not None:
+        found["list of labels"] = sha256(flag_text(list(map(int, labels))))
     for place, index in (("first", 0), ("middle", count // 2), ("last", count - 1)):
         if in_folders:
             path, label = dataset.samples[index]

@@ -128,7 +128,7 @@ def float_candidates(network: nn.Module, trained: bool, about: dict, calibration
         return candidates, [*notes, f"ONNX has no such network ({one_line(error)})"]
     makers = {"ONNX Runtime float32": ("32", None, runtimes.onnxruntime_run),
               "ONNX Runtime int8 by quantize_static": (
-                  "8", quantize_static, runtimes.onnxruntime_run),
+                  "8" if has_vnni() else "w7a8", quantize_static, runtimes.onnxruntime_run),
               "OpenVINO float32": ("32", None, runtimes.openvino_run),
               "OpenVINO int8 by NNCF": ("8", quantize_by_nncf, runtimes.openvino_run)}
     for name, (bits, quantize, opener) in makers.items():

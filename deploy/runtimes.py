@@ -19,6 +19,8 @@ def onnxruntime_run(path: str | Path, threads: int = 1) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Else its threads go on to use the cores after a call, and slow down what runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # failures are raised
     with runtime_errors("ONNX Runtime", path):
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])

@@ -22,7 +22,7 @@ from engine.setup import (check_classes, make_forward_pass, make_train_loader, m
 from engine.state import save_checkpoint
 from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
                     check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
-from models.calibration import copies_quantizers
+from models.calibration import copies_quantizers, norms_with_statistics
 from models.checkpoint import network_content, network_of
 from models.cost import Costs, totals
 from utils import flag_text, one_line, progress, without_secrets, write_json
@@ -68,6 +68,10 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
+        try:
+            norms_with_statistics(model, max(present))
+        except ValueError as error:
+            raise UserError(f"{path} cannot be calibrated: {error}") from None
         batches = calibration_batches(args, train_set, forward_pass, device)
         args.calibrate = batches.batch_sampler.stop  # all, where there are fewer
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)

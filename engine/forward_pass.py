@@ -26,7 +26,7 @@ TRAINING = "training"  # tasks
 EVALUATION = "evaluation"
 CHECKED = 8  # images, of the first batch of a task
 TOLERANCE = 1e-3  # of tensors that are equal but for rounding, relative to their norm
-LEAST = 1e-3  # of the norm of all tensors, below which the norm of one may be rounding
+LEAST = 0.1  # of the norm of all tensors, below which the norm of one may be rounding
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

@@ -98,6 +98,10 @@ class Checkpoint:
                 f"{self.path} was trained on {images.get('dataset')}, {normalization(saved)}, and "
                 f"the row of {dataset} in dataset/data.py says {normalization(row._asdict())}: "
                 "give the data set that it was trained on, by --dataset, or correct the row")
+        elif images.get("dataset") == dataset and images.get("size") not in (None, row.image_size):
+            raise UserError(
+                f"{self.path} was trained on images of {images['size']} pixels, and the row of "
+                f"{dataset} in dataset/data.py says {row.image_size}: correct the row")
 
 
 def normalization(fields: dict) -> str:
@@ -164,7 +168,7 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     for name, flag in FLAGS.items():
         if own_arguments and flag.identifies and name not in own_arguments:
             raise FileError(f"{checkpoint.path} lacks its argument {name}: the file may be damaged")
-    free = ["resume", "start_epoch"]
+    free = ["resume"]
     # --epochs stretches a cosine, which takes no --lr_decay, such as a recipe's.
     free.append("lr_decay" if saved.get("schedule") == "cosine" else "epochs")
     moved = is_folder(saved["dataset"]) and is_folder(given.get("dataset", ""))

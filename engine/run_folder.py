@@ -140,16 +140,22 @@ class RunFolder:
                 versions[name] = version(name)
 
         path = self.path / "config.json"
+        where = {"processes": world_size(), "versions": versions, "commit": commit(),
+                 "device": describe(device)}
         first = {}
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError,
                                  RecursionError):  # a resumed run's
             before = json.loads(path.read_text())
             first["first_command"] = before.get("first_command") or before["command"]
+            was = {name: before.get(name) for name in where}
+            earlier = before.get("earlier", []) + [was] * (was != where)
+            if earlier:
+                first["earlier"] = earlier
+            if was["commit"] != where["commit"]:
+                log.info(f"note: the code was {was['commit']} and is {where['commit']}")
         write_json(path, {
             "arguments": without_secrets(arguments), "seed": arguments["seed"],
-            "command": without_secrets(sys.argv), **without_secrets(first),
-            "processes": world_size(), **more, "versions": versions, "commit": commit(),
-            "device": describe(device)})
+            "command": without_secrets(sys.argv), **without_secrets(first), **more, **where})
 
     def begin(self, epoch: int, arguments: dict) -> None:
         """Drop the records after `epoch` epochs, which a resumed run repeats."""

@@ -36,11 +36,21 @@ def open_data(args: Namespace, train: bool = True) -> list[Samples | None]:
 
 
 def describe_images(name: str, dataset: Samples) -> dict:
-    """Return a description of a data set's images and classes, as checkpoints hold it."""
+    """Return a description of a data set's images and classes, as checkpoints hold it.
+
+    Raises UserError for a row that cannot be of the networks' images.
+    """
+    row = DATASETS[name]
+    for field in ("mean", "std"):
+        if len(getattr(row, field)) != 3:
+            raise UserError(f"the row of {name} in dataset/data.py has the {field} "
+                            f"{getattr(row, field)}: give three numbers, one per channel")
     names = getattr(dataset, "classes", None)
-    if names:  # those of folders may be no UTF-8, which files in JSON could not hold
+    if not names or len(names) != count_classes(name, dataset):  # then they are of other labels
+        names = None
+    else:  # those of folders may be no UTF-8, which files in JSON could not hold
         names = [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
-    return {**described(name), "class_names": names or None}
+    return {**described(name), "class_names": names}
 
 
 def check_class_names(content: dict, path: str | Path, images: dict) -> None:
@@ -118,6 +128,12 @@ def make_model(args: Namespace, bit_widths: Iterable[BitWidth | int | str],
         if not zoo.is_torchvision(args.model):
             raise
         raise UsageError(f"--model {args.model}: {error}") from None
+    if args.all_conv:
+        plain = [name for name, layer in model.named_modules() if type(layer) is nn.Conv2d]
+        if plain:
+            raise UsageError(f"--all-conv: {args.model} has a convolution that is not quantized, "
+                             f"{plain[0]}: build a Conv2dQ where all_conv is set, or leave the "
+                             "flag out")
     names = list(map(str, bit_widths_of(model)))
     if not names:
         raise UsageError(f"--model {args.model} has no SwitchableBatchNorm2d, by which a "

@@ -164,6 +164,25 @@ def activations_behind(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def norms_with_statistics(model: nn.Module, bit_width: Width | int | str) -> set[nn.Module]:
+    """Return the layers of one bit-width whose statistics `calibrate` re-estimates.
+
+    Raises ValueError naming the type of a module that may have others.
+    """
+    key = str(width_of(model, bit_width))
+    entries = [states[key] for name, states in model.named_modules()
+               if name.endswith("_dict") and isinstance(states, nn.ModuleDict) and key in states]
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    found = set()
+    for part in {part for entry in entries for part in entry.modules()}:
+        if isinstance(part, kinds):
+            found.add(part)
+        elif any(buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
+            raise ValueError(f"{type(part).__name__} may have statistics, and only those of "
+                             "torch's BatchNorm and InstanceNorm can be re-estimated")
+    return found
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, bit_width: Width | int | str,
               batches: Iterable[Tensor]) -> None:
@@ -171,15 +190,11 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
 
     Each statistic becomes its average over the batches, weighted by their sizes. Nothing else
     changes, not even resnet20q's shared shortcut BatchNorm. Leaves the model in evaluation mode at
-    that bit-width. Raises ValueError where there are no batches.
+    that bit-width. Raises ValueError where there are no batches, or statistics of other kinds.
     """
+    layers = norms_with_statistics(model, bit_width)
     model.eval()
     set_bit_width(model, bit_width)
-    key = str(width_of(model, bit_width))
-    entries = [states[key] for name, states in model.named_modules()
-               if name.endswith("_dict") and isinstance(states, nn.ModuleDict) and key in states]
-    layers = {norm for entry in entries for norm in entry.modules()
-              if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
     momentum = [layer.momentum for layer in layers]
     seen = dict.fromkeys(layers, 0)  # images
 

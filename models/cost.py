@@ -20,6 +20,7 @@ from models.quan_ops import QuantizedLayer, set_bit_width
 from utils import one_line
 
 FLOAT_BYTES = 4
+KINDS = (QuantizedLayer, nn.modules.conv._ConvNd, nn.Linear)  # of layers that are counted
 
 
 class LayerCost(NamedTuple):
@@ -41,8 +42,8 @@ class Costs:
     """The costs of a network's convolutions and linear layers, measured on one image.
 
     image_size: pixels. inputs: {name of a quantized layer: names of the ActivationQs that it reads,
-    none where it reads other values too}. Raises ValueError where the network cannot be traced, or
-    calls such a layer as a function, whose cost is not known.
+    none where it reads other values too}. Raises ValueError where the network cannot be traced,
+    calls such a layer as a function, or has weights of other layers, whose cost is not known.
     """
 
     def __init__(self, model: nn.Module, image_size: int):
@@ -61,6 +62,11 @@ class Costs:
         self.inputs = {names[layer]: sorted(names[activation] for activation in activations)
                        for layer, activations in input_activations(model, graph).items()}
         self.macs = measure(model, image_size)
+        counted = tuple(f"{name}." for name, layer in modules.items() if isinstance(layer, KINDS))
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.startswith(counted):
+                raise ValueError(f"what it costs is not known: {name} is not the weight of a "
+                                 "convolution or a linear layer")
         self.scales = {}
 
     def of(self, bit_width: BitWidth | Assignment | int | str) -> list[LayerCost]:
@@ -94,8 +100,7 @@ def measure(model: nn.Module, image_size: int) -> dict[str, int]:
         per_weight = inputs[0] if getattr(layer, "transposed", False) else output
         macs[names[layer]] += per_weight.numel() * layer.weight[0].numel()
 
-    kinds = (QuantizedLayer, nn.modules.conv._ConvNd, nn.Linear)
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KINDS)}
     hooks = [layer.register_forward_hook(count) for layer in names]
     training = model.training
     device = next(model.parameters()).device

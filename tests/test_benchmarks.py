@@ -204,12 +204,13 @@ def test_a_gpu_check_that_fails(monkeypatch):
 def test_gains_of_bits_per_layer_by_hand():
     """Between 1 bit (cost 1, 80 %) and 2 bits (cost 4, 90 %): at cost 2 both lines are known."""
     def network(mixture, more=0):
-        points = {"1": (1, 80), "2": (4, 90), "32": (999, 99), "mix": (2, mixture)}
+        points = {"1": (1, 70), "all-1": (1, 80), "all-2": (4, 90), "32": (999, 99),
+                  "mix": (2, mixture)}
         return {name: {"bit_operations": cost, "weight_bytes": 8, "top1": top1 + more}
                 for name, (cost, top1) in points.items()}
 
     rows = layer_bits.summary([network(86), network(88, 1)])
-    assert list(rows) == ["1", "mix", "2"]
+    assert list(rows) == ["all-1", "mix", "all-2"]
     mix = rows["mix"]
     assert mix["top1"] == 87.5 and mix["spread"] == pytest.approx(4.5**0.5)
     assert mix["log_gain"] == pytest.approx(2)  # 1 and 3 above 85

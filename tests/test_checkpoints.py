@@ -117,6 +117,25 @@ def test_a_short_batch_counts_by_its_size():
     assert bn.bn_dict["2"].running_mean.item() == pytest.approx(1)
 
 
+def test_statistics_of_another_kind_are_not_left_as_they_are():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1))
+
+    bn = SwitchableBatchNorm2d(1, [2])
+    bn.bn_dict["2"] = Own()
+    with pytest.raises(ValueError, match="Own may have statistics, and only those of torch's"):
+        calibrate(bn, 2, [torch.zeros(1, 1, 2, 2)])
+
+
+def test_instance_norms_are_calibrated():
+    bn = SwitchableBatchNorm2d(1, [2])
+    bn.bn_dict["2"] = torch.nn.InstanceNorm2d(1, track_running_stats=True)
+    calibrate(bn, 2, [torch.full((1, 1, 2, 2), value) for value in (1.0, 3.0)])
+    assert bn.bn_dict["2"].running_mean.item() == pytest.approx(2)
+
+
 def test_norms_without_statistics_are_not_calibrated():
     model = reference.fill(ResNet8([2], width=1), seed=0)
     model.bn.bn_dict["2"] = torch.nn.GroupNorm(4, 16)

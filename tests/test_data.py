@@ -28,6 +28,7 @@ from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
                             count_classes, fingerprint, flipped_crops, make_loader, read_arrays)
 from engine.arguments import merge_args, parse_flags
+from engine.errors import UserError
 from engine.setup import describe_images, make_val_loader
 
 CPU = torch.device("cpu")
@@ -167,6 +168,21 @@ def test_svhn_joins_train_and_extra_and_counts_ten_as_zero(tmp_path, monkeypatch
     assert [label for _, label in joined] == [label for part in (train, extra) for _, label in part]
     assert [label for _, label in train] == tiny_data.labels(12)
     assert joined[12][0].tobytes() == extra[0][0].tobytes()
+
+
+def test_held_out_splits_of_ones_own_row_share_no_image(monkeypatch):
+    monkeypatch.setitem(data_paths, "own", "own")
+    splits = {"other": "test", "full": "test", "full_auto_quan": "held_auto_quan"}
+    opened = []
+
+    def images(root, split):
+        opened.append(split)
+        return [(Image.new("L", (index + 1, 1)), 0) for index in range(40)]
+
+    monkeypatch.setitem(DATASETS, "own", DataSet(open=images, val_split=splits))
+    first, rest = (get_dataset("own", split) for split in ("full_auto_quan", "held_auto_quan"))
+    assert opened == ["full", "full"] and len(first) == 38
+    assert sorted(image.width for part in (first, rest) for image, _ in part) == list(range(1, 41))
 
 
 def test_the_name_of_a_split_is_opened_as_it_is(monkeypatch):
@@ -743,3 +759,48 @@ def test_images_of_more_than_8_bits_are_refused(mode, in_memory, monkeypatch):
     dataset = own_row(monkeypatch, [(Image.new(mode, (40, 40)), 0)] * 4, in_memory=in_memory)
     with pytest.raises(DataError, match=f"images of mode {mode}, whose values"):
         make_loader(dataset, "own", torch.device("cpu"), 4, train=False)
+
+
+class Sometimes(torch.utils.data.Dataset):
+    """Samples that a transform of their own rarely changes, which a few of them do not show."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (40, 40)), 0
+
+
+@pytest.mark.parametrize("dataset, kind", [
+    ([(Image.new("RGB", (40, 40)), 0)] * 4, InMemoryLoader), (Sometimes(), WorkerLoader),
+    (torch.utils.data.Subset(Sometimes(), [0, 1]), WorkerLoader),
+    (datasets.FakeData(4, (3, 40, 40), 10), InMemoryLoader),
+    (datasets.FakeData(4, (3, 40, 40), 10, transforms.RandomInvert(0.01)), WorkerLoader)])
+def test_only_samples_that_are_known_to_be_fixed_are_held_in_memory(dataset, kind):
+    assert type(make_loader(dataset, "digits", CPU, 2, True)) is kind
+
+
+def test_labels_are_those_after_a_target_transform(monkeypatch):
+    """As of EMNIST's letters, 1 to 26."""
+    class Letters(list):
+        targets = [1, 2]
+        target_transform = staticmethod(lambda label: label - 1)
+
+    row = DATASETS["digits"]._replace(num_classes=2, shapes={}, open=lambda root, split: Letters(
+        (Image.new("RGB", (40, 40)), label) for label in (0, 1)))
+    monkeypatch.setitem(DATASETS, "own", row)
+    monkeypatch.setitem(data_paths, "own", "own")
+    assert len(get_dataset("own", "train")) == 2
+
+
+def test_a_row_that_no_checkpoint_could_hold_is_refused(monkeypatch):
+    monkeypatch.setitem(DATASETS, "own", DATASETS["digits"]._replace(mean=(0.3,)))
+    with pytest.raises(UserError, match=r"the row of own .* has the mean \(0.3,\): give three"):
+        describe_images("own", [])
+
+
+def test_names_of_other_classes_than_the_row_s_are_left_out():
+    class Three(list):
+        classes = ["a", "b", "c"]
+
+    assert describe_images("digits", Three())["class_names"] is None

@@ -319,6 +319,13 @@ def test_another_normalization_in_a_row_is_refused(task, trained, monkeypatch, c
                     "of cifar10 in dataset/data.py says mean 0.49", "std 0.5, 0.5, 0.5: give the")
 
 
+def test_another_size_in_a_row_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "cifar10", DATASETS["cifar10"]._replace(image_size=40))
+    assert run(["--evaluate", "--pretrain", trained]) == 1
+    assert_one_line(capsys, "was trained on images of 32 pixels, and the row of cifar10 in "
+                    "dataset/data.py says 40")
+
+
 def test_a_class_that_val_lacks(photos, tmp_path, capsys):
     for part in ("train", "val"):
         shutil.copytree(photos, tmp_path / "both" / part)

@@ -188,6 +188,13 @@ def test_costs_that_are_not_known():
         Costs(Direct(), 8)
 
 
+def test_weights_of_other_layers_have_no_known_cost():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Bilinear(1, 1, 2))
+    model[2].forward = lambda x: x
+    with pytest.raises(ValueError, match="2.weight is not the weight of a convolution or a linear"):
+        Costs(model, 8)
+
+
 # ---- files
 
 def checkpoint(folder, quantizer="dorefa", assignment=None):

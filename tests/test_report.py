@@ -191,6 +191,22 @@ def test_evaluations_of_networks_that_were_trained_otherwise_are_apart(
         "any, recursive, lr 0.01", "any, recursive, lr 0.1"}
 
 
+def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
+    folders = []
+    for name, done in (("a", 3), ("b", 30)):
+        trained = tmp_path / name
+        write_run(trained, {1: [90.0]}, "--seed", str(done))
+        folders.append(write_evaluation(tmp_path / f"{name}_e", trained, {1: done, 2: done}))
+        config = tmp_path / f"{name}_e" / "config.json"
+        edit(config, "epoch", value=done)
+        edit(config, "checkpoint", value="model_latest.pth.tar")
+        edit(config, "trained_with", value={"epochs": 30})
+    assert run([*folders, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| dedicated 1-bit, 3 of 30 epochs | 3.00 | 3.00 |" in out
+    assert "| dedicated 1-bit | 30.00 | 30.00 |" in out
+
+
 def test_a_published_network_is_not_said_to_have_the_default_loss(tmp_path, tiny_cifar10, capsys):
     model = MODELS["resnet4q"]([2, 32], width=1)
     torch.save({"model": "resnet4q", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")

@@ -14,9 +14,11 @@ from torchvision import transforms
 
 import kill_runs
 import tiny_data
+import report
 import train
 from dataset.data import DATASETS, Transformed, get_dataset
 from dataset.loader import fingerprint
+from engine import run_folder
 from engine.arguments import parse_flags
 from engine.errors import UserError
 from engine.resume import resolve
@@ -497,10 +499,10 @@ def midway(tmp_path_factory, tiny_cifar10):
 
 @pytest.mark.parametrize("when", ["begun", "midway"])
 @pytest.mark.parametrize("change, told", [
-    (another_pixel(0), "its first image is another;"),
-    (another_pixel(10), "its middle image is another;"),
-    (another_pixel(19), "its last image is another;"),
-    (another_label, "its first label was 0 and is 7;"),
+    (another_pixel(0), "its first image is another, its first image to validate on"),
+    (another_pixel(10), "its middle image is another, its"),
+    (another_pixel(19), "its last image is another, its"),
+    (another_label, "its list of labels is another, its first label was 0 and is 7, "),
     (fewer, "its number of images was 20 and is 19, ")])
 def test_other_data_are_refused(when, change, told, change_data, request, capsys):
     folder = request.getfixturevalue(when)
@@ -588,6 +590,24 @@ def test_a_run_remembers_its_first_command(copied, monkeypatch):
         assert run(command[1:]) == 0
         assert config()["first_command"] == first != config()["command"] == command
         assert config()["arguments"]["epochs"] == epochs
+        assert "earlier" not in config()  # nothing else changed
+
+
+def test_a_run_remembers_the_code_of_its_first_part(copied, monkeypatch, capsys):
+    config = copied / "config.json"
+    before = json.loads(config.read_text())
+    monkeypatch.setattr(run_folder, "commit", lambda: "other")
+    assert run(["--resume", copied]) == 0
+    after = json.loads(config.read_text())
+    assert after["commit"] == "other"
+    assert [part["commit"] for part in after["earlier"]] == [before["commit"]]
+    assert f"note: the code was {before['commit']} and is other" in capsys.readouterr().out
+    assert report.load_run(copied).commit == f"{before['commit']}, then other"
+
+
+def test_a_resumed_run_does_not_begin_at_another_epoch(copied, capsys):
+    assert run(["--resume", copied, "--start-epoch", 1]) == 2
+    assert_one_line(capsys, "cannot change on resume: --start-epoch is 0, not 1")
 
 
 @pytest.mark.parametrize("flags, told", [
