@@ -53,6 +53,7 @@ class Run(NamedTuple):
     trained: frozenset[BitWidth]
     settings: dict[str, str]  # {argument: words, "" where off} of what else may differ
     evaluation: dict[str, str]  # likewise, of what was evaluated and how
+    assignments: list[str]  # of bits to layers, that were evaluated
     seed: int
     best_by: str
     history: list[dict]  # records of metrics.jsonl; one for an evaluation
@@ -99,10 +100,12 @@ def load_run(folder: str | Path) -> Run:
     if len(trained) > 1:
         name = f"any, {arguments['loss']}" if arguments["loss"] else "any"  # a published network
     evaluation = {"evaluation": "", "calibration": ""}
+    evaluated = []
     if arguments["evaluate"]:
         if len(trained) == 1 and history[0]["val"].keys() != trained:
             name += f" {flag_text(bit_widths)}-bit"
         evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
+        evaluated = list(map(repr, assignments))
         done, of_all = config.get("epoch"), config.get("trained_with", {}).get("epochs")
         is_last = Path(config["checkpoint"]).name == LATEST
         if is_last and is_whole(done) and is_whole(of_all) and done < of_all:
@@ -121,7 +124,7 @@ def load_run(folder: str | Path) -> Run:
     commit = escaped(each_value(config, "commit"))
     checkpoint = config["checkpoint"] if arguments["evaluate"] else ""
     return Run(str(folder), commit, checkpoint, kind, escaped(name), listed, trained, settings,
-               evaluation, arguments["seed"], arguments["best_by"], history)
+               evaluation, evaluated, arguments["seed"], arguments["best_by"], history)
 
 
 def each_value(config: dict, name: str, default: object = None) -> str:
@@ -317,14 +320,23 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
     return runs, left_out, no_runs
 
 
-def other_code(runs: list[Run]) -> list[str]:
-    """Return a line for each configuration whose runs are not of one commit of the code."""
-    commits = {}
+def differences(runs: list[Run]) -> list[str]:
+    """Return a line for each configuration whose runs differ in code, or in their assignments."""
+    lines = []
+    rows = defaultdict(list)
     for run, name in zip(runs, names_of(runs)):
-        commits.setdefault((run.kind, name), {}).setdefault(run.commit, run.folder)
-    return [f"the runs of {name} are of other versions of the code: "
-            + ", ".join(f"{folder} of {commit}" for commit, folder in found.items())
-            for (_, name), found in commits.items() if len(found) > 1]
+        rows[run.kind, name].append(run)
+    for (_, name), members in rows.items():
+        commits = {run.commit: run.folder for run in reversed(members)}
+        if len(commits) > 1:
+            of = [f"{folder} of {commit}" for commit, folder in reversed(commits.items())]
+            lines.append(f"the runs of {name} are of other versions of the code: {', '.join(of)}")
+        first = members[0]
+        other = next((run for run in members if run.assignments != first.assignments), None)
+        if other:
+            lines.append(f"the runs of {name} have other assignments of bits to layers, as of "
+                         f"{first.folder} and {other.folder}")
+    return lines
 
 
 def table_rows(runs: list[Run],
@@ -421,7 +433,7 @@ def main(args: Namespace) -> None:
     print(table)
     for reason in left_out:
         print(f"left out: {reason}")
-    for reason in other_code(runs):
+    for reason in differences(runs):
         print(f"note: {reason}")
     print(f"written to {args.output}.md, {args.output}.png and {args.output}.csv")
     if no_runs:

@@ -27,6 +27,7 @@ from models.bit_widths import BITS, FULL_PRECISION
 from utils import write_json, write_text
 
 UNIFORM = {f"all-{bits}": bits for bits in BITS if bits != FULL_PRECISION}  # names of assignments
+OPTIONS_FILE = "options.json"
 LINES = {"log": math.log, "linear": float}
 
 
@@ -45,6 +46,12 @@ def measured(source, options):
     evaluation = folder / "evaluation"
     more = ["--data-dir", options.data_dir] if options.data_dir else []
     more += ["--device", options.device]
+    wanted = {"budget": options.budget, "images": options.images, "calibrate": options.calibrate}
+    if (folder / OPTIONS_FILE).exists() and json.loads(
+            (folder / OPTIONS_FILE).read_text()) != wanted:
+        raise UserError(f"{folder} is of other options: choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / OPTIONS_FILE, wanted)
     if not (evaluation / "evaluation.json").exists():
         run("search.py", source, "--budget", options.budget, "--images", options.images,
             "--results-dir", search, *more)

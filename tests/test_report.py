@@ -191,6 +191,21 @@ def test_evaluations_of_networks_that_were_trained_otherwise_are_apart(
         "any, recursive, lr 0.01", "any, recursive, lr 0.1"}
 
 
+def test_other_assignments_of_one_name_are_said(tmp_path, capsys):
+    folders = []
+    for seed, bits in enumerate((8, 2)):
+        trained = tmp_path / f"a{seed}"
+        write_run(trained, {8: [90.0]}, "--seed", str(seed))
+        folders.append(write_evaluation(tmp_path / f"e{seed}", trained, {8: 90.0}))
+        edit(tmp_path / f"e{seed}" / "config.json", "assignments",
+             value=[{"name": "mix", "default": bits, "layers": {}}])
+        edit(tmp_path / f"e{seed}" / "evaluation.json", "mix",
+             value={"loss": 1.0, "top1": 50.0, "top5": 90.0})
+    assert run([*folders, "--output", str(tmp_path / "t")]) == 0
+    assert ("note: the runs of dedicated 8-bit have other assignments of bits to layers, as of "
+            f"{folders[0]} and {folders[1]}\n") in capsys.readouterr().out
+
+
 def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
     folders = []
     for name, done in (("a", 3), ("b", 30)):
