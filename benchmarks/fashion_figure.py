@@ -11,45 +11,53 @@ from engine.errors import run_program
 from engine.figures import Curve, save_comparison_figure
 from models import BitWidth
 
-NAMES = {  # in the tables: in the figure
+PUBLISHED = {  # in the tables: in the figure
     "any, recursive": "any, recursive", "any, hard": "any, hard", "any, soft": "any, soft",
     "dedicated": "dedicated: a network for each bit-width",
     "dedicated 32-bit, int8 by NNCF": "32-bit, then int8 by NNCF",
     "dedicated 32-bit, int8 by ONNX Runtime": "32-bit, then int8 by ONNX Runtime",
     "these quantizers without training, calibrated on 20 batches":
         "32-bit, then these quantizers"}
+OTHERS = {
+    "any, recursive": "any, recursive",
+    "any, `--loss half`": "any, half",
+    "any, recursive, `--quantizer lsq`": "any, recursive, LSQ",
+    "any, `--loss half --quantizer lsq`": "any, half, LSQ",
+    "dedicated, `--quantizer lsq`": "dedicated, LSQ: a network for each bit-width"}
 
 
-def rows(text):
+def rows(text, names):
     """Return {name: {bit-width: (mean, standard deviation)}} of the first rows of each name."""
     found = {}
     for line in text.splitlines():
         first, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
         if first == "model":
             widths = [BitWidth.of(cell) for cell in cells]
-        elif first in NAMES and first not in found:
+        elif first in names and first not in found:
             numbers = [re.fullmatch(r"([\d.]+) ± ([\d.]+)", cell) for cell in cells]
             found[first] = {bits: (float(number[1]), float(number[2]))
                             for bits, number in zip(widths, numbers) if number}
     return found
 
 
-def curves(table):
-    """Return the Curve of each name, of a table by rows()."""
-    return [Curve(NAMES[name], {bits: mean for bits, (mean, _) in cells.items()},
+def curves(text, names):
+    """Return the Curve of each of the names in the tables of a text."""
+    return [Curve(names[name], {bits: mean for bits, (mean, _) in cells.items()},
                   {bits: spread for bits, (_, spread) in cells.items()},
-                  {BitWidth(32)} if NAMES[name].startswith("32-bit") else set(cells),
+                  {BitWidth(32)} if names[name].startswith("32-bit") else set(cells),
                   joined=not name.startswith("dedicated"))
-            for name, cells in table.items()]
+            for name, cells in rows(text, names).items()]
 
 
 def main(options):
     text = (ROOT / "docs" / "results.md").read_text()
     fashion = text.split("## Fashion-MNIST")[1].split("\n## ")[0]
-    save_comparison_figure(
-        options.output,
-        [("svhnq on Fashion-MNIST: mean and standard deviation over three seeds, last epoch",
-          curves(rows(fashion)))], split="test")
+    others = fashion.split("**Other methods**")[1]
+    save_comparison_figure(options.output, [
+        ("svhnq on Fashion-MNIST: mean and standard deviation over three seeds, last epoch",
+         curves(fashion, PUBLISHED)),
+        ("learned step sizes (LSQ) and MBQuant's loss (half), beside recursive",
+         curves(others, OTHERS))], split="test")
 
 
 def parse_args(argv=None):
