@@ -20,8 +20,8 @@ PUBLISHED = {  # in the tables: in the figure
         "32-bit, then these quantizers"}
 OTHERS = {
     "any, recursive": "any, recursive",
-    "any, `--loss half`": "any, half",
     "any, recursive, `--quantizer lsq`": "any, recursive, LSQ",
+    "any, `--loss half`": "any, half",
     "any, `--loss half --quantizer lsq`": "any, half, LSQ",
     "dedicated, `--quantizer lsq`": "dedicated, LSQ: a network for each bit-width"}
 
