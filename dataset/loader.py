@@ -222,7 +222,8 @@ def fingerprint(dataset: Samples) -> dict[str, int | str]:
     if in_folders:
         found["list of class folders"] = sha256("\n".join(dataset.classes))
     elif labels is not None:
-        found["list of labels"] = sha256(flag_text(list(map(int, labels))))
+        labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        found["list of labels"] = sha256(flag_text(labels))
     for place, index in (("first", 0), ("middle", count // 2), ("last", count - 1)):
         if in_folders:
             path, label = dataset.samples[index]

@@ -793,6 +793,12 @@ def test_labels_are_those_after_a_target_transform(monkeypatch):
     assert len(get_dataset("own", "train")) == 2
 
 
+def test_a_fingerprint_has_all_labels():
+    samples = [(Image.new("RGB", (4, 4)), label) for label in (0, 1, 2, 3, 4)]
+    changed = [*samples[:1], (samples[1][0], 9), *samples[2:]]
+    assert fingerprint(samples) == fingerprint(list(samples)) != fingerprint(changed)
+
+
 def test_a_row_that_no_checkpoint_could_hold_is_refused(monkeypatch):
     monkeypatch.setitem(DATASETS, "own", DATASETS["digits"]._replace(mean=(0.3,)))
     with pytest.raises(UserError, match=r"the row of own .* has the mean \(0.3,\): give three"):

@@ -17,10 +17,11 @@ from runs import assert_one_line, assert_same, fork, load, run, tiny, wait
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.layout_pb2 import Layout
 from torch._inductor import config as inductor
+from torch.utils.data import Subset
 
 import report
 import train
-from dataset.data import DATASETS, get_dataset, get_transform
+from dataset.data import DATASETS, get_dataset, get_transform, open_digits
 from engine.errors import UserError, explain
 from engine.metrics import Metrics
 from models import MODELS, set_bit_width
@@ -419,3 +420,15 @@ def test_a_number_that_changes_is_named_where_it_is_compiled_again_and_again():
         for model.factor in range(4):
             compiled(model, torch.ones(1))
     assert "--compile compiles again and again" in explain(caught.value)
+
+
+@pytest.mark.parametrize("kind", [list, lambda items: Subset(items, range(len(items)))])
+def test_the_same_images_to_train_and_to_validate_on_are_noted(kind, tmp_path, monkeypatch, capsys):
+    """As of a row whose `open` ignores the split; what only one of the two says tells nothing."""
+    images = open_digits("", "train")[:16]
+    monkeypatch.setitem(DATASETS, "digits", DATASETS["digits"]._replace(
+        shapes={}, open=lambda root, split: images if split == "train" else kind(images)))
+    assert run(["--width", 1, "--bit_width_list", 2, "--epochs", 1, "--lr_decay", "",
+                "--batch-size", 8, "--device", "cpu", "--results-dir", tmp_path / "r"]) == 0
+    is_noted = "note: the images to validate on are those to train on" in capsys.readouterr().out
+    assert is_noted == (kind is list)
