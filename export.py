@@ -72,8 +72,7 @@ def main(args: Namespace) -> None:
             is_trained = FULL_PRECISION not in float_network.calibrated
         calibration, _ = read_images(train_set, settings, CALIBRATION)
         benchmark.benchmark(f"{stem}_benchmark", exported.files, args.format, args.input,
-                            float_network, is_trained, about, images,
-                            labels, calibration)
+                            float_network, is_trained, about, images, labels, calibration)
 
 
 # ---- what to export

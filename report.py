@@ -76,6 +76,7 @@ def load_run(folder: str | Path) -> Run:
     config_file = Path(folder, "config.json")
     results_file = Path(folder, "evaluation.json")
     metrics_file = Path(folder, "metrics.jsonl")
+    assignments = []
     try:
         config = parse_json(read_text(config_file), config_file)
         arguments = arguments_of(config, config_file)
@@ -100,12 +101,10 @@ def load_run(folder: str | Path) -> Run:
     if len(trained) > 1:
         name = f"any, {arguments['loss']}" if arguments["loss"] else "any"  # a published network
     evaluation = {"evaluation": "", "calibration": ""}
-    evaluated = []
     if arguments["evaluate"]:
         if len(trained) == 1 and history[0]["val"].keys() != trained:
             name += f" {flag_text(bit_widths)}-bit"
         evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
-        evaluated = list(map(repr, assignments))
         done, of_all = config.get("epoch"), config.get("trained_with", {}).get("epochs")
         is_last = Path(config["checkpoint"]).name == LATEST
         if is_last and is_whole(done) and is_whole(of_all) and done < of_all:
@@ -124,7 +123,8 @@ def load_run(folder: str | Path) -> Run:
     commit = escaped(each_value(config, "commit"))
     checkpoint = config["checkpoint"] if arguments["evaluate"] else ""
     return Run(str(folder), commit, checkpoint, kind, escaped(name), listed, trained, settings,
-               evaluation, evaluated, arguments["seed"], arguments["best_by"], history)
+               evaluation, list(map(repr, assignments)), arguments["seed"], arguments["best_by"],
+               history)
 
 
 def each_value(config: dict, name: str, default: object = None) -> str:

@@ -263,8 +263,8 @@ def log_run_info(args: Namespace, device: torch.device, state: TrainingState, ru
         log.info(fitted("not set, so by default: " + "  ".join(defaults)))
     if message:
         log.info(message)
-    training = {name for name in state.data if not name.endswith(TO_VALIDATE)}
-    if all(state.data[name] == state.data.get(f"{name}{TO_VALIDATE}") for name in training):
+    if all(state.data.get(f"{name}{TO_VALIDATE}") == value for name, value in state.data.items()
+           if not name.endswith(TO_VALIDATE)):
         log.info("note: the images to validate on are those to train on")
     if rank() == 0 and isinstance(state.model, AnyPrecisionNetwork):
         table = layer_table(state.model)

@@ -29,8 +29,8 @@ from utils import mean_and_deviation, progress, write_json
 def measure(path):
     """Return {way: top-1 in %} of a float network as it is and after each tool, and notes."""
     checkpoint = Checkpoint(find_file(path, LATEST))
-    network, added = network_of(checkpoint.content, checkpoint.path, [FULL_PRECISION])
-    if added or network.calibrated:
+    network, _ = network_of(checkpoint.content, checkpoint.path, [FULL_PRECISION])
+    if FULL_PRECISION in network.calibrated:
         raise UserError(f"{path} was not trained at 32 bits: give networks that were")
     options = export.parse_args([str(path), "--format", "onnx", "--output", "net.onnx"])
     about = export.image_description(options, checkpoint)

@@ -150,7 +150,7 @@ def check_samples(dataset: Dataset | list, source: str, shape: tuple[int, int, i
     num_classes: None where they are folders. Raises DataError.
     """
     count = len(dataset)
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    labels = listed_labels(dataset)
     if labels is not None and len(labels) != count:
         raise DataError(f"{file_of(dataset, LABELS, source)} holds {len(labels):,} labels for "
                         f"{count:,} images: {REMEDY}")
@@ -165,6 +165,11 @@ def check_samples(dataset: Dataset | list, source: str, shape: tuple[int, int, i
     is_final = getattr(dataset, "target_transform", None) is None  # else a batch shows them
     if labels is not None and num_classes and is_final:
         check_labels(labels, num_classes, file_of(dataset, LABELS, source))
+
+
+def listed_labels(dataset: Dataset | list) -> Sequence[int] | None:
+    """Return the labels that a data set of torchvision lists, before any transform; else None."""
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))
 
 
 def check_labels(labels: Sequence[int], num_classes: int, source: str,

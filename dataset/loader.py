@@ -20,7 +20,7 @@ from torchvision import datasets, transforms
 
 from dataset.cached_arrays import cached_arrays
 from dataset.data import DATASETS, Samples, Transformed, get_transform
-from dataset.files import DataError, check_labels
+from dataset.files import DataError, check_labels, listed_labels
 from dataset.folder import is_folder
 from utils import brief, flag_text, keeping_random_states, progress
 
@@ -216,9 +216,8 @@ def fingerprint(dataset: Samples) -> dict[str, int | str]:
     count = len(dataset)
     found = {"number of images": count}
     in_folders = isinstance(dataset, datasets.DatasetFolder)
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if isinstance(dataset, list):
-        labels = [label for _, label in dataset]
+    is_list = isinstance(dataset, list)
+    labels = [label for _, label in dataset] if is_list else listed_labels(dataset)
     if in_folders:
         found["list of class folders"] = sha256("\n".join(dataset.classes))
     elif labels is not None:

@@ -15,6 +15,7 @@ import torch
 from dataset.data import DataError
 from engine.distributed import ProcessError, check_launch, rank
 from engine.output import lasting_streams, print_message
+from models.calibration import StatisticsError
 from models.checkpoint import FileError
 from utils import NO_SPACE, WriteError, one_line, without_secrets
 
@@ -93,7 +94,7 @@ def outcome(main: Callable[[Namespace], object],
     except (Stopped, UsageError) as error:  # the same in all processes
         message = str(error) if isinstance(error, Stopped) else f"error: {one_line(error)}"
         return error.exit_code, message if rank() == 0 else None
-    except (UserError, FileError, DataError, ProcessError, WriteError) as error:
+    except (UserError, FileError, StatisticsError, DataError, ProcessError, WriteError) as error:
         return 1, f"error: {one_line(error)}"
     except OSError as error:
         if error.errno in NO_SPACE:

@@ -68,10 +68,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
     if added and args.calibrate:
-        try:
-            norms_with_statistics(model, max(present))
-        except ValueError as error:
-            raise UserError(f"{path} cannot be calibrated: {error}") from None
+        norms_with_statistics(model, max(present))  # refuses others before there is a folder
         batches = calibration_batches(args, train_set, forward_pass, device)
         args.calibrate = batches.batch_sampler.stop  # all, where there are fewer
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
@@ -117,8 +114,8 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
 def is_of_evaluation(argument: str) -> bool:
     """Return whether an evaluation has this argument: the others are of the training."""
     flag = FLAGS[argument]
-    return flag.evaluated or flag.kind in (MACHINE, TASK) or argument in ("pretrain",
-                                                                         "bit_width_list")
+    return (flag.evaluated or flag.identifies or flag.kind in (MACHINE, TASK)
+            or argument == "pretrain")
 
 
 def given_assignments(args: Namespace) -> list[Assignment]:

@@ -148,7 +148,9 @@ class RunFolder:
             before = json.loads(path.read_text())
             first["first_command"] = before.get("first_command") or before["command"]
             was = {name: before.get(name) for name in where}
-            earlier = before.get("earlier", []) + [was] * (was != where)
+            earlier = before.get("earlier", [])
+            if was != where:
+                earlier = [*earlier, was]
             if earlier:
                 first["earlier"] = earlier
             if was["commit"] != where["commit"]:

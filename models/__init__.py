@@ -33,7 +33,7 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
         model = MODELS[name](bit_widths, num_classes, width, all_conv)
     else:
         model = convert(zoo.torchvision_network(name, num_classes), bit_widths)
-    if QUANTIZERS.get(quantizer, "unknown"):
+    if quantizer not in QUANTIZERS or QUANTIZERS[quantizer]:  # which refuses an unknown one
         set_quantizers(model, quantizer, bit_widths)
     model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
                   "quantizer": quantizer,

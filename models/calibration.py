@@ -164,10 +164,14 @@ def activations_behind(model: nn.Module) -> dict[str, str]:
     return found
 
 
+class StatisticsError(ValueError):
+    """Statistics that cannot be re-estimated."""
+
+
 def norms_with_statistics(model: nn.Module, bit_width: Width | int | str) -> set[nn.Module]:
     """Return the layers of one bit-width whose statistics `calibrate` re-estimates.
 
-    Raises ValueError naming the type of a module that may have others.
+    Raises StatisticsError naming the type of a module that may have others.
     """
     key = str(width_of(model, bit_width))
     entries = [states[key] for name, states in model.named_modules()
@@ -178,8 +182,8 @@ def norms_with_statistics(model: nn.Module, bit_width: Width | int | str) -> set
         if isinstance(part, kinds):
             found.add(part)
         elif any(buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
-            raise ValueError(f"{type(part).__name__} may have statistics, and only those of "
-                             "torch's BatchNorm and InstanceNorm can be re-estimated")
+            raise StatisticsError(f"{type(part).__name__} may have statistics, and only those of "
+                                  "torch's BatchNorm and InstanceNorm can be re-estimated")
     return found
 
 
@@ -190,7 +194,7 @@ def calibrate(model: nn.Module, bit_width: Width | int | str,
 
     Each statistic becomes its average over the batches, weighted by their sizes. Nothing else
     changes, not even resnet20q's shared shortcut BatchNorm. Leaves the model in evaluation mode at
-    that bit-width. Raises ValueError where there are no batches, or statistics of other kinds.
+    that bit-width. Raises ValueError where there are no batches, StatisticsError for other kinds.
     """
     layers = norms_with_statistics(model, bit_width)
     model.eval()

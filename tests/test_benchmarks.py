@@ -15,7 +15,7 @@ from engine.errors import UsageError
 from engine.forward_pass import ForwardPass
 from engine.run_folder import read_metrics
 from models import quan_ops
-from runs import ROOT
+from runs import ROOT, load
 
 sys.path.append(str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
@@ -23,6 +23,7 @@ import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
 import gradients  # noqa: E402
 import layer_bits  # noqa: E402
+import post_training  # noqa: E402
 import reference_way  # noqa: E402
 import speed  # noqa: E402
 from trainings import Run  # noqa: E402
@@ -199,6 +200,22 @@ def test_a_gpu_check_that_fails(monkeypatch):
     assert not gpu.passes("levels", torch.device("cpu"))
     with pytest.raises(SystemExit, match="1"):
         gpu.main(gpu.parse_args(["levels", "--device", "cpu"]))
+
+
+@pytest.mark.parametrize("calibrated, refused", [([32], True), ([2], False)])
+def test_int8_of_a_float_network_that_was_not_trained(calibrated, refused, trained, tmp_path,
+                                                      monkeypatch):
+    class Went(Exception):
+        pass
+
+    def went_on(*_):
+        raise Went
+
+    monkeypatch.setattr(post_training, "open_data", went_on)
+    path = tmp_path / "x.pth.tar"
+    torch.save({**load(trained), "calibrated": calibrated}, path)
+    with pytest.raises(post_training.UserError if refused else Went):
+        post_training.measure(path)
 
 
 def test_gains_of_bits_per_layer_by_hand():

@@ -12,10 +12,12 @@ import reference
 import report
 import tiny_data
 from dataset.data import DATASETS
+from engine import evaluation as evaluation_room
 from engine import published
 from engine.run_folder import read_metrics
 from models import (MODELS, Assignment, add_assignment, add_missing_bit_widths, build, calibrate,
                     set_bit_width)
+from models import calibration
 from models.checkpoint import FileError, network_content, network_of
 from models.quan_ops import Quantizer, SwitchableBatchNorm2d
 from small_networks import Bottlenecks, ResNet8
@@ -127,6 +129,20 @@ def test_statistics_of_another_kind_are_not_left_as_they_are():
     bn.bn_dict["2"] = Own()
     with pytest.raises(ValueError, match="Own may have statistics, and only those of torch's"):
         calibrate(bn, 2, [torch.zeros(1, 1, 2, 2)])
+
+
+def test_statistics_of_another_kind_are_one_line(trained, tiny_cifar10, tmp_path, monkeypatch,
+                                                 capsys):
+    def refuse(*_):
+        raise calibration.StatisticsError("Own may have statistics")
+
+    monkeypatch.setattr(calibration, "norms_with_statistics", refuse)
+    monkeypatch.setattr(evaluation_room, "norms_with_statistics", refuse)
+    common = ["--data-dir", tiny_cifar10, "--results-dir", tmp_path / "e"]
+    assert run(["--evaluate", "--pretrain", trained, "--bit_width_list", "2,3", "--calibrate", 1,
+                *common]) == 1
+    assert_one_line(capsys, "error: Own may have statistics")
+    assert not (tmp_path / "e").exists()
 
 
 def test_instance_norms_are_calibrated():

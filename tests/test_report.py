@@ -206,6 +206,19 @@ def test_other_assignments_of_one_name_are_said(tmp_path, capsys):
             f"{folders[0]} and {folders[1]}\n") in capsys.readouterr().out
 
 
+def test_an_evaluation_that_does_not_say_its_training_is_apart(tmp_path, capsys):
+    """As of an earlier version, beside one that does."""
+    folders = []
+    for seed in range(2):
+        trained = tmp_path / f"a{seed}"
+        write_run(trained, {1: [90.0], 2: [90.0]}, "--seed", str(seed))
+        folders.append(write_evaluation(tmp_path / f"e{seed}", trained, {1: seed, 2: seed}))
+    edit(tmp_path / "e1" / "config.json", "trained_with", value={"lr": 0.1})
+    rows = row_of(folders, tmp_path, capsys)
+    assert sorted(rows.values()) == ["0.00", "1.00"]
+    assert [name for name, top1 in rows.items() if "lr 0.1" in name and top1 == "1.00"]
+
+
 def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
     folders = []
     for name, done in (("a", 3), ("b", 30)):
