@@ -29,6 +29,7 @@ class Console:
         self.shows_bar = bar
         self.bar = None
         self.rows = 0
+        self.skipped = 0.0  # of the first epoch, which a resumed run did before
         self.started = time.monotonic()
 
     def step(self, epoch: int, metrics: Metrics) -> None:
@@ -39,6 +40,8 @@ class Console:
         name = f"epoch {epoch + 1}/{self.epochs}"
         is_first = self.bar is None
         if is_first:
+            if self.rows == 0:
+                self.skipped = (metrics.steps - 1) / self.steps
             self.bar = tqdm(desc=name, total=self.steps, unit="step", initial=metrics.steps - 1,
                             leave=False, file=sys.stdout, disable=not self.shows_bar)
         self.bar.update()
@@ -59,7 +62,8 @@ class Console:
         epoch = f"{record['epoch']}/{self.epochs}"
         speed = record["images_per_second"]
         taken = time.monotonic() - self.started
-        eta = duration(taken / (self.rows + 1) * (self.epochs - record["epoch"]))
+        per_epoch = taken / (self.rows + 1 - self.skipped)
+        eta = duration(per_epoch * (self.epochs - record["epoch"]))
         width = max(5, 2 * len(str(self.epochs)) + 1)
         start = f"{epoch:>{width}} {record['lr']:7.2g} {mean_loss(record['train']):6.3f} "
         start += f"{mean_loss(record['val']):8.3f} "

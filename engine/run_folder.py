@@ -190,8 +190,8 @@ class RunFolder:
         if unsaved and not self.has_noted:
             self.has_noted = True
             log.info(f"note: {', '.join(unsaved[:3])}{', ...' * (len(unsaved) > 3)} changed in "
-                     "training, and no checkpoint holds it, so that a resumed run begins it anew: "
-                     "make it a buffer")
+                     "training, and no checkpoint holds it: a resumed run begins it anew; make it "
+                     "a buffer, if it is state")
 
     def save_is_due(self) -> bool:
         """Return whether `save_every` minutes have passed since the last save; rank 0 decides."""

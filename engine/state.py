@@ -43,7 +43,7 @@ class TrainingState:
         self.best = (-math.inf, -math.inf)  # the largest best_key
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
-        self.numbers = numbers_of(model, bit_widths)
+        self.attributes = attributes_of(model, bit_widths)
         has_own_state = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
         for name, value in vars(optimizer).items():
             if isinstance(value, torch.optim.Optimizer) and not has_own_state:
@@ -67,8 +67,9 @@ class TrainingState:
 
     def unsaved(self) -> list[str]:
         """Return the modules' attributes that training changed and no checkpoint holds."""
-        return [name for name, value in numbers_of(self.model, self.bit_widths).items()
-                if repr(value) != repr(self.numbers.get(name))]
+        now = attributes_of(self.model, self.bit_widths)
+        return [name for name, value in now.items()
+                if not is_unchanged(value, self.attributes.get(name))]
 
     def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
         """Count an epoch as done; return whether it is the best so far, ties included."""
@@ -208,12 +209,34 @@ def data_difference(saved: dict | None, own: dict | None) -> str:
     return ", ".join(changes)
 
 
-def numbers_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, int | float]:
-    """Return the numbers that are Python attributes of a model's modules, at one bit-width."""
+def attributes_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, object]:
+    """Return the numbers and tensors that are Python attributes of a model's modules.
+
+    At one bit-width, the tensors copied, also those that a dict or list holds. Names that begin
+    with an underscore are left out.
+    """
     set_bit_width(model, bit_widths[0])
-    return {f"{name}.{attribute}".strip("."): value for name, module in model.named_modules()
-            for attribute, value in vars(module).items()
-            if type(value) in (int, float) and not attribute.startswith("_")}
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            path = f"{name}.{attribute}".strip(".")
+            parts = {path: value}
+            if isinstance(value, dict):
+                parts = {f"{path}[{key!r}]": part for key, part in value.items()}
+            elif isinstance(value, (list, tuple)):
+                parts = {f"{path}[{place}]": part for place, part in enumerate(value)}
+            if not attribute.startswith("_"):
+                found |= {path: part.detach().clone() if torch.is_tensor(part) else part
+                          for path, part in parts.items()
+                          if torch.is_tensor(part) or type(part) in (int, float)}
+    return found
+
+
+def is_unchanged(value: object, before: object) -> bool:
+    """Return whether two numbers, or two tensors, are equal; NaN equals NaN."""
+    if torch.is_tensor(value) and torch.is_tensor(before):
+        return value.shape == before.shape and torch.allclose(value, before, 0, 0, equal_nan=True)
+    return repr(value) == repr(before)
 
 
 def first_not_finite(model: torch.nn.Module) -> str | None:

@@ -89,6 +89,22 @@ def test_the_loss_is_shown_from_the_first_step_on(shown):
     assert max(map(len, lines)) <= 100 and "32b:" in shown.getvalue()
 
 
+def test_the_time_to_the_end_of_a_run_that_resumes_within_an_epoch(shown, monkeypatch):
+    clock = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    console = Console([BitWidth(4)], 3, 10, 50, bar=False)
+    values = {BitWidth(4): {"loss": 1.0, "top1": 1.0}}
+    metrics = Metrics([BitWidth(4)], "cpu")
+    metrics.steps = 6  # 5 before
+    monkeypatch.setattr(metrics, "averages", lambda: values)
+    console.step(0, metrics)
+    for epoch in range(2):
+        clock += (50, 100)[epoch]
+        console.row({"epoch": epoch + 1, "lr": 1, "images_per_second": 1, "train": values,
+                     "val": values})
+    assert [line.split()[-1] for line in shown.getvalue().splitlines()[2:]] == ["3m20s", "1m40s"]
+
+
 @pytest.mark.parametrize("seconds, text", [
     (0.4, "0s"), (59, "59s"), (59.6, "1m00s"), (3599, "59m59s"), (7800, "2h10m"),
     (86400 * 12 + 3600 * 4, "12d04h")])

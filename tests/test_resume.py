@@ -1,6 +1,7 @@
 """Going on: by --resume, by the same command, after a kill; and starting from other weights."""
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -241,15 +242,22 @@ def test_an_optimizer_whose_state_no_checkpoint_would_hold(tmp_path, tiny_cifar1
     assert not (tmp_path / "r").exists()
 
 
-def test_attributes_that_no_checkpoint_holds_are_named(tmp_path, tiny_cifar10, monkeypatch):
+@pytest.mark.parametrize("initial", [
+    lambda: 1.0, lambda: torch.tensor([1.0, math.nan]),
+    lambda: {"2": torch.ones(())}], ids=["number", "tensor", "dict"])
+def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_cifar10,
+                                                       monkeypatch):
     init, forward = ActivationQ.__init__, ActivationQ.forward
 
     def with_temperature(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.temperature = 1.0
+        self.temperature = initial()
 
     def warming(self, x):
-        self.temperature += self.training
+        if isinstance(self.temperature, dict):
+            self.temperature["2"] = self.temperature["2"] + self.training
+        else:
+            self.temperature = self.temperature + self.training
         return forward(self, x)
 
     monkeypatch.setattr(ActivationQ, "__init__", with_temperature)
@@ -261,7 +269,7 @@ def test_attributes_that_no_checkpoint_holds_are_named(tmp_path, tiny_cifar10, m
         monkeypatch.setattr(ActivationQ, "forward", warming)
     assert not notes[0] and len(notes[1]) == 1
     line, = notes[1]
-    assert ".temperature, " in line and "changed in training, and no checkpoint" in line
+    assert ".temperature" in line and "changed in training, and no checkpoint" in line
 
 
 def test_groups_that_are_not_of_the_network(tmp_path, tiny_cifar10, monkeypatch, capsys):
@@ -347,10 +355,13 @@ def test_a_run_keeps_its_own_precision_whatever_the_default_would_be(copied, tin
     assert evaluated.precision == "auto"  # a CPU's is fp32
 
 
-def test_resume_of_a_finished_run_tells_its_results_again(copied, capsys):
+def test_resume_of_a_finished_run_tells_its_results_again(copied, monkeypatch, capsys):
     before = load(copied)
+    config = (copied / "config.json").read_bytes()
     (copied / "accuracy.png").unlink()
+    monkeypatch.setattr(run_folder, "commit", lambda: "0000000")
     assert run(["--resume", copied]) == 0
+    assert (copied / "config.json").read_bytes() == config  # of the code that trained
     out = capsys.readouterr().out
     assert "last (epoch 3)" in out and "nothing is left to train" in out
     assert (copied / "accuracy.png").exists()
@@ -597,7 +608,7 @@ def test_a_run_remembers_the_code_of_its_first_part(copied, monkeypatch, capsys)
     config = copied / "config.json"
     before = json.loads(config.read_text())
     monkeypatch.setattr(run_folder, "commit", lambda: "other")
-    assert run(["--resume", copied]) == 0
+    assert run(["--resume", copied, "--epochs", 4]) == 0
     after = json.loads(config.read_text())
     assert after["commit"] == "other"
     assert [part["commit"] for part in after["earlier"]] == [before["commit"]]
