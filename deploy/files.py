@@ -53,10 +53,20 @@ def export(model: nn.Module, path: str | Path,
                          f"{INPUTS}")
     if any(module.training for module in model.modules()):
         raise ValueError("the network is in training mode: call its eval() first")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} of the network is {tensor.dtype}, and files are of float32: "
+                             "call its float() first")
+    if format == "packed" and not hasattr(model, "spec"):
+        raise ValueError("the network has no spec, by which it could be built again: add its class "
+                         "to models.MODELS, and build it by models.build")
     about = about_images or getattr(model, "images", None)
-    if not about or not about.get("size"):
+    needed = ("size", "mean", "std") if input == "uint8" else ("size",)
+    if not about or not all(map(about.get, needed)):
         raise ValueError("nothing says of what images the network is: give about_images, a dict "
                          "of size, mean and std")
+    if images is not None:
+        images = numpy.asarray(images, numpy.float32)
     widths = exported_widths(model, bit_widths, with_assignments=not (
         format == "onnx" and bit_widths == "any"))
     files = file_names(path, widths, bit_widths == "any" or format == "packed")

@@ -19,11 +19,10 @@ from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
 from engine.setup import (check_classes, make_forward_pass, make_train_loader, make_val_loader,
                           open_data)
-from engine.state import save_checkpoint
 from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
                     check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
 from models.calibration import copies_quantizers, norms_with_statistics
-from models.checkpoint import network_content, network_of
+from models.checkpoint import network_content, network_of, save_checkpoint
 from models.cost import Costs, totals
 from utils import flag_text, one_line, progress, without_secrets, write_json
 

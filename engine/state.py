@@ -12,10 +12,10 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth, set_bit_width
-from models.checkpoint import (FileError, add_hash, check_field, check_own_bits, is_count, is_dense,
+from models.checkpoint import (FileError, check_field, check_own_bits, is_count, is_dense,
                                is_finite_number, is_named_values, is_whole, load_weights,
-                               network_content, take)
-from utils import WriteError, brief, one_line, escaped, replacing, writing
+                               network_content, save_checkpoint, take)
+from utils import brief, escaped, one_line
 
 OPTIMIZER = "optimizer's "  # before a field's name
 
@@ -235,7 +235,8 @@ def attributes_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, obj
 def is_unchanged(value: object, before: object) -> bool:
     """Return whether two numbers, or two tensors, are equal; NaN equals NaN."""
     if torch.is_tensor(value) and torch.is_tensor(before):
-        return value.shape == before.shape and torch.allclose(value, before, 0, 0, equal_nan=True)
+        return (value.shape, value.dtype) == (before.shape, before.dtype) and torch.allclose(
+            value, before.to(value.device), 0, 0, equal_nan=True)
     return repr(value) == repr(before)
 
 
@@ -263,18 +264,6 @@ def copy_to_cpu(dicts: list[dict], device: str) -> None:
         parts = flat.split([tensor.numel() for tensor in tensors])
         for (each, key), tensor, part in zip(found, tensors, parts):
             each[key] = part.view(tensor.shape).clone()  # a file would hold all of `flat`
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all; raises WriteError where the disk is full."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:
-            raise WriteError(path, f"{one_line(error)}, as on a full disk") from None
-        add_hash(temporary)
 
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.

@@ -41,4 +41,4 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
     return model
 
 
-from models.checkpoint import FileError, load  # noqa: E402  it imports `build`
+from models.checkpoint import FileError, load, save  # noqa: E402  it imports `build`

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
 from models.graph import Tracer
-from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assignments_of,
-                             bit_widths_of, set_bit_width, width_of)
+from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assigned_module,
+                             assignments_of, bit_widths_of, set_bit_width, width_of)
 from utils import brief
 
 # The key of a tensor that exists once per bit-width: in a bn_dict, or in a quantizer's *_dict.
@@ -103,7 +103,9 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
     these that the model was built for. Returns the bit-widths whose BatchNorms are copied. Raises
     ValueError, and changes nothing, where an entry matches no layer.
     """
+    _, model = assigned_module(model)
     check_layers(model, assignment)
+    present = bit_widths_of(model)
     model.assignments = {**assignments_of(model), assignment.name: assignment}
     behind = activations_behind(model)
     copied = set()
@@ -113,7 +115,7 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
             continue
         owner = owner.partition(".quantizer")[0]
         width = assignment.of_layer(behind.get(owner, owner))
-        known = {BitWidth.of(key): key for key in states if key not in model.assignments}
+        known = {width: str(width) for width in present if str(width) in states}
         if not known:
             continue
         source = nearest(known, width, model.get_submodule(owner))

@@ -29,7 +29,7 @@ from models.assignment import check_assignments
 from models.bit_widths import FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
-from utils import brief, one_line, escaped
+from utils import WriteError, brief, escaped, one_line, replacing, writing
 
 # NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
 SCALAR = numpy.float64(0).__reduce__()[0]
@@ -63,6 +63,36 @@ def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = N
     content = read_checkpoint(path)
     model, _ = network_of(content, path, bit_widths)
     return model
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Save a network that `build` built or `load` loaded, for `load` and the three programs.
+
+    Its attribute `images`, where it has one, describes its images (see above). Raises ValueError
+    for another network, and WriteError where the file cannot be written.
+    """
+    if not hasattr(model, "spec"):
+        raise ValueError("the network has no spec, by which it could be built again: add its class "
+                         "to models.MODELS, and build it by models.build")
+    if any(isinstance(layer.quantizer, packed.PackedWeight)
+           for layer in quantizers.layers_with_quantizer(model).values()):
+        raise ValueError("a packed network has no float weights to save: copy its file")
+    save_checkpoint(Path(path), {
+        "epoch": None, "model": model.spec["model"], "best_prec1": None,
+        "network": network_content(model), "images": getattr(model, "images", None),
+        "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])})
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write a checkpoint whole or not at all; raises WriteError where the disk is full."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            raise WriteError(path, f"{one_line(error)}, as on a full disk") from None
+        add_hash(temporary)
 
 
 def find_file(path: str | Path, *names: str) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from models import graph as graphs
 from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
@@ -19,7 +20,7 @@ from utils import keeping_random_states
 REPLACED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6)
 SIZES = (32, 40, 64, 28, 96, 224)  # of images, one of which a network may take
 NOT_COMPARED = ("whether it computes what the float network did is not known, which takes none of "
-                f"the sizes {', '.join(map(str, SIZES))} or returns no tensor")
+                f"the sizes {', '.join(map(str, SIZES))} or returns no tensors")
 TOLERANCE = 1e-3  # of outputs that are equal but for rounding, relative to their norm
 
 
@@ -35,7 +36,7 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     something else.
     """
     bit_widths = check_bit_widths(bit_widths)
-    training = network.training
+    training = {name: module.training for name, module in network.named_modules()}
     original = copy.deepcopy(network).eval()
     network = copy.deepcopy(network)
     check_layers(network, keep)
@@ -52,17 +53,22 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
         warnings.warn(note, stacklevel=2)
 
     why = full_precision(network, graph, keep)
+    check_weights(network, why)
     replace_modules(network, bit_widths, why, activations=graph is None)
     run = call
     if graph:
         graphs.replace_activations(graph, network, why)
         run = type(fx.GraphModule(network, graph)).forward
 
-    model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note)
+    model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note, graph)
     if not check_equal(original, model.eval(), bit_widths[0]):
         model.note = "; ".join(filter(None, [model.note, NOT_COMPARED]))
     set_bit_width(model, bit_widths[0])
-    return model.train(training)
+    model.train(training[""])
+    for name, module in network.named_modules():
+        if name in training:
+            module.train(training[name])
+    return model
 
 
 class FloatWeight(WeightQuantizer):
@@ -77,7 +83,7 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
     """Return whether a converted network could be compared with the float one, both in evaluation.
 
     Raises ValueError where the converted one, not quantized, has other outputs. Networks that take
-    none of SIZES, or return no tensor, are not compared; those on the meta device need not be.
+    none of SIZES, or return no tensors, are not compared; those on the meta device need not be.
     """
     if next(model.parameters()).is_meta:
         return True
@@ -95,13 +101,17 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
                 break
         else:
             return False
-        if not isinstance(expected, Tensor):
+        if not any(isinstance(part, Tensor) for part in tree_leaves(expected)):
             return False
         found, own_steps = outputs(model, size)
     finally:
         for layer, quantizer in weights.items():
             layer.quantizer = quantizer
-    if is_close(found, expected):
+    parts = tree_leaves(expected)
+    own_parts = tree_leaves(found)
+    if len(own_parts) == len(parts) and all(
+            is_close(own, part) for own, part in zip(own_parts, parts)
+            if isinstance(part, Tensor)):
         return True
     own_steps = {name.removeprefix("network."): step for name, step in own_steps.items()}
     behind = [name for name, step in steps.items()
@@ -177,7 +187,8 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
                              "choose one with convolutions and BatchNorm")
     for name, layer in modules.items():
         holds = any(True for _ in layer.parameters(recurse=False)) and not any(layer.children())
-        if is_within(name, keep) or not (holds or isinstance(layer, nn.BatchNorm2d)):
+        is_known = isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))
+        if is_within(name, keep) or not (holds or is_known):
             continue
         if type(layer) not in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
             raise ValueError(f"layer {name} is a {type(layer).__name__}, which has no form for "
@@ -205,10 +216,20 @@ def full_precision(network: nn.Module, graph: fx.Graph | None,
     first = graphs.image_layers(graph, modules) if graph else convolutions[:1]
     why = {name: "in keep" for name in modules if is_within(name, keep)}
     why.update(dict.fromkeys(first, "sees the image"))
-    why.update(dict.fromkeys((linear or convolutions)[-1:], CLASSIFIER))
+    last = graphs.output_layers(graph, modules) if graph else []
+    why.update(dict.fromkeys(last or (linear or convolutions)[-1:], CLASSIFIER))
     if all(name in why for name in convolutions):
         raise ValueError("no convolution is left to quantize: all see the image or are in keep")
     return why
+
+
+def check_weights(network: nn.Module, why: dict[str, str]) -> None:
+    """Raise ValueError naming a convolution to quantize whose weights are all 0."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d) and name not in why and not layer.weight.is_meta and (
+                not layer.weight.any()):
+            raise ValueError(f"layer {name} has no weight but 0, and quantizing divides by the "
+                             "largest: give it other weights, or name it in keep")
 
 
 def replace_modules(network: nn.Module, bit_widths: tuple[BitWidth, ...], why: dict[str, str],

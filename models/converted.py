@@ -1,6 +1,6 @@
 """A converted network: forward pass, table of its layers, and weights of its float network."""
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, fx, nn
@@ -25,12 +25,17 @@ class AnyPrecisionNetwork(nn.Module):
     """A converted network, whose layers are in `network` under the names that they had.
 
     run: the forward pass, a function of (network, x). layers: a Layer for each convolution and
-    linear layer. note: what could not be traced, or "".
+    linear layer. note: what could not be traced, or "". graph: what `run` was made of, which calls
+    layers by their names and no container of layers; None where `run` calls the network.
     """
 
     def __init__(self, network: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
-                 layers: list[Layer], note: str):
+                 layers: list[Layer], note: str, graph: fx.Graph | None = None):
         super().__init__()
+        self.called = None
+        if graph:
+            self.called = {node.target for node in graph.nodes if node.op == "call_module"}
+            self.containers = dict(containers_of(network, self.called))
         self.network = network
         self.run = run
         self.layers = layers
@@ -38,6 +43,28 @@ class AnyPrecisionNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, classes)
         return self.run(self.network, x)
+
+    def check_modules(self) -> None:
+        """Raise ValueError naming a container whose modules changed, which `run` would not call."""
+        if self.called is None:
+            return
+        found = dict(containers_of(self.network, self.called))
+        for name in {**self.containers, **found}:
+            if found.get(name) != self.containers.get(name):
+                raise ValueError(
+                    f"{name or 'the network'} has other modules than when it was converted, and "
+                    "the traced forward does not call them: change the float network, and convert "
+                    "that again")
+
+
+def containers_of(module: nn.Module, called: Container[str],
+                  name: str = "") -> Iterator[tuple[str, tuple]]:
+    """Yield (name, (type, names of its modules)) of each module that runs by its modules alone."""
+    if name in called or isinstance(module, graphs.LAYERS):
+        return
+    yield name, (type(module), *module._modules)
+    for child_name, child in module.named_children():
+        yield from containers_of(child, called, f"{name}.{child_name}".strip("."))
 
 
 def describe(network: nn.Module, graph: fx.Graph | None, why: dict[str, str]) -> list[Layer]:

@@ -1,4 +1,6 @@
 """Layers that compute in float32 at any precision of the convolutions."""
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -14,5 +16,11 @@ class Classifier(nn.Linear):
     """nn.Linear in float32, also within autocast: its logits are targets of lower bit-widths."""
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C) -> (N, classes)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(self):
             return super().forward(input.to(self.weight.dtype))
+
+
+def without_autocast(layer: nn.Module) -> contextlib.AbstractContextManager:
+    """Return a context without autocast on a layer's device; the meta device has none."""
+    device = next(layer.parameters()).device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -2,6 +2,7 @@
 
 The nodes of a graph are the calls of a forward pass, in order: of modules, functions and methods.
 """
+import copy
 import random
 
 import numpy
@@ -20,10 +21,11 @@ REARRANGING = {"MaxPool2d", "AdaptiveMaxPool2d", "Dropout", "Dropout2d", "Identi
                "getitem", "flatten", "view", "reshape", "transpose", "permute", "contiguous",
                "squeeze"}
 ALIASING = {"Identity", "Flatten", "chunk", "split", "getitem", "flatten", "view", "reshape",
-            "transpose", "permute", "contiguous", "squeeze", "unsqueeze"}  # the same memory
+            "transpose", "permute", "contiguous", "squeeze", "unsqueeze", "iadd", "isub", "imul",
+            "itruediv", "add_", "sub_", "mul_", "div_"}  # the same memory
 JOINING = {"cat", "concat"}  # those of them whose inputs are all taken
 FUNCTIONS = {"conv2d", "linear"}  # layers that are not modules
-SHAPE_QUERIES = {"size", "getattr", "dim"}
+SHAPE_QUERIES = {"size", "dim", "shape", "ndim", "dtype", "device"}  # of attributes, their names
 SOURCES = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
            "AdaptiveAvgPool2d": "an average pool", "avg_pool2d": "an average pool",
            "adaptive_avg_pool2d": "an average pool", "mean": "an average pool",
@@ -128,11 +130,16 @@ def trace(network: nn.Module) -> fx.Graph:
     whatever torch.fx raises where it cannot trace, and ValueError for several inputs, for a forward
     that draws numbers, or where training and evaluation call different things.
     """
+    # A copy, as tracing gives the network an attribute for each constant of its forward.
+    other = ModeTracer().trace(copy.deepcopy(network).train(False))
     before = random_states()
     graph = ModeTracer().trace(network.train(True))
     if random_states() != before:  # such as stochastic depth, whose graph is another each time
         raise ValueError("its forward draws numbers in Python")
-    other = ModeTracer().trace(network.train(False))
+    network.train(False)
+    for name in [name for name in vars(network) if name.startswith("_tensor_constant")]:
+        value = vars(network).pop(name)
+        network.register_buffer(name, value, persistent=False)  # moves to devices
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
 
@@ -174,8 +181,10 @@ def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
 
 
 def name_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """Return the name of a node's function or method, or of its module's class."""
+    """Return the name of a node's function, method or attribute, or of its module's class."""
     module = module_of(node, modules)
+    if node.target is getattr:
+        return str(node.args[1])
     return type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
 
 
@@ -297,3 +306,19 @@ def image_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
         if is_behind or isinstance(layer, (nn.Conv2d, nn.Linear)):
             behind.add(node)
     return found
+
+
+def output_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
+    """Return the names of the layers that give the logits: no layer or BatchNorm is behind them."""
+    waiting = [node for node in graph.nodes if node.op == "output"]
+    seen = set(waiting)
+    found = []
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            layer = module_of(node, modules)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                found.append(node.target)
+            elif node not in seen and not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                seen.add(node)
+                waiting.append(node)
+    return list(dict.fromkeys(found))

@@ -10,14 +10,16 @@ from models.sharing import shared_computation
 
 
 def half_target(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of labels and the highest bit-width's probabilities, (N, classes).
+    """Return the mean of labels and the highest bit-width's probabilities, (N, classes, ...).
 
     Source: the loss of MBQuant (Zhong et al., 2023, arXiv 2305.08117), without its branches.
     """
     if target is not labels:  # a bit-width that is taught
         return target
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    return (logits.softmax(1) + (labels[:, None] == classes)) / 2
+    if not labels.is_floating_point():  # else they are probabilities already
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        labels = labels[:, None] == classes.view(-1, *[1] * (logits.ndim - 2))
+    return (logits.softmax(1) + labels) / 2
 
 
 # The target of the next lower bit-width: (target, logits, labels) -> labels or probabilities.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models.assignment import Assignment, Width
-from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
-from models.float_layers import BatchNorm2d
+from models.bit_widths import BITS, FULL_PRECISION, BitWidth, check_bit_widths
+from models.float_layers import BatchNorm2d, without_autocast
 from utils import keeping_random_states
 
 # ---- quantizers: a change here reaches training, evaluation, low precision and export
@@ -224,7 +224,7 @@ class QuantizedLayer:
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
         self.activation_bits = bit_width.activations
-        self.quantizer.switch(self.own_bits or bit_width.weights, str(bit_width))
+        self.quantizer.switch(layer_bits(self, bit_width.weights), str(bit_width))
 
     def prepared_weight(self) -> tuple[Tensor, ...]:
         """Return what the quantizer prepares of the weight, computed once where it is shared."""
@@ -326,7 +326,7 @@ class ActivationQ(nn.Module):
         return self.quantizer.bits
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
-        self.quantizer.switch(self.own_bits or bit_width.activations, str(bit_width))
+        self.quantizer.switch(layer_bits(self, bit_width.activations), str(bit_width))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bits != FULL_PRECISION:
@@ -354,6 +354,16 @@ class SwitchableBatchNorm2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # a keyword of torch's, too
         return self.bn_dict[self.width](input)
+
+
+def layer_bits(layer: nn.Module, bits: int) -> int:
+    """Return a layer's own bits, or else `bits`; raises ValueError where its own cannot be."""
+    if layer.own_bits is None:
+        return bits
+    if layer.own_bits not in BITS:
+        raise ValueError(f"a {type(layer).__name__} has {layer.own_bits} bits of its own: choose "
+                         f"from {', '.join(map(str, BITS))}, or None")
+    return layer.own_bits
 
 
 def nearest_multiple(x: Tensor, bits: int) -> Tensor:
@@ -439,15 +449,11 @@ def has_float_parameter(layer: nn.Module) -> bool:
     return weight is not None and weight.is_floating_point()
 
 
-def without_autocast(layer: nn.Module) -> torch.autocast:
-    """Return a context without autocast on a layer's device."""
-    return torch.autocast(next(layer.parameters()).device.type, enabled=False)
-
-
 def low_precision(x: Tensor) -> bool:
     """Return whether autocast or TF32 rounds the operands of a convolution of x."""
-    return torch.is_autocast_enabled(x.device.type) or (
-        x.device.type == "cuda" and torch.backends.cudnn.allow_tf32)
+    device = x.device.type
+    return (device != "meta" and torch.is_autocast_enabled(device)
+            or device == "cuda" and torch.backends.cudnn.allow_tf32)
 
 
 # ---- the switch
@@ -459,10 +465,16 @@ def set_bit_width(model: nn.Module, bit_width: Width | int | str) -> None:
     where the model was not built for that bit-width, or a layer has `bits` but no such method.
     """
     bit_width = width_of(model, bit_width)
+    prefix, _ = assigned_module(model)
     layers = []
     for name, layer in model.named_modules():
+        if hasattr(layer, "check_modules"):
+            layer.check_modules()
+        if isinstance(layer, SwitchableBatchNorm2d) and str(bit_width) not in layer.bn_dict:
+            raise ValueError(f"layer {name} has no {bit_width}-bit BatchNorm, which others have: "
+                             "build it for the same bit-widths")
         if hasattr(layer, "switch_bit_width"):
-            layers.append((layer, bit_width.of_layer(name)))
+            layers.append((layer, bit_width.of_layer(name.removeprefix(prefix))))
         elif not isinstance(layer, Quantizer) and hasattr(layer, "bits"):
             raise ValueError(f"layer {name or 'of the network'} ({type(layer).__name__}) has bits "
                              "that cannot be switched: give it a method "
@@ -492,13 +504,24 @@ def width_of(model: nn.Module, value: Width | int | str) -> Width:
 
 def bit_widths_of(model: nn.Module) -> list[BitWidth]:
     """Return the bit-widths that the model has BatchNorms for, lowest first."""
+    assignments = assignments_of(model)
     for layer in model.modules():
         if isinstance(layer, SwitchableBatchNorm2d):
-            return sorted(BitWidth.of(name) for name in layer.bn_dict
-                          if name not in assignments_of(model))
+            return sorted(BitWidth.of(name) for name in layer.bn_dict if name not in assignments)
     return []
 
 
 def assignments_of(model: nn.Module) -> dict[str, Assignment]:
     """Return the model's assignments by name; add_assignment of calibration.py adds them."""
-    return getattr(model, "assignments", {})
+    return vars(assigned_module(model)[1]).get("assignments", {})
+
+
+def assigned_module(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the module whose layers assignments name, and the prefix of its layers' names.
+
+    It is the model, or one within it that has assignments, as where the model is torch.compile's.
+    """
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("assignments"), dict):
+            return f"{name}." if name else "", module
+    return "", model

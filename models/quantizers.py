@@ -60,6 +60,8 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
                              "same object: return a new one for each layer")
         owners[quantizer] = layer_name
         layer.quantizer = quantizer
+    if hasattr(model, "spec"):
+        model.spec = {**model.spec, "quantizer": name}
     set_bit_width(model, bit_widths[0])
 
 
@@ -80,7 +82,7 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
     own = {id(buffer) for layer in layers for buffer in layer.quantizer.buffers()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in own]
     hooks = [layer.register_forward_pre_hook(initialize_quantizer) for layer in layers]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.train()
     try:
         with torch.random.fork_rng():
@@ -92,7 +94,8 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
             hook.remove()
         for buffer, before in buffers:
             buffer.copy_(before)
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def initialize_quantizer(layer: nn.Module, inputs: tuple[Tensor]) -> None:

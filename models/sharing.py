@@ -29,8 +29,16 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
     take the optimizer's step, after it. prepare: prepare_weights compiled, called on entry; None:
     prepare each weight at its first use, and again whenever it has changed.
 
-    Raises ValueError where an optimizer of the model steps within the context.
+    Raises ValueError where an optimizer of the model steps within the context, for a model whose
+    wrapper reduces gradients when they arrive, and where a loss of the context runs backward after
+    it.
     """
+    for module in model.modules():
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(f"{type(module).__name__} does not see the gradients of what bit-"
+                             "widths share: give sharing=no_sharing, or its .module, whose "
+                             "gradients you average afterwards")
+
     def refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = set(model.parameters())
         if any(parameter in parameters for group in optimizer.param_groups
@@ -120,6 +128,14 @@ class Shared:
             used = [(tensor, leaf.grad) for tensor, leaf in zip(outputs, leaves, strict=True)
                     if leaf.grad is not None]
             torch.autograd.backward([tensor for tensor, _ in used], [grad for _, grad in used])
+        for leaf, *_ in self.versions:
+            if leaf.requires_grad:  # of a graph that is still kept
+                leaf.register_hook(refuse_gradient)
+
+
+def refuse_gradient(grad: Tensor) -> None:
+    raise ValueError("a loss runs backward after shared_computation, where gradients no longer "
+                     "reach the weights: call backward() within it")
 
 
 def state_of(tensors: Iterable[Tensor]) -> Hashable:

@@ -151,7 +151,8 @@ class Aliased(nn.Module):
         return self.head(self.conv(self.relu(x)) + before).mean((2, 3))
 
 
-@pytest.mark.parametrize("alias", [nn.Identity(), lambda x: x.view(x.shape).contiguous()])
+@pytest.mark.parametrize("alias", [
+    nn.Identity(), lambda x: x.view(x.shape).contiguous(), lambda x: x.mul_(0.5)])
 def test_an_input_that_is_changed_in_place_under_another_name_is_refused(alias):
     with pytest.raises(ValueError, match="relu changes bn in place, which is read behind it as"):
         convert(Aliased(alias), [2, 32])
@@ -160,11 +161,84 @@ def test_an_input_that_is_changed_in_place_under_another_name_is_refused(alias):
 
 @pytest.mark.parametrize("alias", [
     lambda x: x.float(), lambda x: x.detach(), lambda x: x.narrow(1, 0, 8), nn.Dropout(),
-    lambda x: x.mul_(0.5), lambda x: x.unbind(0)[0].expand(x.shape)])
+    lambda x: x.unbind(0)[0].expand(x.shape)])
 def test_a_copy_that_computes_something_else_is_refused(alias):
     """Even unquantized, whatever the cause."""
     with pytest.raises(ValueError, match="computes something else, from layer head on"):
         convert(Aliased(alias), [2, 32])
+
+
+class Heads(nn.Module):
+    """Logits of a convolution and of a linear layer, behind a linear layer that gates channels."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+        self.relu = nn.ReLU(inplace=True)
+        self.stem, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.gate, self.conv = nn.Linear(8, 8), nn.Conv2d(8, 8, 1)
+        self.boxes, self.classes = nn.Conv2d(8, 4, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x))
+        detached = x.detach()
+        x = self.relu(x)
+        x = self.conv(x * self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None])
+        return self.result(self.boxes(x).relu(), self.classes(x.mean((2, 3))), detached)
+
+
+@pytest.mark.parametrize("result, last", [
+    (lambda boxes, classes, x: boxes, ["boxes"]), (lambda boxes, classes, x: classes, ["classes"]),
+    (lambda boxes, classes, x: {"a": boxes, "b": [classes]}, ["boxes", "classes"])])
+def test_the_layers_that_give_the_logits(result, last):
+    model = convert(Heads(result), [2, 32])
+    assert sorted(row.name for row in model.layers if row.why == "gives the logits") == last
+    assert isinstance(model.network.boxes, quan_ops.Conv2dQ) is ("boxes" not in last)
+    assert not model.note
+
+
+def test_outputs_that_are_no_tensor_are_compared():
+    with pytest.raises(ValueError, match="computes something else"):
+        convert(Heads(lambda boxes, classes, x: {"a": boxes, "b": (classes, x)}), [2, 32])
+
+
+class Normalizing(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+
+
+def test_a_constant_in_the_forward():
+    network = Normalizing(*sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    model = convert(network, [2, 32])
+    assert not model.note and len(activations(model)) == 2
+    assert model.state_dict().keys() == convert(sequential(nn.Conv2d(4, 4, 1), nn.ReLU(),
+                                                           nn.Conv2d(4, 2, 1)), [2, 32]
+                                                ).state_dict().keys()
+    moved = model.to("meta")
+    assert moved(torch.rand(2, 3, 8, 8, device="meta")).shape == (2, 2, 6, 6)
+
+
+def test_modes_of_training_stay():
+    network = sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    network[1].eval()  # frozen
+    model = convert(network, [2, 32]).network
+    assert not any(part.training for part in model[1].modules())
+    assert all(part.training for part in model[4].modules()) and model.training
+
+
+def test_a_container_that_changes_after_the_conversion():
+    network = nn.Sequential(sequential(nn.Conv2d(4, 4, 1)), nn.Flatten(),
+                            nn.Sequential(nn.Dropout(), nn.Linear(144, 3)))
+    images = torch.rand(2, 3, 8, 8)
+    model = convert(network, [2, 32])
+    model.network[2][1] = nn.Sequential(nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 5))
+    set_bit_width(model, 2)
+    assert model(images).shape == (2, 5)
+    for change in (lambda head: head.append(nn.Linear(3, 2)), lambda head: nn.Linear(144, 2)):
+        model = convert(network, [2, 32])
+        model.network[2] = change(model.network[2])
+        with pytest.raises(ValueError, match="^2 has other modules than when it was converted"):
+            set_bit_width(model, 2)
 
 
 def test_images_of_any_channels_are_compared_and_draws_are_the_same():
@@ -349,6 +423,11 @@ def sequential(*layers):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *layers)
 
 
+def zero(layer):
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
 @pytest.mark.parametrize("network, keep, told", [
     (nn.Sequential(nn.Conv2d(3, 4, 3)), (), "no BatchNorm2d"),
     (nn.Sequential(nn.BatchNorm2d(4)), (), "no Conv2d"),
@@ -358,6 +437,9 @@ def sequential(*layers):
     (sequential(nn.BatchNorm2d(4, affine=False)), (), "layer 3 is a BatchNorm2d without"),
     (sequential(nn.LazyConv2d(4, 3)), (), "layer 3 is a LazyConv2d"),
     (sequential(nn.Conv2d(4, 4, 3)), ["conv9"], "keep names 'conv9'"),
+    (sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))), (),
+     "layer 3 is a ParametrizedConv2d"),
+    (sequential(zero(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3)), (), "layer 3 has no weight but 0"),
     (MODELS["svhnq"]([2, 32], width=1), (), "no BatchNorm2d")])
 def test_what_cannot_be_converted(network, keep, told):
     with pytest.raises(ValueError, match=told) as error:

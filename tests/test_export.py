@@ -1,4 +1,5 @@
 """export.py: what it writes, checks and measures, and what it refuses."""
+import copy
 import json
 import os
 import re
@@ -138,7 +139,7 @@ def test_an_output_that_is_a_folder(arguments, tmp_path, capsys):
 def test_a_size_that_the_network_does_not_take(tmp_path):
     model, _ = network("svhnq", [2])
     with pytest.raises(ValueError, match="does not run on images of size 48"):
-        deploy.export(model, tmp_path / "net", [2], "packed", about_images={"size": 48})
+        deploy.export(model, tmp_path / "net", [2], about_images={"size": 48})
 
 
 def test_a_weight_of_zeros_is_named(tmp_path):
@@ -303,6 +304,13 @@ def test_export_in_python(tmp_path):
     about = {"size": 40, "mean": [0.5] * 3, "std": [0.25] * 3}
     with pytest.raises(ValueError, match="nothing says of what images"):
         deploy.export(model, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="nothing says of what images"):
+        deploy.export(model, tmp_path / "net.onnx", input="uint8", about_images={"size": 40})
+    with pytest.raises(ValueError, match=r"is torch.float64, .*: call its float\(\) first"):
+        deploy.export(copy.deepcopy(model).double(), tmp_path / "net.onnx", about_images=about)
+    with pytest.raises(ValueError, match="has no spec"):
+        deploy.export(MODELS["svhnq"]([2]).eval(), tmp_path / "net", format="packed",
+                      about_images=about)
     with pytest.raises(ValueError, match="no BatchNorm for 3 bits, but for 2, 4, 32"):
         deploy.export(model, tmp_path / "net.onnx", [3], about_images=about)
     pytest.importorskip("onnxruntime")
@@ -318,7 +326,8 @@ def test_export_in_python(tmp_path):
 
 def test_a_packed_file_of_images_of_no_data_set_is_read_by_every_program(tmp_path):
     model = build("svhnq", [2], 10).eval()
-    deploy.export(model, tmp_path / "net", [2], "packed", about_images={"size": 40})
+    deploy.export(model, tmp_path / "net", [2], "packed", about_images={"size": 40},
+                  images=torch.rand(3, 3, 40, 40, dtype=torch.float64))
     checkpoint = Checkpoint(tmp_path / "net")
     assert checkpoint.images("digits")["size"] == 40
     assert "dataset" not in checkpoint.content["arguments"]

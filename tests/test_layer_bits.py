@@ -112,6 +112,27 @@ def test_each_layer_has_its_bits():
         set_bit_width(model, 8)
 
 
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.Sequential])
+def test_a_wrapper_of_the_network_has_its_assignments(wrap):
+    model, images = network()
+    wrapper = wrap(model)
+    add_assignment(model, Assignment("mix", 2, MIX))
+    set_bit_width(wrapper, "mix")
+    assert {name: model.get_submodule(name).bits for name in BITS} == {**BITS, "layers.1.conv1": 2}
+    add_assignment(wrapper, Assignment("other", 1, {"layers.0.*": 2}))
+    assert [*models.assignments_of(model)] == ["mix", "other"]
+    calibrate(wrapper, "other", [images])
+    set_bit_width(wrapper, 2)
+    assert bit_widths_of(wrapper) == [1, 2, 4]
+
+
+def test_a_head_per_name_is_no_state_of_a_bit_width():
+    model, _ = network()
+    model.head_dict = nn.ModuleDict({"boxes": nn.Linear(2, 2), "1x1": nn.Linear(2, 2)})
+    add_assignment(model, Assignment("mix", 2, MIX))
+    assert [*model.head_dict] == ["boxes", "1x1"]
+
+
 def test_refusals():
     model, _ = network()
     with pytest.raises(ValueError, match="'layers.7.*' matches no layer with bits: choose "

@@ -12,10 +12,9 @@ from torch import nn
 import models
 import reference
 from dataset.data import DATASETS
-from engine.state import save_checkpoint
 from exported import network as exported_network
 from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
-from models.checkpoint import FileError, load_weights
+from models.checkpoint import FileError, load_weights, save_checkpoint
 from models.quan_ops import SwitchableBatchNorm2d
 from models.svhn_quan import SVHNNet
 
@@ -78,6 +77,32 @@ def test_a_run(name, place, two_checkpoints):
 def test_a_bit_width_that_was_not_trained_is_known_as_such(trained):
     assert models.load(trained).calibrated == []
     assert models.load(trained, [2, 3, 32]).calibrated == [3]
+
+
+def test_a_network_of_one_s_own_loop_is_saved_for_all_programs(tmp_path, tiny_cifar10, capsys):
+    model = models.build("resnet4q", [2, 32], 10, 1)
+    models.set_quantizers(model, "lsq", [2, 32])
+    models.initialize_quantizers(model, images_of(32), model.spec["bit_widths"])
+    models.calibrate(model, 2, [images_of(32)])
+    models.add_assignment(model, models.Assignment("mix", 2, {"layers.0.conv0": 32}))
+    path = tmp_path / "new" / "own.pth.tar"
+    models.save(model, path)
+    loaded = models.load(path)
+    assert loaded.spec["quantizer"] == "lsq"
+    assert_logits_equal(loaded, model.eval(), [2, 32, "mix"])
+    assert run(["--evaluate", "--pretrain", path, "--dataset", "cifar10", "--data-dir",
+                tiny_cifar10, "--results-dir", tmp_path / "r"]) == 0
+    assert evaluation(tmp_path / "r").keys() == {"2", "32", "mix"}
+    assert run(["--resume", path]) == 1
+    assert "holds no epoch to go on with" in capsys.readouterr().err
+
+
+def test_networks_that_no_file_could_build_again(tmp_path):
+    with pytest.raises(ValueError, match="has no spec"):
+        models.save(MODELS["svhnq"]([2]), tmp_path / "x")
+    with pytest.raises(ValueError, match="a packed network has no float weights"):
+        models.save(models.load(ROOT / "examples" / "digits.safetensors"), tmp_path / "x")
+    assert not any(tmp_path.iterdir())
 
 
 def test_class_names_of_another_number_are_refused(trained, tmp_path):

@@ -66,6 +66,16 @@ def test_one_bit_width_learns_from_the_labels(loss):
     assert model.table["32"].grad is None
 
 
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_half_of_a_label_for_each_pixel(kind):
+    logits = torch.randn(2, 4, 4, 3)  # as many columns as classes
+    labels = torch.randint(4, (2, 4, 3))
+    expected = (nn.functional.one_hot(labels, 4).movedim(-1, 1) + logits.softmax(1)) / 2
+    if kind == "probabilities":
+        labels = nn.functional.one_hot(labels, 4).movedim(-1, 1).float()
+    assert_close(NEXT_TARGET["half"](labels, logits, labels), expected)
+
+
 def test_gradients_add_to_what_is_there():
     once, twice = Stub(), Stub()
     any_precision_backward(once, None, LABELS, WIDTHS, "recursive")

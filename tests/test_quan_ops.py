@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import reference
 from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
-from models import MODELS, calibrate, quan_ops, set_bit_width
+from models import MODELS, build, calibrate, quan_ops, set_bit_width
 from models.bit_widths import BITS, BitWidth, check_bit_widths
 from models.losses import any_precision_backward
 from models.lsq import lsq
@@ -332,6 +332,27 @@ def test_a_layer_that_cannot_be_switched_is_named():
     with pytest.raises(ValueError, match=r"layer 1 \(Own\) has bits that cannot be switched"):
         set_bit_width(model, 4)
     assert model[0].bits == 32
+
+
+@pytest.mark.parametrize("bits", [0, 9, 16, 33, -1, 2.5, "4"])
+def test_own_bits_that_cannot_be(bits):
+    for layer in (Conv2dQ(3, 3, 1), ActivationQ()):
+        layer.own_bits = bits
+        with pytest.raises(ValueError, match=f"has {bits} bits of its own: choose from 1, 2"):
+            set_bit_width(layer, 4)
+
+
+def test_networks_of_other_bit_widths_in_one():
+    both = torch.nn.Sequential(build("svhnq", [2, 4], 10, 1), build("svhnq", [2, 8], 10, 1))
+    set_bit_width(both, 2)
+    with pytest.raises(ValueError, match="layer 1.layers.4 has no 4-bit BatchNorm, which others"):
+        set_bit_width(both, 4)
+    assert both[0].layers[3].bits == 2
+
+
+def test_the_meta_device_needs_no_autocast():
+    model = build("svhnq", [2], 10, 1).to("meta")
+    assert model(torch.rand(2, 3, 40, 40, device="meta")).shape == (2, 10)
 
 
 def test_a_layer_keeps_bits_of_its_own():

@@ -240,6 +240,39 @@ def test_prepare_that_depends_on_the_bit_width_fails():
         assert_shared_is_unshared(change=with_quantizer(ByBits))
 
 
+def test_backward_after_the_context_is_refused():
+    model = Net().double()
+    losses = []
+    with shared_computation(model, IMAGES):
+        for width in WIDTHS:
+            set_bit_width(model, width)
+            losses.append(forward_loss(model, IMAGES, LABELS)[0])
+    with pytest.raises(ValueError, match=r"call backward\(\) within it"):
+        sum(losses).backward()
+
+
+@pytest.mark.parametrize("kind", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_wrappers_that_would_miss_gradients_are_refused(kind):
+    model = nn.Sequential(Net().double())
+    wrapper = kind.__new__(kind)  # without a process group
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    wrapper.forward = model.forward
+    with pytest.raises(ValueError, match=f"{kind.__name__} does not see the gradients"):
+        any_precision_backward(wrapper, IMAGES, LABELS, WIDTHS)
+    any_precision_backward(wrapper, IMAGES, LABELS, WIDTHS, sharing=no_sharing)
+    assert model[0].stem.weight.grad is not None
+
+
+def test_initialize_leaves_modes_as_they_are():
+    model = build("svhnq", WIDTHS, 3, 1, quantizer="lsq")
+    model.layers[1].eval()  # a frozen BatchNorm
+    modes = {name: module.training for name, module in model.named_modules()}
+    initialize_quantizers(model, torch.randn(2, 3, 40, 40), check_bit_widths(WIDTHS))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert len(set(modes.values())) == 2
+
+
 def test_one_quantizer_for_all_layers_is_refused(monkeypatch):
     single = DoReFaWeight()
     monkeypatch.setitem(quantizers.QUANTIZERS, "single", lambda layer, bit_widths: (

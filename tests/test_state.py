@@ -13,9 +13,9 @@ from runs import assert_same, load
 from engine.arguments import merge_args
 from engine.errors import UserError
 from engine.setup import make_optimizer
-from engine.state import TrainingState, copy_to_cpu, save_checkpoint
+from engine.state import TrainingState, copy_to_cpu
 from models import MODELS, BitWidth
-from models.checkpoint import FileError, read_checkpoint
+from models.checkpoint import FileError, read_checkpoint, save_checkpoint
 from utils import WriteError
 
 
