@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch.utils.data import Subset
 
-from dataset.data import Samples, described, row_of, text_of
+from dataset.data import Samples, described, row_of
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
@@ -26,9 +26,8 @@ from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dat
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import check_classes, open_data
-from models import Assignment, saved_bit_widths
 from models.assignment import is_name
-from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models.bit_widths import FULL_PRECISION
 from models.checkpoint import BEST, network_of
 from utils import WriteError, flag_text, one_line, printable, progress, unwinding_signals
 
@@ -40,10 +39,9 @@ CALIBRATION = 300  # training images for the runtimes' own quantization
 def main(args: Namespace) -> None:
     """Export the file or files; check and benchmark them as the arguments say."""
     checkpoint = Checkpoint(published.find_checkpoint(args.source, BEST))
-    bit_widths, assignments = chosen_bit_widths(args, checkpoint)
     model, _ = network_of(checkpoint.content, checkpoint.path)
-    about = image_description(args, checkpoint)
-    settings = data_settings(args, checkpoint, model.spec["model"], about)
+    about = image_description(checkpoint, args.dataset)
+    settings = data_settings(checkpoint, about, args.dataset, args.data_dir)
     images = labels = None
     if args.check or args.benchmark:
         train_set, val_set = open_data(settings, train=args.benchmark)
@@ -51,12 +49,15 @@ def main(args: Namespace) -> None:
         images, labels = read_images(val_set, settings, args.check or IMAGES)
 
     with export_errors(args):
-        exported = files.export(model, args.output,
-                                args.bits if args.bits == "any" else [*bit_widths, *assignments],
-                                args.format, input=args.input, about_images=about, images=images,
-                                labels=labels, arguments=run_arguments(checkpoint))
+        exported = files.export(model, args.output, args.bits, args.format, input=args.input,
+                                about_images=about, images=images, labels=labels,
+                                arguments=run_arguments(checkpoint))
     for path in dict.fromkeys(exported.files.values()):
         print(f"{path}: {path.stat().st_size:,} bytes")
+    left_out = [width for width in files.exportable(model) if width not in exported.files]
+    if left_out and args.bits == "any":
+        print(f"left out: {flag_text(left_out)}, as the input of one file of any bit-width is one "
+              "number: export them by --bits NAME")
 
     stem = f"{args.output.with_suffix('')}_{args.format}"
     if args.check:
@@ -67,66 +68,24 @@ def main(args: Namespace) -> None:
         float_network = None
         is_trained = False
         if "packed" not in checkpoint.content:
-            float_network, _ = network_of(checkpoint.content, checkpoint.path,
-                                          {*bit_widths, BitWidth(FULL_PRECISION)})
+            float_network, _ = network_of(checkpoint.content, checkpoint.path, [FULL_PRECISION])
             is_trained = FULL_PRECISION not in float_network.calibrated
         calibration, _ = read_images(train_set, settings, CALIBRATION)
         benchmark.benchmark(f"{stem}_benchmark", exported.files, args.format, args.input,
                             float_network, is_trained, about, images, labels, calibration)
 
 
-# ---- what to export
+# ---- what is known of the network
 
-def chosen_bit_widths(args: Namespace,
-                      checkpoint: Checkpoint) -> tuple[list[BitWidth], list[Assignment]]:
-    """Return the bit-widths and the assignments to export.
+def image_description(checkpoint: Checkpoint, dataset: str | None = None) -> dict:
+    """Return a description of the network's images: the checkpoint's, or its data set's.
 
-    Raises UserError for a bit-width without a BatchNorm, or an assignment that is not there. Says
-    which assignments are left out of a file whose input is the bit-width.
+    dataset: one that they are of, where the checkpoint does not say it.
     """
-    known = {assignment.name: assignment for assignment in checkpoint.network["assignments"]}
-    present = saved_bit_widths(checkpoint.content["state_dict"])
-    integer = [bits for bits in present if bits.is_integer]
-    if args.bits in (None, "any"):
-        if not integer:
-            raise UserError(f"{args.source} has BatchNorms for {flag_text(present)} bits alone: "
-                            f"{how_to('1,2,4,8', args)}")
-        if known and (args.format, args.bits) == ("onnx", "any"):
-            print(f"left out: {', '.join(known)}, as the input of one file of any bit-width is a "
-                  "number: export them by --bits NAME")
-            known = {}
-        return integer, list(known.values())
-
-    names = [name for name in args.bits if is_name(name)]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{args.source} has no assignment {name}, but "
-                            f"{flag_text(list(known)) or 'none'}: calibrate it first: python "
-                            f"train.py --evaluate --pretrain {args.source} --layer_bits JSON "
-                            "--calibrate 20 --save-calibrated FILE")
-    wanted = [bits for bits in args.bits if bits not in names]
-    wanted = sorted(check_bit_widths(wanted)) if wanted else []
-    absent = flag_text([bits for bits in wanted if bits not in present])
-    if absent:
-        raise UserError(f"{args.source} has no BatchNorm for {absent} bits, but for "
-                        f"{flag_text(present)}: choose from these, or {how_to(absent, args)}")
-    return wanted, [known[name] for name in names]
-
-
-def how_to(bits: str, args: Namespace) -> str:
-    """Return the command that calibrates bit-widths."""
-    return (f"calibrate first: python train.py --evaluate --pretrain {args.source} "
-            f"--bit_width_list {bits} --calibrate 20 --save-calibrated FILE")
-
-
-def image_description(args: Namespace, checkpoint: Checkpoint) -> dict:
-    """Return a description of the network's images: the checkpoint's, or its data set's."""
-    saved = checkpoint.images(args.dataset or "")
+    saved = checkpoint.images(dataset or "")
     images = {field: value for field, value in saved.items() if value is not None}
-    name = args.dataset or images.get("dataset") or checkpoint.arguments.get("dataset")
-    row = row_of(name, images.get("size"))
-    if args.dataset:
-        images.update(size=row.image_size, transforms=text_of(row.eval))
+    name = images.get("dataset") or dataset or checkpoint.arguments.get("dataset")
+    row_of(name, images.get("size"))
     return {**described(name), "class_names": None, **images, "dataset": name}
 
 
@@ -158,11 +117,16 @@ def export_errors(args: Namespace) -> Iterator[None]:
 
 # ---- images to compare on
 
-def data_settings(args: Namespace, checkpoint: Checkpoint, model: str, about: dict) -> Namespace:
-    """Return the settings with which train.py would open the data set."""
-    settings = merge_args(Namespace(dataset=about["dataset"], evaluate=True), {
-        "train_split": checkpoint.train_split(about["dataset"]), "image_size": about["size"],
-        "model": model, "data_dir": args.data_dir})
+def data_settings(checkpoint: Checkpoint, about: dict, dataset: str | None = None,
+                  data_dir: str | None = None) -> Namespace:
+    """Return the settings with which train.py would open a data set; None: the network's own.
+
+    about: from image_description.
+    """
+    name = dataset or about["dataset"]
+    settings = merge_args(Namespace(dataset=name, evaluate=True), {
+        "train_split": checkpoint.train_split(name), "image_size": about["size"],
+        "model": checkpoint.network["name"], "data_dir": data_dir})
     checkpoint.follow_normalization(settings.dataset)
     return settings
 
@@ -205,13 +169,9 @@ def report_check(args: Namespace, stem: str, exported: files.Exported, model: to
 def in_openvino(args: Namespace, exported: files.Exported, model: torch.nn.Module, about: dict,
                 images: numpy.ndarray, labels: numpy.ndarray) -> check.Results:
     """Return how ONNX files compare with the network in OpenVINO."""
-    runs = {width: runtimes.openvino_run(path) for width, path in exported.files.items()}
-
-    def run(batch, width):
-        if args.input == "uint8":
-            batch = files.to_pixels(batch, about)
-        return runs[width](batch, width)
-    return check.compare(model, run, images, labels, list(runs))
+    images, run = files.images_and_run(exported.files, runtimes.openvino_run, args.input, about,
+                                       images)
+    return check.compare(model, run, images, labels, list(exported.files))
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -23,6 +23,7 @@ from engine.arguments import OneLineParser, path_text
 from engine.bit_search import PATH_FILE
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
+from models.assignment import is_name
 from models.bit_widths import BITS, FULL_PRECISION
 from utils import write_json, write_text
 
@@ -46,10 +47,13 @@ def measured(source, options):
     evaluation = folder / "evaluation"
     more = ["--data-dir", options.data_dir] if options.data_dir else []
     more += ["--device", options.device]
-    wanted = {"budget": options.budget, "images": options.images, "calibrate": options.calibrate}
+    wanted = {"source": str(Path(source).resolve()), "budget": options.budget,
+              "images": options.images, "calibrate": options.calibrate,
+              "data_dir": options.data_dir}
     if (folder / OPTIONS_FILE).exists() and json.loads(
             (folder / OPTIONS_FILE).read_text()) != wanted:
-        raise UserError(f"{folder} is of other options: choose another --output")
+        raise UserError(f"{folder} is of another network or other options: choose another "
+                        "--output")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / OPTIONS_FILE, wanted)
     if not (evaluation / "evaluation.json").exists():
@@ -92,7 +96,7 @@ def summary(networks):
     """
     found = {}
     for name in networks[0]:
-        if name.isdecimal():  # with its own BatchNorms
+        if not is_name(name):  # a bit-width, with its own BatchNorms
             continue
         values = [network[name] for network in networks]
         top1 = [each["top1"] for each in values]

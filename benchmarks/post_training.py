@@ -32,9 +32,8 @@ def measure(path):
     network, _ = network_of(checkpoint.content, checkpoint.path, [FULL_PRECISION])
     if FULL_PRECISION in network.calibrated:
         raise UserError(f"{path} was not trained at 32 bits: give networks that were")
-    options = export.parse_args([str(path), "--format", "onnx", "--output", "net.onnx"])
-    about = export.image_description(options, checkpoint)
-    settings = export.data_settings(options, checkpoint, network.spec["model"], about)
+    about = export.image_description(checkpoint)
+    settings = export.data_settings(checkpoint, about)
     train_set, val_set = open_data(settings)
     images, labels = export.read_images(val_set, settings, len(val_set))
     calibration, _ = export.read_images(train_set, settings, export.CALIBRATION)

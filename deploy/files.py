@@ -3,7 +3,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ from torch import nn
 
 from deploy import check, runtimes
 from deploy.graph import Run, image_shape
-from models import Width, assignments_of, packed, bit_widths_of
+from models import BitWidth, Width, assignments_of, bit_widths_of, packed
+from models.assignment import is_name
 from models.bit_widths import check_bit_widths
+from models.checkpoint import network_content
 from utils import commit, one_line, writing
 
 FORMATS = ("packed", "onnx")
@@ -29,16 +31,18 @@ class Exported(NamedTuple):
 
 
 def export(model: nn.Module, path: str | Path,
-           bit_widths: Iterable[Width | int | str] | str | None = None, format: str = "onnx", *,
+           bit_widths: Iterable[Width | int | str] | Width | int | str | None = None,
+           format: str = "onnx", *,
            input: str = "float32", about_images: dict | None = None,
            images: numpy.ndarray | None = None, labels: numpy.ndarray | None = None,
            arguments: dict | None = None) -> Exported:
     """Write a network to a file, or to one per bit-width, once each gives the network's logits.
 
     model: as models.load returns it: on the CPU, in evaluation mode, with `spec`. path: of the
-    file; of several ONNX files net.onnx becomes net_1.onnx, net_2.onnx. bit_widths: with BatchNorms
-    in the network, or its assignments; None for all of its integer ones and all assignments; "any"
-    for one file of all of them, in onnx without the assignments. format: packed or onnx. input:
+    file; of several ONNX files net.onnx becomes net_1.onnx, net_2.onnx. bit_widths: one or several
+    with BatchNorms in the network, or its assignments; None for all of its integer ones and all
+    assignments; "any" for one file of all of them, in onnx without assignments and bit-widths such
+    as w2a4, which are not one number. format: packed or onnx. input:
     "uint8" for an ONNX file whose input is images of 0 to 255, (N, H, W, 3), which it normalizes.
     about_images: their size, mean, std, and where known dataset, transforms and class_names; None
     for model.images. images, labels: normalized (N, 3, H, W) float32 and (N,) to compare on; None
@@ -61,15 +65,17 @@ def export(model: nn.Module, path: str | Path,
         raise ValueError("the network has no spec, by which it could be built again: add its class "
                          "to models.MODELS, and build it by models.build")
     about = about_images or getattr(model, "images", None)
+    if (format, input) == ("packed", "uint8"):
+        raise ValueError("input 'uint8' has no format 'packed': choose onnx")
     needed = ("size", "mean", "std") if input == "uint8" else ("size",)
     if not about or not all(map(about.get, needed)):
         raise ValueError("nothing says of what images the network is: give about_images, a dict "
                          "of size, mean and std")
     if images is not None:
         images = numpy.asarray(images, numpy.float32)
-    widths = exported_widths(model, bit_widths, with_assignments=not (
-        format == "onnx" and bit_widths == "any"))
-    files = file_names(path, widths, bit_widths == "any" or format == "packed")
+    is_any = isinstance(bit_widths, str) and bit_widths == "any"
+    widths = exported_widths(model, bit_widths, format)
+    files = file_names(path, widths, is_any or format == "packed")
     black = numpy.zeros((1, *image_shape(about["size"])), numpy.float32)
     try:
         logits, _ = check.forward(model, black, widths[0])
@@ -80,14 +86,13 @@ def export(model: nn.Module, path: str | Path,
         written = {width: folder / file.name for width, file in files.items()}
         with writing(path):
             if format == "packed":
-                write_packed(model, widths, written[widths[0]], bit_widths == "any", about,
-                             arguments)
+                write_packed(model, widths, written[widths[0]], is_any, about, arguments)
             else:
                 names = about.get("class_names") or list(map(str, range(logits.shape[-1])))
-                write_onnx(model, written, bit_widths == "any", {**about, "class_names": names},
-                           input)
+                write_onnx(model, written, is_any, {**about, "class_names": names}, input)
 
-        images, run = images_and_run(written, format, input, about, images)
+        open_file = packed.load_runner if format == "packed" else runtimes.onnxruntime_run
+        images, run = images_and_run(written, open_file, input, about, images)
         results = check.compare(model, run, images, labels, widths)
         missed = check.shortfall(results)
         if missed:
@@ -102,29 +107,45 @@ def export(model: nn.Module, path: str | Path,
 
 
 def exported_widths(model: nn.Module,
-                    wanted: Iterable[Width | int | str] | str | None,
-                    with_assignments: bool = True) -> list[Width]:
+                    wanted: Iterable[Width | int | str] | Width | int | str | None,
+                    format: str) -> list[Width]:
     """Return the bit-widths to export, lowest first, and the assignments behind them.
 
-    with_assignments: whether None and "any" mean those too. Raises ValueError where there are no
-    bit-widths, or one that the model lacks.
+    Raises ValueError where there are none, or for one that the model lacks.
     """
+    if wanted is None or isinstance(wanted, str) and wanted == "any":
+        is_switched = format == "onnx" and wanted == "any"
+        wanted = [width for width in exportable(model) if not is_switched or is_number(width)]
+    elif isinstance(wanted, (Width, int, str)):
+        wanted = [wanted]
+    names = list(dict.fromkeys(map(str, wanted)))
     present = bit_widths_of(model)
     known = assignments_of(model)
-    if wanted in (None, "any"):
-        wanted = [width for width in present if width.is_integer]
-        wanted += known.values() if with_assignments else ()
-    names = [str(width) for width in wanted]
-    assignments = sorted(known[name] for name in dict.fromkeys(names) if name in known)
-    wanted = [name for name in names if name not in known]
-    wanted = sorted(check_bit_widths(wanted)) if wanted else []
-    absent = [width for width in wanted if present and width not in present]
-    wanted += assignments
-    if absent or not wanted:
-        raise ValueError(f"the network has no BatchNorm for {absent[0] if absent else 'integer'} "
-                         f"bits, but for {', '.join(map(str, [*present, *known]))}: calibrate "
-                         "first")
-    return wanted
+    assignments = sorted(known[name] for name in names if name in known)
+    calibrate = "calibrate first: train.py --evaluate {} --calibrate 20 --save-calibrated FILE"
+    unknown = [name for name in names if name not in known and is_name(name)]
+    if unknown:
+        raise ValueError(f"the network has no assignment {unknown[0]}, but "
+                         f"{', '.join(known) or 'none'}: {calibrate.format('--layer_bits JSON')}")
+    widths = [name for name in names if name not in known]
+    widths = sorted(check_bit_widths(widths)) if widths else []
+    absent = ",".join(str(width) for width in widths if present and width not in present)
+    if absent or not names:
+        bits = calibrate.format(f"--bit_width_list {absent or '1,2,4,8'}")
+        raise ValueError(f"the network has no BatchNorm for {absent or 'integer'} bits, but for "
+                         f"{', '.join(map(str, [*present, *known]))}: {bits}")
+    return [*widths, *assignments]
+
+
+def exportable(model: nn.Module) -> list[Width]:
+    """Return a model's bit-widths without full precision, lowest first, and its assignments."""
+    return [*(width for width in bit_widths_of(model) if width.is_integer),
+            *assignments_of(model).values()]
+
+
+def is_number(width: Width) -> bool:
+    """Return whether weights and activations have the same bits, at every layer."""
+    return isinstance(width, BitWidth) and width.weights == width.activations
 
 
 def file_names(path: Path, widths: list[Width], is_one: bool) -> dict[Width, Path]:
@@ -164,13 +185,9 @@ def publish(written: dict[Width, Path], files: dict[Width, Path]) -> None:
 def write_packed(model: nn.Module, widths: list[Width], path: Path, is_any: bool, about: dict,
                  arguments: dict | None) -> None:
     """Write a packed file, of all of 1 to 8 bits where is_any."""
-    spec = {name: value for name, value in model.spec.items() if name != "bit_widths"}
-    dataset = {"dataset": about["dataset"]} if about.get("dataset") else {}
     packed.save(model, widths, path, {
-        **spec, "image_size": about["size"], "transforms": about.get("transforms"),
-        "mean": about.get("mean"), "std": about.get("std"),
-        "class_names": about.get("class_names"), "calibrated": getattr(model, "calibrated", []),
-        "arguments": {**(arguments or {}), **dataset}},
+        "network": network_content(model), "images": about,
+        "calibrated": getattr(model, "calibrated", []), "arguments": arguments or {}},
         packed.ANY if is_any else None)
 
 
@@ -206,13 +223,12 @@ def add_accuracy(written: dict[Width, Path], results: check.Results) -> None:
         onnx_file.add_metadata(path, {"top1": json.dumps(accuracy), "top1_images": str(count)})
 
 
-def images_and_run(written: dict[Width, Path], format: str, input: str, about: dict,
-                   images: numpy.ndarray | None) -> tuple[numpy.ndarray, Run]:
+def images_and_run(written: dict[Width, Path], open_file: Callable[[Path], Run], input: str,
+                   about: dict, images: numpy.ndarray | None) -> tuple[numpy.ndarray, Run]:
     """Return the images to compare on, and the files' run, which takes them.
 
     With uint8 input these are what remains of the images when they are rounded to 0 to 255.
     """
-    open_file = packed.load_runner if format == "packed" else runtimes.onnxruntime_run
     runs = {path: open_file(path) for path in dict.fromkeys(written.values())}
     if images is None:
         generator = torch.Generator().manual_seed(0)

@@ -147,8 +147,9 @@ class Search:
                 and step.cost[self.by] < before.cost[self.by])
 
     def least_cost(self) -> int:
-        """Return the cost with all units at the lowest bit-width."""
-        return self.cost({name: self.bit_widths[0] for unit in self.units for name in unit})
+        """Return the cost with all units at the bit-width that costs least."""
+        names = [name for unit in self.units for name in unit]
+        return min(self.cost(dict.fromkeys(names, width)) for width in self.bit_widths)
 
     def descend(self, path: list[Step], budget: int, save: Callable[[list[Step]], None]) -> None:
         """Add steps to a path until its cost is within the budget; call save(path) after each.

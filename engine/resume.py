@@ -11,7 +11,7 @@ from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
 from engine.errors import UsageError, UserError
 from engine.forward_pass import AUTO
 from engine.state import is_epoch
-from models import BitWidth, check_bit_widths, saved_bit_widths
+from models import BitWidth, saved_bit_widths
 from models.checkpoint import (BEST, LATEST, FileError, check_field, is_count, network_spec,
                                old_spec, read_checkpoint)
 from utils import brief, escaped, flag_text, without_secrets
@@ -31,8 +31,6 @@ class Checkpoint:
         self.content = read_checkpoint(path)
         check_field(path, "epoch", self.content.get("epoch"), is_epoch,
                     "a number of epochs done")
-        check_field(path, "list of calibrated bit-widths", self.content.get("calibrated"),
-                    are_bit_widths, "a list of bit-widths")
         if not self.content.get("network"):
             given = {name: getattr(flags, name) for name in names_of(NETWORK)
                      if name != "width" and flags and name in flags}
@@ -108,13 +106,6 @@ def normalization(fields: dict) -> str:
     """Return mean and standard deviation as a message says them."""
     return " and ".join(f"{field} {', '.join(f'{value:.4g}' for value in fields[field])}"
                         for field in ("mean", "std") if field in fields)
-
-
-def are_bit_widths(value: object) -> bool:
-    try:
-        return isinstance(value, (list, tuple)) and (not value or bool(check_bit_widths(value)))
-    except ValueError:
-        return False
 
 
 def plain(bit_widths: Iterable[BitWidth]) -> list[int | str]:

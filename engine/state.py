@@ -11,10 +11,10 @@ from torch import nn
 from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
-from models import BitWidth, set_bit_width
-from models.checkpoint import (FileError, check_field, check_own_bits, is_count, is_dense,
-                               is_finite_number, is_named_values, is_whole, load_weights,
-                               network_content, save_checkpoint, take)
+from models import BitWidth, quantizers, set_bit_width
+from models.checkpoint import (FileError, check_field, is_count, is_dense, is_finite_number,
+                               is_named_values, is_whole, load_weights, network_content,
+                               save_checkpoint, saved_own_bits, take)
 from utils import brief, escaped, one_line
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -129,7 +129,12 @@ class TrainingState:
         if changed:
             raise UserError(f"{path} is of a run on other data: {changed}; resume on the same "
                             "data, or start a new run from it with --pretrain")
-        check_own_bits(content.get("network"), self.model, path)
+        own_bits = saved_own_bits(content, path)
+        if own_bits is not None:
+            try:
+                quantizers.check_own_bits(self.model, own_bits)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from None
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
-                    add_missing_bit_widths, assignments_of, build, packed, quantizers,
-                    saved_bit_widths, set_bit_width, zoo)
+                    add_missing_bit_widths, assignments_of, build, check_bit_widths, packed,
+                    quantizers, saved_bit_widths, set_bit_width, zoo)
 from models.assignment import check_assignments
-from models.bit_widths import FULL_PRECISION
+from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
 from utils import WriteError, brief, escaped, one_line, replacing, writing
@@ -128,6 +128,8 @@ def read_checkpoint(path: str | Path) -> dict:
     for field in ("arguments", "network", "images"):
         check_field(path, field, content.get(field), is_named_values, "a dict with names as keys")
     check_images(content.get("images") or {}, path)
+    check_field(path, "list of calibrated bit-widths", content.get("calibrated"), are_bit_widths,
+                "a list of bit-widths")
     return content
 
 
@@ -179,6 +181,13 @@ def take(path: str | Path, content: dict, name: str, is_right: Callable[[object]
 
 def is_named_values(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def are_bit_widths(value: object) -> bool:
+    try:
+        return isinstance(value, (list, tuple)) and (not value or bool(check_bit_widths(value)))
+    except ValueError:
+        return False
 
 
 def is_dense(value: object) -> bool:
@@ -328,7 +337,12 @@ def network_of(content: dict, path: str | Path,
     assignments = spec.pop("assignments")
     bit_widths = present if bit_widths is None else list(map(BitWidth.of, bit_widths))
     model = build_for(path, **spec, bit_widths=bit_widths)
-    check_own_bits(content.get("network"), model, path)
+    own_bits = saved_own_bits(content, path)
+    if own_bits is not None:
+        try:
+            quantizers.set_own_bits(model, own_bits)
+        except ValueError as error:
+            raise FileError(f"{path}: {error}: the file may be damaged") from None
 
     state_dict = content["state_dict"]
     if not set(present) <= set(bit_widths):
@@ -343,8 +357,8 @@ def network_of(content: dict, path: str | Path,
         try:
             packed.install(model, state_dict, **content["packed"])
         except ValueError as error:
-            raise FileError(f"{path} does not fit the networks of this project "
-                            f"({one_line(error)}): export it anew") from None
+            raise FileError(f"{path} cannot be loaded ({one_line(error)}): give bit-widths that "
+                            "it holds, or export it anew") from None
     state_dict, added = add_missing_bit_widths(state_dict, model)
     load_weights(model, state_dict, path)
     set_bit_width(model, max(bit_widths))
@@ -353,7 +367,7 @@ def network_of(content: dict, path: str | Path,
     if names and len(names) != model.spec["classes"]:
         raise FileError(f"{path} names {len(names)} classes, and its network has "
                         f"{model.spec['classes']}: the file may be damaged")
-    untrained = {*map(BitWidth.of, content.get("calibrated", ())), *added}
+    untrained = {*map(BitWidth.of, content.get("calibrated") or ()), *added}
     model.calibrated = [width.plain for width in sorted(untrained)]
     return model.eval(), added
 
@@ -427,20 +441,18 @@ def network_content(model: nn.Module) -> dict:
     return {**found, "assignments": assignments} if assignments else found
 
 
-def check_own_bits(network: dict | None, model: nn.Module, path: str | Path) -> None:
-    """Raise FileError naming a layer that has other bits of its own than in a checkpoint.
+def saved_own_bits(content: dict, path: str | Path) -> dict[str, int] | None:
+    """Return a checkpoint's {layer: bits} of layers with bits of their own; None: it says none.
 
-    network: of the checkpoint; older ones do not say.
+    Raises FileError where it is something else.
     """
-    saved = (network or {}).get("own_bits")
-    check_field(path, "network's own_bits", saved,
-                lambda value: is_named_values(value) and packed.is_own_bits(value),
-                "a dict of layers and bits")
-    if saved is not None:
-        try:
-            quantizers.check_own_bits(model, saved)
-        except ValueError as error:
-            raise FileError(f"{path}: {error}") from None
+    def is_right(value: object) -> bool:
+        return is_named_values(value) and all(type(bits) is int and bits in BITS
+                                              for bits in value.values())
+
+    saved = (content.get("network") or {}).get("own_bits")
+    check_field(path, "network's own_bits", saved, is_right, "a dict of layers and bits")
+    return saved
 
 
 def check_model(name: object, path: str | Path) -> str:

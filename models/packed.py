@@ -25,17 +25,16 @@ from models.quan_ops import QuantizedLayer, WeightQuantizer, width_of
 from utils import brief, one_line
 
 KEY = "any_precision"  # the only metadata entry: the order of several varies from file to file
-FORMAT = 2
+FORMAT = 3
 ANY = (1, 2, 3, 4, 5, 6, 7, 8)
 BATCH_COUNT = ".num_batches_tracked"  # not stored: evaluation does not need it
 OPTIONAL = ("high_bits", "exceptions", "exception_levels")
-OLD_NAMES = {"ninth": "high_bits", "mended": "exceptions", "mended_levels": "exception_levels"}
 
 
 class PackedWeight(WeightQuantizer):
     """The quantizer of a layer whose weight, uint8, is the low byte of row numbers.
 
-    columns: {name of a bit-width, or bits: index of its column}. rows: the table (rows, columns)
+    columns: {name of a bit-width, or bits: bits of its column}. rows: the table (rows, columns)
     uint8. scale, grid: of each column; the integer of level k is grid[0] + grid[1] k. The others
     are as in Codes.
     """
@@ -96,10 +95,12 @@ class PackedWeight(WeightQuantizer):
 
     def column(self) -> int:
         """Return the index of the bit-width's column; raises ValueError where the file has none."""
-        found = self.columns.get(self.width, self.columns.get(str(self.bits)))
-        if found is None:
+        if self.width in self.columns:
+            return list(self.columns).index(self.width)
+        same = [place for place, bits in enumerate(self.columns.values()) if bits == self.bits]
+        if len(same) != 1:  # of several, each has its own state of the quantizer
             raise self.absent()
-        return found
+        return same[0]
 
     def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
         column = self.column()
@@ -140,8 +141,8 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
          stored: Iterable[BitWidth | int | str] | None = None) -> None:
     """Write a packed file: weights at the bit-widths `stored`, BatchNorms at `bit_widths`.
 
-    bit_widths: also assignments of the model, whose weights are stored too. about: the metadata:
-    what builds the model (model, width, all_conv, classes, quantizer), and anything else. stored:
+    bit_widths: also assignments of the model, whose weights are stored too. about: what else a
+    checkpoint holds: `network`, which builds the model, `images`, `arguments` and so on. stored:
     None for `bit_widths` alone. Raises ValueError, naming the layer, where a quantizer's weights
     are not integers times a scale.
     """
@@ -184,7 +185,7 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
         named_columns.append({"columns": list(signature), "layers": list(members)})
         for name, columns in members.items():
             quantizer = PackedWeight(
-                {key: place for place, key in enumerate(columns)}, rows,
+                {key: column.bits for key, column in columns.items()}, rows,
                 torch.stack([column.scale for column in columns.values()]),
                 torch.tensor([column.grid for column in columns.values()], dtype=torch.int16),
                 *codes[name][1:])
@@ -195,15 +196,13 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
                             for key, value in quantizer.state_dict().items()})
 
     set_bit_width(model, bit_widths[-1])
-    about = {**about, "format": FORMAT, "bit_widths": [width.plain for width in bit_widths],
-             "stored": [width.plain for width in stored], "groups": named_columns,
-             "own_bits": quantizers.own_bits_of(model)}
-    if assignments:  # a file without any is as it was before there were some
-        about["assignments"] = [
-            {**assignment.content, "layers": list(assignment.content["layers"].items())}
-            for assignment in assignments]  # in their order, where a dict's keys are sorted
+    network = {**about.get("network", {}), "bit_widths": [width.plain for width in bit_widths],
+               "own_bits": quantizers.own_bits_of(model),
+               "assignments": [assignment.content for assignment in assignments]}
+    about = {**about, "format": FORMAT, "network": network, "groups": named_columns,
+             "stored": [width.plain for width in stored]}
     about["sha256"] = digest(tensors, about)
-    content = safetensors.torch.save(tensors, {KEY: json.dumps(about, sort_keys=True)})
+    content = safetensors.torch.save(tensors, {KEY: json.dumps(about)})
     Path(path).write_bytes(content)
 
 
@@ -296,7 +295,7 @@ def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: 
 def digest(tensors: dict[str, Tensor], about: dict) -> str:
     """Return the SHA-256 of a file's tensors and metadata, without the digest itself."""
     about = {name: value for name, value in about.items() if name != "sha256"}
-    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    total = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -315,10 +314,10 @@ def is_packed(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Return a packed file's {name: tensor} and its metadata, both in the current format.
+    """Return a packed file's {name: tensor} and its metadata.
 
-    Raises ValueError where the file is damaged, of a newer version, or not a packed one, or where
-    a field of its metadata is missing or of another type.
+    Raises ValueError where the file is damaged, of another format, or not a packed one, or where a
+    field of its metadata is missing or of another type.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -334,16 +333,13 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except (KeyError, ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is a safetensors file of something else: give one that "
                          "export.py wrote") from None
-    if type(version) is not int or version not in (1, FORMAT):
+    if version != FORMAT or type(version) is not int:
         raise ValueError(f"{path} has packed format {brief(version)}, and this version of the "
-                         f"project reads {FORMAT}: update it, or export the network anew")
+                         f"project reads {FORMAT}: export the network anew")
     if digest(tensors, about) != expected or metadata.keys() != {KEY}:
         raise ValueError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
                          "export it anew")
-    if version == 1:
-        check_fields(path, about, {"stored_bits": is_bits_list})
-        tensors, about = from_format_1(tensors, about)
-    check_fields(path, about, FIELDS)
+    check_fields(path, about)
     tensors.update({f"{key.rpartition('.')[0]}{BATCH_COUNT}": torch.tensor(0)
                     for key in list(tensors) if key.endswith(".running_mean")})
     return tensors, about
@@ -351,11 +347,6 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 def is_bits(value: object) -> bool:
     return type(value) is int and 1 <= value <= 8
-
-
-def is_bits_list(value: object) -> bool:
-    return isinstance(value, list) and all(map(is_bits, value)) and 0 < len(set(value)) == len(
-        value)
 
 
 def is_width_list(value: object) -> bool:
@@ -380,33 +371,14 @@ def is_group(value: object) -> bool:
             and len({key for key, _ in columns}) == len(columns))
 
 
-def is_own_bits(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        is_bits(bits) or type(bits) is int and bits == FULL_PRECISION for bits in value.values())
+FIELDS = {  # of the metadata: whether a value is one of it; the others are a checkpoint's
+    "network": lambda value: isinstance(value, dict), "stored": is_width_list,
+    "groups": lambda value: isinstance(value, list) and all(map(is_group, value))}
 
 
-def is_assignments(value: object) -> bool:
-    """Return whether a value is a list of assignments, whose entries are a list of pairs."""
-    try:
-        return [Assignment.of({**each, "layers": dict(each["layers"])}) for each in value] != []
-    except (TypeError, ValueError, KeyError):
-        return False
-
-
-FIELDS = {  # of the metadata: whether a value is one of it; what builds the network is checked
-    "bit_widths": is_width_list, "stored": is_width_list,  # where it is built
-    "groups": lambda value: isinstance(value, list) and all(map(is_group, value)),
-    "arguments": lambda value: isinstance(value, dict), "own_bits": is_own_bits,
-    "assignments": is_assignments}
-OPTIONAL_FIELDS = ("arguments", "own_bits", "assignments")
-
-
-def check_fields(path: str | Path, about: dict,
-                 fields: dict[str, Callable[[object], bool]]) -> None:
+def check_fields(path: str | Path, about: dict) -> None:
     """Raise ValueError naming a field of the metadata that is missing or of another type."""
-    for name, is_right in fields.items():
-        if name not in about and name in OPTIONAL_FIELDS:
-            continue
+    for name, is_right in FIELDS.items():
         if name not in about:
             raise ValueError(f"{path} does not hold its {name!r}: export it anew")
         if not is_right(about[name]):
@@ -414,50 +386,11 @@ def check_fields(path: str | Path, about: dict,
                              "export it anew")
 
 
-def from_format_1(tensors: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
-    """Convert a file of format 1, DoReFa's levels with one E per layer, to the current format."""
-    stored = about["stored_bits"]
-    layers = [key.removesuffix(".weight") for key, value in tensors.items()
-              if key.endswith(".weight") and value.dtype == torch.uint8]
-    renamed = {}
-    for key, value in tensors.items():
-        layer, _, part = key.rpartition(".")
-        if key == "others":
-            renamed["rows.0"] = value
-        elif layer in layers and part == "scale":
-            n = torch.tensor([2**bits - 1 for bits in stored])
-            renamed[f"{layer}.quantizer.scale"] = torch.stack([value / int(m) for m in n])
-            renamed[f"{layer}.quantizer.grid"] = torch.stack([-n, torch.full_like(n, 2)], 1).short()
-        elif layer in layers and part in OLD_NAMES:
-            renamed[f"{layer}.quantizer.{OLD_NAMES[part]}"] = value
-        else:
-            renamed[key] = value
-    group = {"columns": [[str(bits), bits] for bits in stored], "layers": layers}
-    return renamed, {**about, "stored": stored, "groups": [group]}
-
-
 def read_checkpoint(path: str | Path) -> dict:
     """Return a packed file in the form of a checkpoint; raises ValueError where it is not one."""
     tensors, about = read(path)
-    try:
-        groups = read_groups(tensors, about)
-        network = {field: about[field] for field in ("model", "width", "all_conv", "classes")}
-        network["quantizer"] = about.get("quantizer", "dorefa")
-        network["assignments"] = [{**each, "layers": dict(each["layers"])}
-                                  for each in about.get("assignments", [])]
-        images = {field: about.get(field) for field in ("mean", "std")}
-        images["size"] = about.get("image_size")
-        images["transforms"] = about.get("transforms")
-        images["class_names"] = about.get("class_names")
-        arguments = about.get("arguments", {})
-        images["dataset"] = arguments.get("dataset")
-        return {"model": about["model"], "epoch": None, "arguments": arguments,
-                "network": network, "images": images, "stored": about["stored"],
-                "calibrated": about.get("calibrated", []),
-                "packed": {"groups": groups, "own_bits": about.get("own_bits")},
-                "state_dict": tensors}
-    except KeyError as error:
-        raise ValueError(f"{path} does not hold its {error}: export it anew") from None
+    return {**about, "epoch": None, "packed": {"groups": read_groups(tensors, about)},
+            "state_dict": tensors}
 
 
 def read_groups(tensors: dict[str, Tensor], about: dict) -> list[dict]:
@@ -466,22 +399,12 @@ def read_groups(tensors: dict[str, Tensor], about: dict) -> list[dict]:
             for number, group in enumerate(about["groups"])]
 
 
-def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
-            own_bits: dict[str, int] | None = None) -> None:
+def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) -> None:
     """Replace the weights and quantizers of a model's quantized layers by a packed file's.
 
-    tensors: of the file. groups: from read_groups. own_bits: {layer: bits} of layers with bits of
-    their own. Raises ValueError where they do not fit the model, or the file lacks one of its
-    bit-widths.
+    tensors: of the file. groups: from read_groups. Raises ValueError where they do not fit the
+    model, or the file lacks one of its bit-widths.
     """
-    owners = quantizers.layers_with_quantizer(model)
-    for name, bits in (own_bits or {}).items():
-        if name not in owners:
-            raise ValueError(f"it has bits of {brief(name)}, which is not a quantized layer")
-        owners[name].own_bits = bits
-    if own_bits is not None:  # older files do not say
-        quantizers.check_own_bits(model, own_bits)
-
     bit_widths = [*bit_widths_of(model), *assignments_of(model).values()]
     layers = quantized_layers(model)
     for group in groups:
@@ -493,7 +416,7 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict],
                 others.long() >= 2**torch.tensor(bits)).any():
             raise ValueError("its rows are not of the levels of their columns")
         rows = table(others, bits)
-        columns = {key: place for place, (key, _) in enumerate(group["columns"])}
+        columns = dict(group["columns"])
         for name in group["layers"]:
             if name not in layers:
                 raise ValueError(f"it has weights of {brief(name)}, which is not a quantized layer")

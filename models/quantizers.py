@@ -30,8 +30,21 @@ def own_bits_of(model: nn.Module) -> dict[str, int]:
             if layer.own_bits}
 
 
+def set_own_bits(model: nn.Module, own_bits: dict[str, int]) -> None:
+    """Give the layers that are named bits of their own, and take them from the others.
+
+    Raises ValueError where one is not a layer with a quantizer.
+    """
+    layers = layers_with_quantizer(model)
+    absent = [name for name in own_bits if name not in layers]
+    if absent:
+        raise ValueError(f"it has bits of {brief(absent[0])}, which is not a quantized layer")
+    for name, layer in layers.items():
+        layer.own_bits = own_bits.get(name)
+
+
 def check_own_bits(model: nn.Module, saved: dict[str, int]) -> None:
-    """Raise ValueError naming a layer that has other bits of its own than in a file."""
+    """Raise ValueError naming a layer that has other bits of its own than a run to resume."""
     own = own_bits_of(model)
     for name in {**saved, **own}:
         there, here = (f"{bits} bits" if bits else "no bits"

@@ -302,7 +302,7 @@ class Run:
         from models import packed, set_bit_width
 
         model = self.network().eval()
-        about = {"model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "arguments": {}}
+        about = {"network": {"model": "svhnq", "width": 1, "all_conv": False, "classes": 10}}
         set_bit_width(model, 4)
         with torch.no_grad():
             expected = model(self.images).numpy()

@@ -1,6 +1,7 @@
 """The benchmarks: the reference way trains as train.py does; the speed benchmark runs."""
 import multiprocessing
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from engine.forward_pass import ForwardPass
 from engine.run_folder import read_metrics
 from models import quan_ops
 from runs import ROOT, load
+from utils import write_json
 
 sys.path.append(str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
@@ -218,10 +220,23 @@ def test_int8_of_a_float_network_that_was_not_trained(calibrated, refused, train
         post_training.measure(path)
 
 
+def test_a_folder_of_another_network_is_not_taken_for_one_s_own(tmp_path):
+    options = layer_bits.parse_args(["a/r", "--output", str(tmp_path)])
+    folder = tmp_path / "r"
+    (folder / "evaluation").mkdir(parents=True)
+    write_json(folder / "evaluation" / "evaluation.json", {"1": {}})
+    write_json(folder / "options.json", {
+        "source": str(Path("a/r").resolve()), "budget": options.budget, "images": options.images,
+        "calibrate": options.calibrate, "data_dir": None})
+    assert layer_bits.measured("a/r", options) == {"1": {}}
+    with pytest.raises(layer_bits.UserError, match="is of another network or other options"):
+        layer_bits.measured("b/r", options)
+
+
 def test_gains_of_bits_per_layer_by_hand():
     """Between 1 bit (cost 1, 80 %) and 2 bits (cost 4, 90 %): at cost 2 both lines are known."""
     def network(mixture, more=0):
-        points = {"1": (1, 70), "all-1": (1, 80), "all-2": (4, 90), "32": (999, 99),
+        points = {"1": (1, 70), "w2a1": (2, 70), "all-1": (1, 80), "all-2": (4, 90), "32": (999, 99),
                   "mix": (2, mixture)}
         return {name: {"bit_operations": cost, "weight_bytes": 8, "top1": top1 + more}
                 for name, (cost, top1) in points.items()}

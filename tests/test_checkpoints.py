@@ -159,20 +159,23 @@ def test_norms_without_statistics_are_not_calibrated():
     assert model.layers[0].bn0.bn_dict["2"].num_batches_tracked == 1
 
 
-def test_a_network_with_bits_of_layers_that_the_one_here_does_not_have():
+def test_bits_of_layers_are_those_of_the_file():
     model = build("svhnq", [2, 4], 10, 1)
     model.get_submodule("layers.6").own_bits = 8
     network = network_content(model)
     content = {"state_dict": model.state_dict(), "network": network}
-    with pytest.raises(FileError, match="layer 'layers.6' has 8 bits of its own there, and no "):
-        network_of(content, "x")
+    found, _ = network_of(content, "x")
+    assert found.get_submodule("layers.6").bits == 8 and found.get_submodule("layers.3").bits == 4
     for damaged in (["layers.6"], {5: 8}, {"layers.6": torch.ones(2)}, {"layers.6": 8.0}):
         network["own_bits"] = damaged
         with pytest.raises(FileError, match="own_bits is .*, not a dict of layers and bits"):
             network_of(content, "x")
     network["own_bits"] = {}
     network_of(content, "x")
-    del network["own_bits"]  # of an older checkpoint
+    network["own_bits"] = {"layers.99": 8}
+    with pytest.raises(FileError, match="it has bits of 'layers.99', which is not a quantized"):
+        network_of(content, "x")
+    del network["own_bits"]  # of a published checkpoint
     network_of(content, "x")
 
 

@@ -399,7 +399,8 @@ def test_keep(images):
 @torch.no_grad()
 def test_a_packed_file(tmp_path, images):
     model, path = convert(build("small_shufflenet"), [1, 2]), tmp_path / "net.safetensors"
-    packed.save(model, [1, 2], path, {"model": SMALL, "width": 1, "all_conv": False, "classes": 10})
+    packed.save(model, [1, 2], path, {"network": {
+        "model": SMALL, "width": 1, "all_conv": False, "classes": 10}})
     loaded = load(path)
     for bits in (1, 2):
         logits = [set_bit_width(network, bits) or network(images) for network in (model, loaded)]

@@ -78,8 +78,8 @@ def test_a_packed_file_is_evaluated_at_all_that_it_has(tiny_cifar10, tmp_path, c
     path = tmp_path / "net.safetensors"
     model = reference.fill(MODELS["resnet20q"]([1, 2, 3], width=1).double(), seed=0).float().eval()
     packed.save(model, [1, 2, 3], path, {
-        "model": "resnet20q", "width": 1, "all_conv": False, "classes": 10, "calibrated": [3],
-        "arguments": {"dataset": "cifar10", "train_split": "train"}})  # not what builds it
+        "network": {"model": "resnet20q", "width": 1, "all_conv": False, "classes": 10},
+        "calibrated": [3], "arguments": {"dataset": "cifar10", "train_split": "train"}})
     assert models.load(path).calibrated == [3]
     assert run(["--evaluate", "--pretrain", path, "--data-dir", tiny_cifar10, "--device", "cpu",
                 "--results-dir", tmp_path / "e"]) == 0

@@ -65,7 +65,8 @@ def test_packed_with_check_and_benchmark(arguments, tmp_path, capsys, monkeypatc
     assert "check passed in torch: 6 of 6 predictions agree" in out
     metadata = packed.read(output)[1]
     assert os.fspath(arguments[-1]) not in json.dumps(metadata)
-    assert metadata["bit_widths"] == [2] and metadata["mean"][0] == 125.3 / 255
+    assert metadata["network"]["bit_widths"] == [2]
+    assert metadata["images"]["mean"][0] == 125.3 / 255
 
 
 def test_what_is_exported_evaluates_as_the_run(arguments, tmp_path):
@@ -79,9 +80,11 @@ def test_what_is_exported_evaluates_as_the_run(arguments, tmp_path):
         found[name] = evaluation(tmp_path / name)["2"]
     assert found["a"]["top1"] == found["b"]["top1"]
     assert found["a"]["loss"] == pytest.approx(found["b"]["loss"], rel=1e-4)
-    again = tmp_path / "again"  # from a packed file
+    again = tmp_path / "again"  # from a packed file, and to check on other data
     assert run_export(output, *arguments[1:], "--format", "packed", "--bits", 2, "--output",
-                      again) == 0
+                      again, "--dataset", "svhn") == 0
+    assert deploy.load(again).images == deploy.load(output).images
+    assert deploy.load(again).images["dataset"] == "cifar10"
     images = torch.randn(1, 3, 32, 32)
     first, second = deploy.load(output), deploy.load(again)
     for each in (first, second):
@@ -94,8 +97,8 @@ def test_classes_are_counted_beside_quantizers(tmp_path, monkeypatch):
     """A packed linear layer's grid is a matrix too, and stands behind its weight."""
     model, _ = network("svhnq", [2, 4], change="a linear layer")
     monkeypatch.setitem(MODELS, "svhnq", type(model))
-    packed.save(model, [2, 4], tmp_path / "net", {
-        "model": "svhnq", "width": 1, "all_conv": False, "classes": 10, "arguments": {}})
+    packed.save(model, [2, 4], tmp_path / "net", {"network": {
+        "model": "svhnq", "width": 1, "all_conv": False, "classes": 10}})
     assert deploy.load(tmp_path / "net").fc.out_features == 10
     assert read_checkpoint(tmp_path / "net")["network"]["classes"] == 10
 
@@ -108,7 +111,7 @@ def test_calibrated_widths(arguments, tmp_path):
     assert run_export(calibrated, *arguments[1:], "--format", "packed", "--bits", "2,5",
                       "--output", tmp_path / "net", "--check", 6) == 0
     about = packed.read(tmp_path / "net")[1]
-    assert about["bit_widths"] == [2, 5] and about["calibrated"] == [5]
+    assert about["network"]["bit_widths"] == [2, 5] and about["calibrated"] == [5]
 
 
 # ---- wrong input
@@ -330,7 +333,7 @@ def test_a_packed_file_of_images_of_no_data_set_is_read_by_every_program(tmp_pat
                   images=torch.rand(3, 3, 40, 40, dtype=torch.float64))
     checkpoint = Checkpoint(tmp_path / "net")
     assert checkpoint.images("digits")["size"] == 40
-    assert "dataset" not in checkpoint.content["arguments"]
+    assert not checkpoint.content["arguments"]
 
 
 def test_a_network_in_training_mode_is_refused_and_left_alone(tmp_path):

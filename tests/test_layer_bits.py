@@ -16,7 +16,7 @@ from engine.bit_search import find_units
 from engine.errors import run_program
 from engine.forward_pass import ForwardPass
 from float_networks import SMALL
-from models import Assignment, add_assignment, bit_widths_of, calibrate, packed, set_bit_width
+from models import Assignment, add_assignment, bit_widths_of, calibrate, set_bit_width
 from models.checkpoint import FileError, network_content
 from models.cost import Costs, LayerCost, cost_table, totals
 from models.float_layers import Classifier
@@ -258,6 +258,7 @@ def test_onnx_holds_it(tmp_path, capsys):
     path, model, images = checkpoint(tmp_path, assignment=Assignment("mix", 2, MIX))
     model = models.load(path)
     assert set(deploy.export(model, tmp_path / "any.onnx", "any").files) == {1, 2, 4}
+    assert set(deploy.export(model, tmp_path / "one.onnx", 4).files) == {4}
     files = deploy.export(model, tmp_path / "net.onnx", ["mix", 4]).files
     assert files["mix"].name == "net_mix.onnx"
     session = runtime.InferenceSession(files["mix"])
@@ -291,16 +292,6 @@ def test_damaged_checkpoints(saved, part, tmp_path):
     torch.save(content, path)
     with pytest.raises(FileError, match=re.escape(part)):
         models.load(path)
-
-
-def test_a_packed_file_whose_assignment_is_damaged(tmp_path):
-    path, *_ = checkpoint(tmp_path, assignment=Assignment("mix", 2, MIX))
-    file = tmp_path / "net.safetensors"
-    deploy.export(models.load(path), file, "any", "packed")
-    tensors, about = packed.read(file)
-    for each in ([], [{"name": "4"}], 5):
-        with pytest.raises(ValueError, match="its assignments is"):
-            packed.check_fields(file, {**about, "assignments": each}, packed.FIELDS)
 
 
 def test_bits_that_a_packed_file_lacks(tiny_cifar10, tmp_path, capsys):
@@ -511,6 +502,16 @@ def test_a_layer_that_is_called_with_a_keyword():
     model = models.convert(network, [2, 4])
     assert Costs(model, 8).inputs == {"network.3": ["network.2"]}
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_the_least_cost_is_that_of_the_cheapest_bit_width():
+    """By bytes w1a8 costs less than w4a1, which stands before it."""
+    model, _ = network(("w4a1", "w1a8", 4))
+    costs = Costs(model, 32)
+    tried = search.Search(model, ForwardPass(model, torch.device("cpu")), costs,
+                          sorted(models.check_bit_widths(["w4a1", "w1a8", 4])), [], [],
+                          "weight_bytes")
+    assert tried.least_cost() == totals(costs.of(models.BitWidth.of("w1a8")))["weight_bytes"]
 
 
 def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
