@@ -236,8 +236,8 @@ def test_a_folder_of_another_network_is_not_taken_for_one_s_own(tmp_path):
 def test_gains_of_bits_per_layer_by_hand():
     """Between 1 bit (cost 1, 80 %) and 2 bits (cost 4, 90 %): at cost 2 both lines are known."""
     def network(mixture, more=0):
-        points = {"1": (1, 70), "w2a1": (2, 70), "all-1": (1, 80), "all-2": (4, 90), "32": (999, 99),
-                  "mix": (2, mixture)}
+        points = {"1": (1, 70), "w2a1": (2, 70), "all-1": (1, 80), "all-2": (4, 90),
+                  "32": (999, 99), "mix": (2, mixture)}
         return {name: {"bit_operations": cost, "weight_bytes": 8, "top1": top1 + more}
                 for name, (cost, top1) in points.items()}
 
