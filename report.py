@@ -11,7 +11,7 @@ import csv
 import os
 import statistics
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -66,9 +66,8 @@ class Run(NamedTuple):
 
     @property
     def identity(self) -> tuple:
-        """What a repetition of a run has in common with it."""
-        return (self.configuration, self.trained, self.seed, self.best_by,
-                self.history[-1]["val"].keys())
+        """What a repetition of a run, at any of its bit-widths, has in common with it."""
+        return self.configuration, self.trained, self.seed, self.best_by
 
 
 def load_run(folder: str | Path) -> Run:
@@ -113,9 +112,9 @@ def load_run(folder: str | Path) -> Run:
         name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
     if arguments["precision"] not in (AUTO, "fp32"):
         name += f", {arguments['precision']}"
+    training = trained_with(config, arguments)
     settings = {argument: escaped(setting_words(argument, value))
-                for argument, value in sorted(trained_with(config, arguments).items())
-                if sets_apart(argument)}
+                for argument, value in sorted(training.items()) if sets_apart(argument)}
     if not arguments["evaluate"]:
         settings["processes"] = escaped(f"processes {each_value(config, 'processes', 1)}")
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
@@ -123,8 +122,8 @@ def load_run(folder: str | Path) -> Run:
     commit = escaped(each_value(config, "commit"))
     checkpoint = config["checkpoint"] if arguments["evaluate"] else ""
     return Run(str(folder), commit, checkpoint, kind, escaped(name), listed, trained, settings,
-               evaluation, list(map(repr, assignments)), arguments["seed"], arguments["best_by"],
-               history)
+               evaluation, list(map(repr, assignments)), training.get("seed", arguments["seed"]),
+               arguments["best_by"], history)
 
 
 def each_value(config: dict, name: str, default: object = None) -> str:
@@ -240,13 +239,12 @@ def sets_apart(argument: str) -> bool:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """Return the runs' names, each with what distinguishes it from most others of its kind.
+    """Return the runs' names, each with the settings that are not the same in all of its kind.
 
     What an evaluation is of also distinguishes it from trainings on the same data. Runs of one name
     are of one configuration.
     """
     names = []
-    configurations = defaultdict(set)  # of a name in a table
     for run in runs:
         peers = [peer for peer in runs if peer.kind == run.kind]
         panel = [peer for peer in runs if peer.kind[:2] == run.kind[:2]]
@@ -256,30 +254,17 @@ def names_of(runs: list[Run]) -> list[str]:
         name = ", ".join([run.name,
                           *varying(run.evaluation, [peer.evaluation for peer in panel]),
                           *varying(run.settings, [peer.settings for peer in peers])])
-        if len(alike) > 1:
-            name += f" ({run.bit_widths})"
-        names.append(name)
-        configurations[run.kind[:2], name].add(run.configuration)
-    for place, run in enumerate(runs):
-        if len(configurations[run.kind[:2], names[place]]) > 1:
-            every = [*run.evaluation.values(), *run.settings.values()]
-            names[place] = ", ".join([run.name, *filter(None, every)])
+        names.append(f"{name} ({run.bit_widths})" if len(alike) > 1 else name)
     return names
 
 
 def varying(own: dict[str, str], of_all: list[dict[str, str]]) -> list[str]:
-    """Return the words of `own` that are not those of three quarters in `of_all`, or more.
-
-    What is off in `own` is said where it is on in those.
-    """
+    """Return the words of `own` that are not those of all; where it lacks some, that it does."""
     found = []
-    for key, words in own.items():
-        others = [other[key] for other in of_all if key in other]
-        usual, count = Counter(others).most_common(1)[0]
-        is_usual = count >= 0.75 * len(others)
-        if not (is_usual and words == usual) and (words or is_usual):
-            found.append(words or f"without {key.replace('_', ' ')}")
-    return found
+    for key in dict.fromkeys(key for one in of_all for key in one):
+        if any(other.get(key) != own.get(key) for other in of_all):
+            found.append(own.get(key, f"unknown {key.replace('_', ' ')}"))
+    return list(filter(None, found))
 
 
 def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
@@ -305,7 +290,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         except UserError as error:
             no_runs.append(str(error))
             continue
-        same = [other for other in runs if other.identity == run.identity]
+        same = [other for other in runs if other.identity == run.identity
+                and other.history[-1]["val"].keys() & run.history[-1]["val"].keys()]
         if same and same[0].checkpoint != run.checkpoint:
             left_out.append(f"{folder} is of another checkpoint than {same[0].folder}, and nothing "
                             "else tells them apart: report it alone")

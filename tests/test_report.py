@@ -116,23 +116,18 @@ def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys
     assert "resnet20q on digits" in out and "| any, recursive | 40.00 | 41.00 |" in out
 
 
-def test_names_leave_out_what_most_runs_have(runs, tmp_path, capsys):
-    """Beside four runs of one kind, only what is unlike them is named."""
+def test_names_say_what_is_not_the_same_in_all(runs, tmp_path, capsys):
     top1 = {1: [40.0, 50.0], 32: [50.0, 60.0]}
-    others = {"sgd": ["--optimizer", "sgd"], "conv": ["--all-conv"], "low": ["--precision", "bf16"],
-              "cosine": ["--schedule", "cosine"]}
-    for seed in range(4):
-        runs.append(write_run(tmp_path / f"b{seed}", top1, "--seed", str(7 + seed)))
+    others = {"sgd": ["--optimizer", "sgd"], "conv": ["--all-conv"], "low": ["--precision", "bf16"]}
     for name, flags in others.items():
-        runs.append(write_run(tmp_path / name, top1, *flags, "--batch-size", "256"))
+        runs.append(write_run(tmp_path / name, top1, *flags))
     assert run([*runs, "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     names = [row.split(" | ")[0] for row in out.splitlines() if row.startswith("| any")]
     assert names == [
-        "| any, recursive, batch size 128", "| any, hard, batch size 128",
-        "| any, recursive, batch size 256, optimizer sgd",
-        "| any, recursive, all conv, batch size 256", "| any, recursive, bf16, batch size 256",
-        "| any, recursive, batch size 256, no lr decay, schedule cosine"]
+        "| any, recursive, optimizer adam", "| any, hard, optimizer adam",
+        "| any, recursive, optimizer sgd", "| any, recursive, all conv, optimizer adam",
+        "| any, recursive, bf16, optimizer adam"]
 
 
 def row_of(runs, tmp_path, capsys):
@@ -143,15 +138,15 @@ def row_of(runs, tmp_path, capsys):
     return {cells[0]: cells[1] for cells in rows}
 
 
-@pytest.mark.parametrize("flags, usual", [
-    (["--all-conv"], "without all conv"), (["--widths-per-step", "2"], "without widths per step"),
-    (["--sync-bn"], "without sync bn"), (["--start-epoch", "1"], "without start epoch")])
-def test_a_run_without_what_most_have_has_its_own_row(flags, usual, tmp_path, capsys):
+@pytest.mark.parametrize("flags, words", [
+    (["--all-conv"], "all conv"), (["--widths-per-step", "2"], "widths per step 2"),
+    (["--sync-bn"], "sync bn"), (["--start-epoch", "1"], "start epoch 1")])
+def test_a_run_without_what_most_have_has_its_own_row(flags, words, tmp_path, capsys):
     runs = [write_run(tmp_path / f"{seed}", {1: [0.0, 90.0], 2: [0.0, 90.0]}, *flags, "--seed",
                       str(seed)) for seed in range(3)]
     runs.append(write_run(tmp_path / "plain", {1: [0.0, 50.0], 2: [0.0, 50.0]}))
     assert row_of(runs, tmp_path, capsys) == {
-        "any, recursive": "90.00 ± 0.00", f"any, recursive, {usual}": "50.00"}
+        f"any, recursive, {words}": "90.00 ± 0.00", "any, recursive": "50.00"}
 
 
 def test_a_training_among_its_evaluations_has_its_own_row(tmp_path, capsys):
@@ -163,8 +158,8 @@ def test_a_training_among_its_evaluations_has_its_own_row(tmp_path, capsys):
     found = [runs[0], *(str(tmp_path / f"e{seed}") for seed in range(3))]
     assert run([*found, "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
-    assert "| dedicated, without evaluation | 90.00 |" in out
-    assert "| dedicated 1-bit | 70.00 ± 0.00 | 75.00 ± 0.00 |" in out
+    assert "| dedicated | 90.00 |" in out
+    assert "| dedicated 1-bit, best checkpoint evaluated | 70.00 ± 0.00 | 75.00 ± 0.00 |" in out
 
 
 def test_runs_on_other_numbers_of_processes_are_apart(tmp_path, capsys):
@@ -217,6 +212,27 @@ def test_an_evaluation_that_does_not_say_its_training_is_apart(tmp_path, capsys)
     rows = row_of(folders, tmp_path, capsys)
     assert sorted(rows.values()) == ["0.00", "1.00"]
     assert [name for name, top1 in rows.items() if "lr 0.1" in name and top1 == "1.00"]
+
+
+def test_evaluations_of_one_network_are_one_run(tmp_path, capsys):
+    """At bit-widths of which some are the same, or with another seed of the evaluation."""
+    trained = tmp_path / "a"
+    write_run(trained, {1: [90.0], 2: [90.0]}, "--seed", "3")
+    folders = [write_evaluation(tmp_path / "e", trained, {1: 70.0, 2: 80.0}, batches=None),
+               write_evaluation(tmp_path / "e2", trained, {2: 80.0}, batches=None),
+               write_evaluation(tmp_path / "seed", trained, {1: 70.0, 2: 80.0}, batches=None)]
+    for folder in folders:
+        edit(Path(folder, "config.json"), "trained_with", value={"seed": 3})
+    edit(Path(folders[2], "config.json"), "arguments", "seed", value=1)
+    assert run([*folders, "--output", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    assert "| any, recursive | 70.00 | 80.00 |" in out
+    for folder in folders[1:]:
+        assert f"left out: {folder} repeats seed 3 of {folders[0]}" in out
+    parts = [write_evaluation(tmp_path / name, trained, {bits: top1}, batches=None)
+             for name, bits, top1 in (("one", 1, 70.0), ("two", 2, 80.0))]
+    assert run([*parts, "--output", str(tmp_path / "t")]) == 0
+    assert "| any, recursive | 70.00 | 80.00 |" in capsys.readouterr().out
 
 
 def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
