@@ -96,7 +96,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
         go_on_without_output(f"training goes on; its log is in {run.path}")
         if state.epoch < args.epochs or not in_place:  # else this run trains nothing
             run.write_config(vars(args), device)
-        run.begin(state.epoch, vars(args))
+        run.begin(state.epoch, vars(args), state.best)
         log_run_info(args, device, state, run, message, defaulted, len(train_loader))
         if not in_place:
             run.save(state)  # fails now, not after an hour, where it cannot be saved

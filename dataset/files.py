@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.datasets.folder import has_file_allowed_extension
 from torchvision.datasets.utils import check_integrity
@@ -169,6 +169,9 @@ def check_samples(dataset: Dataset | list, source: str, shape: tuple[int, int, i
 
 def listed_labels(dataset: Dataset | list) -> Sequence[int] | None:
     """Return the labels that a data set of torchvision lists, before any transform; else None."""
+    if isinstance(dataset, Subset):
+        labels = listed_labels(dataset.dataset)
+        return None if labels is None else [labels[index] for index in dataset.indices]
     return getattr(dataset, "targets", getattr(dataset, "labels", None))
 
 

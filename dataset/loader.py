@@ -247,13 +247,17 @@ def count_classes(name: str, *parts: Samples) -> int:
     """Return the number of classes; raises DataError where the class folders of parts differ."""
     if DATASETS[name].num_classes:
         return DATASETS[name].num_classes
-    first = parts[0]
-    last = parts[-1]
+    first, *_, last = [without_subset(part) for part in (*parts, parts[-1])]
     differing = sorted(set(first.classes) ^ set(last.classes))
     if differing:
         raise DataError(f"{first.root} and {last.root} must hold the same class folders: "
                         f"{len(differing)} stand in only one of them, {differing[0]} for one")
     return len(first.classes)
+
+
+def without_subset(dataset: Samples) -> Samples:
+    """Return the data set that one is a part of, such as of a split that is held out, or itself."""
+    return dataset.dataset if isinstance(dataset, Subset) else dataset
 
 
 def normalize(images: Tensor, name: str, memory_format: torch.memory_format) -> Tensor:

@@ -402,6 +402,9 @@ def check_settings(args: Namespace) -> None:
     if args.precision == "bf16" and args.sync_bn:
         raise UsageError("--sync-bn computes in the precision of its input, and BatchNorm stays in "
                          "float32 in --precision bf16: give one of them")
+    if count > 1 and args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device} is one GPU for {count} processes: give cuda, "
+                         "each takes its own")
     if args.evaluate:
         return
     if args.loss not in NEXT_TARGET:  # of other code
@@ -416,9 +419,6 @@ def check_settings(args: Namespace) -> None:
     if args.batch_size % count:
         raise UsageError(f"--batch-size {args.batch_size} is that of all {count} processes: give "
                          f"a multiple of {count}")
-    if count > 1 and args.device.startswith("cuda:"):
-        raise UsageError(f"--device {args.device} is one GPU for {count} processes: give cuda, "
-                         "each takes its own")
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if restarts and not args.results_dir and not args.resume:
         raise UsageError(f"--max-restarts {restarts} goes on from the results folder after a "

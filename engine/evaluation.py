@@ -180,7 +180,7 @@ def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
         "state_dict": model.state_dict(),
         "calibrated": plain(sorted(map(BitWidth.of, {*content.get("calibrated", ()), *added}))),
         "network": network_content(model),
-        "arguments": {**checkpoint.arguments,
-                      **{name: getattr(args, name) for name in FLAGS if FLAGS[name].evaluated},
+        "arguments": {**{name: getattr(args, name) for name in FLAGS if FLAGS[name].evaluated},
+                      **checkpoint.arguments,  # where it does not say how it was trained
                       "bit_width_list": plain(saved_bit_widths(model.state_dict()))}})
     log.info("calibrated checkpoint: %s", args.save_calibrated)

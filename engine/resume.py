@@ -176,6 +176,10 @@ def resolve_resumed(flags: Namespace, source: str | Path,
         given.pop("resume", None)
         given["results_dir"] = str(checkpoint.path.parent.parent)
     args = merge_args(Namespace(**given), saved)
+    done = checkpoint.content["epoch"]
+    if args.epochs < done:
+        raise UsageError(f"--epochs {args.epochs} is less than the {done} epochs that {source} has "
+                         f"done: give at least {done}")
     checkpoint.follow_normalization(args.dataset)
     return args, checkpoint
 
@@ -250,5 +254,9 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if unknown and args.calibrate is None:
         raise UsageError(f"{flag_text(unknown)} bits were not trained; choose from "
                          f"{flag_text(trained)}, or pass --calibrate N")
+    if args.calibrate is not None and not unknown and not args.layer_bits:
+        raise UsageError(f"--calibrate {args.calibrate} is of bit-widths that {path} does not have,"
+                         f" and it has {flag_text(args.bit_width_list)}: leave it out, or give "
+                         "others with --bit_width_list")
     checkpoint.follow_normalization(args.dataset)
     return args, checkpoint

@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -19,6 +20,7 @@ import torch
 from engine.device import describe
 from engine.distributed import gather, rank, world_size
 from engine.errors import UserError
+from engine.metrics import best_key
 from engine.state import TrainingState
 from models import Assignment, BitWidth, Width
 from models.checkpoint import LATEST, is_finite_number, is_whole
@@ -76,8 +78,10 @@ class RunFolder:
         must_be_free = results_dir and not in_place
         if must_be_free and any(
                 path.stat().st_size for pattern in outputs for path in folder.glob(pattern)):
-            raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or "
-                            f"{ANOTHER}")
+            resume = ""
+            if (folder / "ckpt" / LATEST).exists():
+                resume = f"go on with it by --resume {folder}, or "
+            raise UserError(f"{folder} holds a run already: {resume}{ANOTHER}")
 
         try:
             if results_dir:
@@ -159,11 +163,20 @@ class RunFolder:
             "arguments": without_secrets(arguments), "seed": arguments["seed"],
             "command": without_secrets(sys.argv), **without_secrets(first), **more, **where})
 
-    def begin(self, epoch: int, arguments: dict) -> None:
-        """Drop the records after `epoch` epochs, which a resumed run repeats."""
+    def begin(self, epoch: int, arguments: dict,
+              best: tuple[float, float] = (-math.inf, -math.inf)) -> None:
+        """Drop the records after `epoch` epochs, which a resumed run repeats.
+
+        Raises UserError where the best epoch, whose best_key is `best`, is not among the others.
+        """
         if rank() == 0:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
             self.history = [record for record in records if record["epoch"] <= epoch]
+            keys = [best_key(record["val"], arguments["best_by"]) for record in self.history]
+            if best > max(keys, default=(-math.inf, -math.inf)):
+                raise UserError(f"{self.metrics_file} lacks the best epoch, whose checkpoint is "
+                                f"kept: bring it back, or go on with --resume {self.path} "
+                                "--results-dir ANOTHER")
             write_metrics(self.metrics_file, self.history)
             self.writer = open_event_file(self.path / "summary", epoch, without_secrets(arguments))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dataset.data import DATASETS, Samples, described, get_dataset
-from dataset.loader import Loader, count_classes, make_loader
+from dataset.loader import Loader, count_classes, make_loader, without_subset
 from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import ForwardPass, choose_precision
@@ -45,7 +45,7 @@ def describe_images(name: str, dataset: Samples) -> dict:
         if len(getattr(row, field)) != 3:
             raise UserError(f"the row of {name} in dataset/data.py has the {field} "
                             f"{getattr(row, field)}: give three numbers, one per channel")
-    names = getattr(dataset, "classes", None)
+    names = getattr(without_subset(dataset), "classes", None)
     if not names or len(names) != count_classes(name, dataset):  # then they are of other labels
         names = None
     else:  # those of folders may be no UTF-8, which files in JSON could not hold

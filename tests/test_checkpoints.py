@@ -275,13 +275,17 @@ def test_calibration_makes_other_widths_and_keeps_the_trained_ones_bit_for_bit(
         two_checkpoints, tiny_cifar10, tmp_path, capsys):
     saved = tmp_path / "calibrated.pth.tar"
     argv = ["--evaluate", "--pretrain", two_checkpoints, "--bit_width_list", "1,2,3,4,5,6,7,8,32",
-            "--data-dir", tiny_cifar10, "--calibrate", 2, "--save-calibrated", saved]
+            "--data-dir", tiny_cifar10, "--calibrate", 2, "--save-calibrated", saved,
+            "--seed", 5]
     assert run([*argv, "--results-dir", tmp_path / "e"]) == 0
     told = "3-bit was not trained: using the 2-bit BatchNorm, statistics re-estimated over 2"
     assert told in capsys.readouterr().out
     assert list(evaluation(tmp_path / "e")) == ["1", "2", "3", "4", "5", "6", "7", "8", "32"]
     checkpoint = torch.load(saved, weights_only=True)
     assert {"epoch", "model", "state_dict", "best_prec1", "optimizer"} <= set(checkpoint)
+    trained_with = load(two_checkpoints, "model_best")["arguments"]  # with its own seed
+    every = [1, 2, 3, 4, 5, 6, 7, 8, 32]
+    assert checkpoint["arguments"] == {**trained_with, "bit_width_list": every}
     before, after = load(two_checkpoints, "model_best")["state_dict"], checkpoint["state_dict"]
     assert_same({key: after[key] for key in before}, before)
 
@@ -462,8 +466,10 @@ def bad_evaluations(trained):
         "another variant": ([*evaluate, "--all-conv"], 2,
                             "--all-conv is False, not True"),
         "unwritable folder": ([*evaluate, "--results-dir", "/proc/x"], 1, "cannot be written"),
-        "unwritable file": ([*evaluate, "--calibrate", 1, "--save-calibrated", "/proc/x/y"], 1,
-                            "/proc/x"),
+        "unwritable file": ([*evaluate, "--bit_width_list", "2,3", "--calibrate", 1,
+                             "--save-calibrated", "/proc/x/y"], 1, "/proc/x"),
+        "nothing to calibrate": ([*evaluate, "--calibrate", 1], 2, "--calibrate 1 is of bit-widths "
+                                 "that "),
         "a folder with a run": ([*evaluate, "--results-dir", trained], 1, "holds a run already"),
     }
 

@@ -26,10 +26,12 @@ from dataset import loader as loader_room
 from dataset.data import DATASETS, DataSet, data_paths, get_dataset, get_transform, text_of
 from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
-                            count_classes, fingerprint, flipped_crops, make_loader, read_arrays)
+                            count_classes, fingerprint, flipped_crops, make_loader, read_arrays,
+                            sha256)
 from engine.arguments import merge_args, parse_flags
 from engine.errors import UserError
 from engine.setup import describe_images, make_val_loader
+from utils import flag_text
 
 CPU = torch.device("cpu")
 PUBLISHED = {name: row.shapes for name, row in DATASETS.items()}  # before tiny_data changes them
@@ -183,6 +185,23 @@ def test_held_out_splits_of_ones_own_row_share_no_image(monkeypatch):
     first, rest = (get_dataset("own", split) for split in ("full_auto_quan", "held_auto_quan"))
     assert opened == ["full", "full"] and len(first) == 38
     assert sorted(image.width for part in (first, rest) for image, _ in part) == list(range(1, 41))
+
+
+def test_a_held_out_split_of_class_folders_has_their_classes_and_labels(tmp_path, monkeypatch):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    splits = {"train": "test", "train_auto_quan": "val_auto_quan"}
+    monkeypatch.setitem(data_paths, "own", str(tmp_path))
+    monkeypatch.setitem(DATASETS, "own", DataSet(
+        open=lambda root, split: datasets.ImageFolder(tmp_path), val_split=splits,
+        num_classes=None))
+    first, rest = (get_dataset("own", split) for split in ("train_auto_quan", "val_auto_quan"))
+    assert count_classes("own", first, rest) == 2
+    assert describe_images("own", first)["class_names"] == ["ant", "bee"]
+    labels = [first[index][1] for index in range(len(first))]
+    assert fingerprint(first)["list of labels"] == sha256(flag_text(labels))
 
 
 def test_the_name_of_a_split_is_opened_as_it_is(monkeypatch):

@@ -616,6 +616,32 @@ def test_a_run_remembers_the_code_of_its_first_part(copied, monkeypatch, capsys)
     assert report.load_run(copied).commit == f"{before['commit']}, then other"
 
 
+def test_metrics_that_lack_the_best_epoch(copied, tmp_path, capsys):
+    """Else a later epoch would be called the best, whose checkpoint is of another one."""
+    file = copied / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    content = load(copied)
+    content["best"] = [99.0, 99.0]  # of the first epoch
+    record = json.loads(lines[0])
+    for values in record["val"].values():
+        values["top1"] = 99.0
+    torch.save(content, copied / "ckpt" / "model_latest.pth.tar")
+    file.write_text("".join([json.dumps(record) + "\n", *lines[1:]]))
+    assert run(["--resume", copied, "--epochs", 3]) == 0
+    assert "best checkpoint (epoch 1)" in capsys.readouterr().out
+    file.write_text("".join(lines[1:]))
+    assert run(["--resume", copied, "--epochs", 4]) == 1
+    assert_one_line(capsys, f"{file} lacks the best epoch", "--results-dir ANOTHER")
+    assert run(["--resume", copied, "--epochs", 4, "--results-dir", tmp_path / "another"]) == 0
+
+
+def test_fewer_epochs_than_are_done(copied, capsys):
+    config = (copied / "config.json").read_bytes()
+    assert run(["--resume", copied, "--epochs", 1]) == 2
+    assert_one_line(capsys, "--epochs 1 is less than the 3 epochs", "give at least 3")
+    assert (copied / "config.json").read_bytes() == config
+
+
 def test_a_resumed_run_does_not_begin_at_another_epoch(copied, capsys):
     assert run(["--resume", copied, "--start-epoch", 1]) == 2
     assert_one_line(capsys, "cannot change on resume: --start-epoch is 0, not 1")

@@ -21,7 +21,7 @@ def test_metrics_file_is_cut_back_to_the_resumed_epoch(tmp_path):
     write_metrics(path, [{"epoch": epoch, "train": {4: values}, "val": {4: values}}
                          for epoch in (1, 2, 3)])
     with RunFolder(tmp_path, "run", in_place=True) as run_folder:
-        run_folder.begin(2, {})
+        run_folder.begin(2, {"best_by": "highest"})
         kept = run_folder.history
     assert [record["epoch"] for record in kept] == [1, 2] and kept[0]["val"] == {4: values}
     assert read_metrics(path) == kept
