@@ -1,12 +1,13 @@
 """Check on a GPU what only a GPU can show: correct numbers first, then speed.
 
-    python benchmarks/gpu.py first --folder results/gpu     # without compiling; then second, third
-    python benchmarks/gpu.py levels compiled_is_eager cifar
-    python benchmarks/gpu.py --help                         # the names; each takes minutes
+    python benchmarks/gpu.py first third --folder results/gpu     # without compiling
+    python benchmarks/gpu.py second --folder results/gpu --limit 300
+    python benchmarks/gpu.py levels compiled_is_eager
+    python benchmarks/gpu.py --help                               # the names; each takes minutes
 
-The calls first, second and third are cut for a quarter of an hour on a GPU: each takes four minutes
-at most, prints its tables last, and writes everything to a folder. Exits with 1 where a check fails
-or a goal is missed. Downloads nothing; prints Markdown tables.
+The calls first, second and third are cut for a quarter of an hour on a GPU: each ends within
+--limit seconds, prints its tables last, and writes everything to a folder. Exits with 1 where a
+check fails. Downloads nothing; prints Markdown tables.
 """
 import sys
 import time
@@ -16,22 +17,20 @@ import torch
 
 from gpu_checks import CHECKS  # first: it adds the project to the path
 from gpu_calls import CALLS, run_call
-from gpu_speeds import MEASUREMENTS
 from engine.arguments import OneLineParser, number
 from engine.device import choose_device, describe
 from engine.errors import run_program
 
-ALL = {**CHECKS, **MEASUREMENTS}
 LIMIT = 225  # seconds of a call
 
 
 def passes(name, device):
     """Run a check or measurement and print its outcome; return whether it passed."""
-    print(f"\n## {name}: {' '.join(ALL[name].__doc__.split())}", flush=True)
+    print(f"\n## {name}: {' '.join(CHECKS[name].__doc__.split())}", flush=True)
     began = time.perf_counter()
     torch._dynamo.reset()  # it counts all graphs of a function in the process, and has a limit
     try:
-        ALL[name](device)
+        CHECKS[name](device)
         outcome = "ok"
     except Exception as error:  # go on with the others
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -53,14 +52,14 @@ def main(options):
         torch.cuda.set_device(device)
     versions(device)
     good = [run_call(name, options, device) if name in CALLS else passes(name, device)
-            for name in options.names or ALL]
+            for name in options.names or CHECKS]
     sys.exit(0 if all(good) else 1)
 
 
 def parse_args(argv=None):
     parser = OneLineParser(__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*CALLS, *ALL, []], metavar="NAME",
-                        help=f"calls, of {', '.join(CALLS)}, or checks, of {', '.join(ALL)}; "
+    parser.add_argument("names", nargs="*", choices=[*CALLS, *CHECKS, []], metavar="NAME",
+                        help=f"calls, of {', '.join(CALLS)}, or checks, of {', '.join(CHECKS)}; "
                         "default: all checks")
     add = parser.add_argument
     add("--device", default="cuda", help="cuda:1, or cpu to try the checks")

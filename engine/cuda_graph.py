@@ -3,6 +3,7 @@
 Launching its kernels from Python takes longer than a GPU takes to run them.
 """
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy
@@ -104,6 +105,7 @@ def record(step: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
 
     Raises UserError where it waits for the GPU, or copies from the CPU.
     """
+    gc.collect()  # an earlier graph must not be freed while this one is recorded
     graph = torch.cuda.CUDAGraph()
     try:
         # Another thread may pin memory for the next batches meanwhile.

@@ -165,10 +165,14 @@ class ForwardPass:
         return one_line(error) if error else difference(found, expected)
 
     def trial(self, step: Callable, sharing: Callable) -> tuple[dict | None, Exception | None]:
-        """Return what a step gives, in float32's precision, and its error; undo its effects."""
+        """Return what a step gives, in float32 and the same way each time, and its error.
+
+        Undoes its effects.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
-        allow_tf32 = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
+        options = torch.backends.cudnn
+        before = options.allow_tf32, options.benchmark, options.deterministic
+        options.allow_tf32, options.benchmark, options.deterministic = False, False, True
         try:
             with keeping_random_states(devices), undoing(self.model):
                 try:
@@ -176,7 +180,7 @@ class ForwardPass:
                 except Exception as error:  # a refusal, or one of the network's own code
                     return None, error
         finally:
-            torch.backends.cudnn.allow_tf32 = allow_tf32
+            options.allow_tf32, options.benchmark, options.deterministic = before
 
 
 @contextlib.contextmanager

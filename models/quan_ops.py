@@ -271,8 +271,9 @@ class QuantizedLayer:
         weight_unit = 2.0**-self.bits
         input_unit = self.input_unit()
         operand = x / input_unit
-        if self.input_quantizer is not None and x.dtype == torch.float32:
-            operand = nearest_multiple(operand, self.input_quantizer.bits)
+        if x.dtype == torch.float32:  # a GPU would cut what division left beside a multiple
+            known = self.input_quantizer
+            operand = nearest_multiple(operand, known.bits if known else self.activation_bits)
         y = linear_map(operand, integers * weight_unit, None)
         y = y.to(scale.dtype) * (scale * (input_unit / weight_unit))
         return y if self.bias is None else y + self.bias.view(-1, *[1] * (integers.ndim - 2))

@@ -125,12 +125,11 @@ def test_float_nodes_of_a_file(tmp_path):
 def test_a_bit_width_computed_as_another_is_seen():
     expected = {bits: torch.randn(100, generator=torch.Generator().manual_seed(bits))
                 for bits in (2, 8)}
-    gpu_checks.agree({bits: value + 1e-3 for bits, value in expected.items()}, expected)
-    with pytest.raises(AssertionError):
-        gpu_checks.agree({**expected, 8: expected[2]}, expected)
+    near = {bits: value + 1e-3 for bits, value in expected.items()}
+    assert gpu_checks.differing(near, expected) == set()
+    assert gpu_checks.differing({**expected, 8: expected[2]}, expected) == {8}
     near = {2: expected[8] + 1e-3, 8: expected[8]}  # no distance by which to tell them apart
-    with pytest.raises(AssertionError):
-        gpu_checks.agree({**near, 8: near[2]}, near)
+    assert gpu_checks.differing({**near, 8: near[2]}, near) == {8}
 
 
 def test_gradients_of_both_ways(trained, tiny_cifar10, monkeypatch):
@@ -180,13 +179,6 @@ def test_accuracy_over_seeds_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(accuracy, "trained")
     assert accuracy.main(options) == differences
     assert capsys.readouterr().out == table
-
-
-def test_accuracy_fails_by_chance_as_rarely_as_said():
-    draws = 0.5 * torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) - 0.3
-    alarms = sum(gpu_checks.shown_below(row, -0.3, 0.05) for row in draws.tolist())
-    assert 0.03 < alarms / 2000 < 0.07
-    assert gpu_checks.shown_below([-1.0, -1.1, -0.9], -0.3, 0.01)
 
 
 @pytest.mark.parametrize("name", ["levels", "integer_operands", "shared_is_not_shared"])
