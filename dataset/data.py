@@ -118,8 +118,6 @@ class DataSet(NamedTuple):
     train: tuple[Callable, ...] = ()  # transforms of training images, on PIL images
     eval: tuple[Callable, ...] = ()  # of the others
     in_memory: bool = True  # small enough to be held as arrays
-    # A part -> its raw file and that file's checksum: then its arrays are cached beside the file.
-    source: Callable[[Dataset], tuple[str, str]] | None = None
     joined: dict[str, tuple[str, ...]] = {}  # a split -> the parts that it is, where several
     # Images, height and width of each part, as it is read; checked where they are given.
     shapes: dict[str, tuple[int, int, int]] = {}
@@ -168,7 +166,6 @@ DATASETS = {
         val_split={"train_extra": "test", "train": "test", "extra": "test",
                    "train_extra_auto_quan": "val_auto_quan"},
         joined={"train_extra": ("train", "extra")}, train=RESIZE_40, eval=RESIZE_40,
-        source=lambda dataset: (dataset.filename, dataset.file_md5),
         shapes={"train": (73_257, 32, 32), "test": (26_032, 32, 32), "extra": (531_131, 32, 32)}),
     "imagenet": imagenet_row(open_image_folder),
 }

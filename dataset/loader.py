@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 from torchvision import datasets, transforms
 
-from dataset.cached_arrays import cached_arrays
 from dataset.data import DATASETS, Samples, Transformed, get_transform
 from dataset.files import DataError, check_labels, listed_labels
 from dataset.folder import is_folder
@@ -131,13 +130,8 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
     if known is None or not is_fixed(dataset):
         return None
     fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
-    source = DATASETS[name].source
-
-    def read(part: Samples) -> tuple[Tensor, Tensor]:
-        return read_arrays(Transformed(part, fixed), workers, collate_of(name, train))
-
     try:
-        return cached_arrays(dataset, fixed, source, read) if source else read(dataset)
+        return read_arrays(Transformed(dataset, fixed), workers, collate_of(name, train))
     except ImageSizeError:
         if known.padding:  # then the crop is not of the image's own size
             return None

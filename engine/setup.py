@@ -1,9 +1,7 @@
 """The parts of a run, made from its arguments."""
-import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -92,9 +90,8 @@ def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.me
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
         count = max(1, round(args.train_fraction * len(dataset)))
         dataset = Subset(dataset, order[:count].tolist())
-    with decoding_once(args.dataset):
-        return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
-                           world_size(), args.workers, memory_format)
+    return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
+                       world_size(), args.workers, memory_format)
 
 
 def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
@@ -103,14 +100,8 @@ def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memo
     batch_size = images_per_process(args)
     if DATASETS[args.dataset].in_memory and not args.compile:  # compiled batches have one size
         batch_size *= 4  # without a backward pass there is room
-    with decoding_once(args.dataset):
-        return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
-                           world_size(), args.workers, memory_format)
-
-
-def decoding_once(name: str) -> AbstractContextManager:
-    """Return a context in which one process decodes images that are kept for the others."""
-    return local_rank_zero_first() if DATASETS[name].source else contextlib.nullcontext()
+    return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
+                       world_size(), args.workers, memory_format)
 
 
 def images_per_process(args: Namespace) -> int:

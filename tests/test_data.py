@@ -1,5 +1,4 @@
 """Every data set from small files in its real format; seeded batches, in memory or not."""
-import errno
 import fcntl
 import gzip
 import json
@@ -8,21 +7,17 @@ import os
 import random
 import shutil
 import struct
-from collections import Counter
 
 import numpy
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
-from runs import assert_one_line
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 import tiny_data
 from dataset import data as data_room
-from dataset import cached_arrays
-from dataset import loader as loader_room
 from dataset.data import DATASETS, DataSet, data_paths, get_dataset, get_transform, text_of
 from dataset.files import IMAGE_FORMATS, DataError, load_image
 from dataset.loader import (InMemoryLoader, SeededSamples, ShuffledBatches, WorkerLoader,
@@ -219,63 +214,15 @@ def test_the_name_of_a_split_is_opened_as_it_is(monkeypatch):
     assert opened == ["train_full", "test_b"]
 
 
-@pytest.fixture
-def svhn_arrays(tmp_path, monkeypatch):
-    """A function that reads SVHN's images in memory; {part: times that it was decoded}; a file."""
+def test_svhn_in_memory(tmp_path, monkeypatch):
     tiny_data.svhn(tmp_path, monkeypatch)
-    decoded = Counter()
-
-    def read(dataset, workers, collate_fn):
-        decoded[len(dataset)] += 1
-        return read_arrays(dataset, workers, collate_fn)
-
-    monkeypatch.setattr(loader_room, "read_arrays", read)
-
-    def arrays(split="train_extra"):
+    for split in ("train_extra", "extra", "train_extra_auto_quan"):
         dataset = get_dataset("svhn", split, data_dir=tmp_path)
         loader = make_loader(dataset, "svhn", CPU, 4, train=False)
         expected = [(get_transform("svhn", False, normalized=False)(image), label)
                     for image, label in dataset]
         assert torch.equal(loader.images.permute(0, 3, 1, 2), torch.stack([x for x, _ in expected]))
         assert loader.labels.tolist() == [label for _, label in expected]
-    return arrays, decoded, tmp_path / "svhn" / "extra_32x32.mat.arrays"
-
-
-def test_svhn_is_decoded_once(svhn_arrays):
-    arrays, decoded, path = svhn_arrays
-    for split in ("train_extra", "train_extra", "extra", "train_extra_auto_quan"):
-        arrays(split)
-    assert decoded == {12: 1, 28: 1}
-    arrays("val_auto_quan")
-    assert decoded == {12: 1, 28: 1, 2: 1}  # a small part alone
-    assert not list(path.parent.glob(".*"))
-
-
-@pytest.mark.parametrize("change", [
-    lambda path, content: content[:-1] + bytes([content[-1] ^ 1]),
-    lambda path, content: content[:-100], lambda path, content: b"",
-    lambda path, content: content.replace(b"Resize(size=40", b"Resize(size=41"),
-    lambda path, content: (path.parent / "train_32x32.mat.arrays").read_bytes()])
-def test_svhn_is_decoded_anew_where_what_is_kept_is_not_of_it(change, svhn_arrays, capsys):
-    arrays, decoded, path = svhn_arrays
-    arrays()
-    path.write_bytes(change(path, path.read_bytes()))
-    arrays()
-    arrays()
-    assert decoded == {12: 1, 28: 2}
-    assert_one_line(capsys, f"{path} is made anew: ")
-
-
-def test_svhn_in_a_folder_that_cannot_be_written(svhn_arrays, monkeypatch, capsys):
-    arrays, decoded, path = svhn_arrays
-
-    def refuse(*args):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(cached_arrays, "save_file", refuse)
-    arrays("extra")
-    assert_one_line(capsys, f"not kept for the next start: {path}", "Read-only file system")
-    assert decoded == {28: 1} and not path.exists()
 
 
 def test_mnist_is_given_as_three_equal_channels(tmp_path, monkeypatch):
