@@ -467,16 +467,19 @@ def set_bit_width(model: nn.Module, bit_width: Width | int | str) -> None:
     """
     bit_width = width_of(model, bit_width)
     prefix, _ = assigned_module(model)
+    key = str(bit_width)
     layers = []
     for name, layer in model.named_modules():
-        if hasattr(layer, "check_modules"):
+        kind = type(layer)  # where a search takes a tenth of a module's own
+        if hasattr(kind, "check_modules"):
             layer.check_modules()
-        if isinstance(layer, SwitchableBatchNorm2d) and str(bit_width) not in layer.bn_dict:
+        if isinstance(layer, SwitchableBatchNorm2d) and key not in layer.bn_dict:
             raise ValueError(f"layer {name} has no {bit_width}-bit BatchNorm, which others have: "
                              "build it for the same bit-widths")
-        if hasattr(layer, "switch_bit_width"):
+        if hasattr(kind, "switch_bit_width"):
             layers.append((layer, bit_width.of_layer(name.removeprefix(prefix))))
-        elif not isinstance(layer, Quantizer) and hasattr(layer, "bits"):
+        elif not isinstance(layer, Quantizer) and (hasattr(kind, "bits") or any(
+                "bits" in own for own in (vars(layer), layer._parameters, layer._buffers))):
             raise ValueError(f"layer {name or 'of the network'} ({type(layer).__name__}) has bits "
                              "that cannot be switched: give it a method "
                              "switch_bit_width(bit_width)")
@@ -520,9 +523,13 @@ def assignments_of(model: nn.Module) -> dict[str, Assignment]:
 def assigned_module(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the module whose layers assignments name, and the prefix of its layers' names.
 
-    It is the model, or one within it that has assignments, as where the model is torch.compile's.
+    It is the model, or what it wraps, once or twice, as torch.compile does.
     """
-    for name, module in model.named_modules():
-        if isinstance(vars(module).get("assignments"), dict):
-            return f"{name}." if name else "", module
+    level = [("", model)]
+    for _ in range(3):
+        for prefix, module in level:
+            if isinstance(vars(module).get("assignments"), dict):
+                return prefix, module
+        level = [(f"{prefix}{name}.", child) for prefix, module in level
+                 for name, child in module.named_children()]
     return "", model
