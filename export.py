@@ -85,6 +85,9 @@ def image_description(checkpoint: Checkpoint, dataset: str | None = None) -> dic
     saved = checkpoint.images(dataset or "")
     images = {field: value for field, value in saved.items() if value is not None}
     name = images.get("dataset") or dataset or checkpoint.arguments.get("dataset")
+    if not name:
+        raise UserError(f"{checkpoint.path} does not say of what images its network is: give "
+                        "--dataset")
     row_of(name, images.get("size"))
     return {**described(name), "class_names": None, **images, "dataset": name}
 

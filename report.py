@@ -259,11 +259,14 @@ def names_of(runs: list[Run]) -> list[str]:
 
 
 def varying(own: dict[str, str], of_all: list[dict[str, str]]) -> list[str]:
-    """Return the words of `own` that are not those of all; where it lacks some, that it does."""
-    found = []
-    for key in dict.fromkeys(key for one in of_all for key in one):
-        if any(other.get(key) != own.get(key) for other in of_all):
-            found.append(own.get(key, f"unknown {key.replace('_', ' ')}"))
+    """Return the words of `own` that are not those of all that have them; where it lacks some, that
+    the training is unknown.
+    """
+    keys = dict.fromkeys(key for one in of_all for key in one)
+    found = [own[key] for key in keys if key in own
+             and any(one.get(key, own[key]) != own[key] for one in of_all)]
+    if not keys.keys() <= own.keys():
+        found.append("training unknown")
     return list(filter(None, found))
 
 

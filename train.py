@@ -94,9 +94,9 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
         go_on_without_output(f"training goes on; its log is in {run.path}")
+        run.begin(state.epoch, vars(args), state.best)
         if state.epoch < args.epochs or not in_place:  # else this run trains nothing
             run.write_config(vars(args), device)
-        run.begin(state.epoch, vars(args), state.best)
         log_run_info(args, device, state, run, message, defaulted, len(train_loader))
         if not in_place:
             run.save(state)  # fails now, not after an hour, where it cannot be saved

@@ -11,7 +11,7 @@ from dataset.loader import Loader
 from engine.arguments import FLAGS, MACHINE, TASK, run_name
 from engine.device import describe
 from engine.distributed import rank, world_size
-from engine.errors import Stopped, StopRequest, UserError
+from engine.errors import Stopped, StopRequest, UsageError, UserError
 from engine.figures import evaluation_table, save_evaluation_figure
 from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
@@ -60,9 +60,13 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
                         "another name")
 
     assignments = given_assignments(args)
-    train_set, val_set = open_data(args, train=bool(args.calibrate))
     model, added = network_of(content, path, bit_widths)
     added |= add_assignments(model, assignments, args)
+    if args.calibrate is not None and not added:
+        raise UsageError(f"--calibrate {args.calibrate} is of bit-widths that {path} does not have,"
+                         f" and it has {flag_text([*args.bit_width_list, *assignments])}: leave it "
+                         "out, or give others")
+    train_set, val_set = open_data(args, train=bool(args.calibrate))
     check_classes(model, content, path, args.dataset, val_set)
     model.to(device)
     forward_pass = make_forward_pass(args, model, device)
@@ -181,6 +185,6 @@ def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
         "calibrated": plain(sorted(map(BitWidth.of, {*content.get("calibrated", ()), *added}))),
         "network": network_content(model),
         "arguments": {**{name: getattr(args, name) for name in FLAGS if FLAGS[name].evaluated},
-                      **checkpoint.arguments,  # where it does not say how it was trained
+                      **(content.get("arguments") or {}),
                       "bit_width_list": plain(saved_bit_widths(model.state_dict()))}})
     log.info("calibrated checkpoint: %s", args.save_calibrated)

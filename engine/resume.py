@@ -31,7 +31,8 @@ class Checkpoint:
         self.content = read_checkpoint(path)
         check_field(path, "epoch", self.content.get("epoch"), is_epoch,
                     "a number of epochs done")
-        if not self.content.get("network"):
+        is_published = not self.content.get("network")
+        if is_published:
             given = {name: getattr(flags, name) for name in names_of(NETWORK)
                      if name != "width" and flags and name in flags}
             self.content["network"] = old_spec(self.content, path, given)
@@ -46,11 +47,12 @@ class Checkpoint:
             saved = check_saved(self.content["arguments"], path)
             self.check_network(saved)
             self.arguments = {**later, **self.arguments, **saved}
-        else:  # a published checkpoint
+        else:  # a published checkpoint, or a network of one's own loop
             name = (self.content.get("images") or {}).get("dataset")
-            if name not in DATASETS:
+            if name not in DATASETS and is_published:
                 name = published.DATASET.get(self.network["name"], DEFAULTS["dataset"])
-            self.arguments["dataset"] = name
+            if name in DATASETS:
+                self.arguments["dataset"] = name
 
     def check_network(self, saved: dict) -> None:
         """Raise FileError where the arguments are of another network than the one it holds."""
@@ -237,10 +239,12 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if changed:
         raise UsageError(f"{path} holds another network: {changed}; leave these flags out")
     trained = saved_bit_widths(checkpoint.content["state_dict"])
+    if "dataset" not in {**saved, **vars(flags)}:
+        raise UsageError(f"{path} does not say of what images its network is: give --dataset")
     size = checkpoint.images(getattr(flags, "dataset", "")).get("size")
     if is_count(size):  # for a folder's images, whatever data set the network was trained on
         saved["image_size"] = saved.get("image_size") or size
-    saved["train_split"] = checkpoint.train_split(getattr(flags, "dataset", saved["dataset"]))
+    saved["train_split"] = checkpoint.train_split({**saved, **vars(flags)}["dataset"])
     args = merge_args(flags, {**saved, "bit_width_list": plain(trained)})
     if args.save_calibrated:
         refuse_packed(checkpoint.content, path, "save as a checkpoint")
@@ -254,9 +258,5 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if unknown and args.calibrate is None:
         raise UsageError(f"{flag_text(unknown)} bits were not trained; choose from "
                          f"{flag_text(trained)}, or pass --calibrate N")
-    if args.calibrate is not None and not unknown and not args.layer_bits:
-        raise UsageError(f"--calibrate {args.calibrate} is of bit-widths that {path} does not have,"
-                         f" and it has {flag_text(args.bit_width_list)}: leave it out, or give "
-                         "others with --bit_width_list")
     checkpoint.follow_normalization(args.dataset)
     return args, checkpoint

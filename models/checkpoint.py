@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
                     add_missing_bit_widths, assignments_of, build, check_bit_widths, packed,
-                    quantizers, saved_bit_widths, set_bit_width, zoo)
+                    quantizers, saved_bit_widths, set_bit_width, set_quantizers, zoo)
 from models.assignment import check_assignments
 from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
@@ -69,7 +69,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Save a network that `build` built or `load` loaded, for `load` and the three programs.
 
     Its attribute `images`, where it has one, describes its images (see above). Raises ValueError
-    for another network, and WriteError where the file cannot be written.
+    for another network, or one that could not be loaded again, such as a pruned or a compiled one,
+    and WriteError where the file cannot be written.
     """
     if not hasattr(model, "spec"):
         raise ValueError("the network has no spec, by which it could be built again: add its class "
@@ -77,10 +78,12 @@ def save(model: nn.Module, path: str | Path) -> None:
     if any(isinstance(layer.quantizer, packed.PackedWeight)
            for layer in quantizers.layers_with_quantizer(model).values()):
         raise ValueError("a packed network has no float weights to save: copy its file")
-    save_checkpoint(Path(path), {
+    content = {
         "epoch": None, "model": model.spec["model"], "best_prec1": None,
         "network": network_content(model), "images": getattr(model, "images", None),
-        "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])})
+        "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])}
+    network_of(content, path)
+    save_checkpoint(Path(path), content)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -345,6 +348,11 @@ def network_of(content: dict, path: str | Path,
             raise FileError(f"{path}: {error}: the file may be damaged") from None
 
     state_dict = content["state_dict"]
+    if own_bits and QUANTIZERS[spec["quantizer"]] and "packed" not in content:
+        kept = {key for key in state_dict if ".quantizer." in key}
+        if any(".quantizer." in key and key not in kept for key in model.state_dict()) or (
+                not kept <= model.state_dict().keys()):  # made where layers had these bits
+            set_quantizers(model, spec["quantizer"], bit_widths)
     if not set(present) <= set(bit_widths):
         state_dict = without_assignments(state_dict, map(str, assignments))
         assignments = []

@@ -29,8 +29,9 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     """Return a copy of a float network, with its weights, that runs at any of the bit-widths.
 
     Conv2d becomes Conv2dQ, BatchNorm2d one per bit-width, ReLU and ReLU6 become ActivationQ. The
-    convolutions whose input is the image, the last linear layer, and the modules named in `keep`,
-    with all within them, stay in full precision; all bit-widths share the BatchNorms in `keep`.
+    convolutions whose input is the image, the layers that give the logits, and the modules named in
+    `keep`, with all within them, stay in full precision; all bit-widths share the BatchNorms in
+    `keep`.
     layer_table lists what became of each layer. Raises ValueError for a network that lacks layers
     to convert, or has one that cannot be converted, and where the copy, not quantized, computes
     something else.
@@ -217,7 +218,8 @@ def full_precision(network: nn.Module, graph: fx.Graph | None,
     why = {name: "in keep" for name in modules if is_within(name, keep)}
     why.update(dict.fromkeys(first, "sees the image"))
     last = graphs.output_layers(graph, modules) if graph else []
-    why.update(dict.fromkeys(last or (linear or convolutions)[-1:], CLASSIFIER))
+    for name in last or (linear or convolutions)[-1:]:
+        why.setdefault(name, CLASSIFIER)
     if all(name in why for name in convolutions):
         raise ValueError("no convolution is left to quantize: all see the image or are in keep")
     return why

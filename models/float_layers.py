@@ -22,5 +22,6 @@ class Classifier(nn.Linear):
 
 def without_autocast(layer: nn.Module) -> contextlib.AbstractContextManager:
     """Return a context without autocast on a layer's device; the meta device has none."""
-    device = next(layer.parameters()).device.type
+    parameter = next(layer.parameters(), None)  # none in nn.DataParallel's replicas
+    device = (layer.weight if parameter is None else parameter).device.type
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

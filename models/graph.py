@@ -24,6 +24,7 @@ ALIASING = {"Identity", "Flatten", "chunk", "split", "getitem", "flatten", "view
             "transpose", "permute", "contiguous", "squeeze", "unsqueeze", "iadd", "isub", "imul",
             "itruediv", "add_", "sub_", "mul_", "div_"}  # the same memory
 JOINING = {"cat", "concat"}  # those of them whose inputs are all taken
+ADDITIONS = {"add", "iadd", "add_"}
 FUNCTIONS = {"conv2d", "linear"}  # layers that are not modules
 SHAPE_QUERIES = {"size", "dim", "shape", "ndim", "dtype", "device"}  # of attributes, their names
 SOURCES = {"add": "an addition", "iadd": "an addition", "AvgPool2d": "an average pool",
@@ -131,14 +132,17 @@ def trace(network: nn.Module) -> fx.Graph:
     that draws numbers, or where training and evaluation call different things.
     """
     # A copy, as tracing gives the network an attribute for each constant of its forward.
-    other = ModeTracer().trace(copy.deepcopy(network).train(False))
+    twin_network = copy.deepcopy(network).train(False)
+    other = ModeTracer().trace(twin_network)
     before = random_states()
     graph = ModeTracer().trace(network.train(True))
     if random_states() != before:  # such as stochastic depth, whose graph is another each time
         raise ValueError("its forward draws numbers in Python")
     network.train(False)
-    for name in [name for name in vars(network) if name.startswith("_tensor_constant")]:
-        value = vars(network).pop(name)
+    constants, own = ({name: value for name, value in vars(each).items()
+                       if name.startswith("_tensor_constant")} for each in (network, twin_network))
+    for name, value in constants.items():
+        delattr(network, name)
         network.register_buffer(name, value, persistent=False)  # moves to devices
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
@@ -159,7 +163,9 @@ def trace(network: nn.Module) -> fx.Graph:
         graph.erase_node(flag)
         del network.training_flag
 
-    if not same_length or any(
+    same_constants = constants.keys() == own.keys() and all(
+        torch.equal(value, own[name]) for name, value in constants.items())
+    if not same_length or not same_constants or any(
             str((node.target, node.args, node.kwargs)) != str((twin.target, twin.args, twin.kwargs))
             for node, twin in pairs):
         raise ValueError("training takes another way than evaluation")
@@ -309,13 +315,23 @@ def image_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def output_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the names of the layers that give the logits: no layer or BatchNorm is behind them."""
+    """Return the names of the layers that give the logits: no layer or BatchNorm is behind them.
+
+    Of an addition the operand that is computed last is followed.
+    """
     waiting = [node for node in graph.nodes if node.op == "output"]
     seen = set(waiting)
     found = []
+    order = {node: place for place, node in enumerate(graph.nodes)}
     while waiting:
-        for node in waiting.pop().all_input_nodes:
+        user = waiting.pop()
+        inputs = user.all_input_nodes
+        if name_of(user, modules) in ADDITIONS:  # of a residual branch, and what it is added to
+            inputs = sorted(inputs, key=order.get)[-1:]
+        for node in inputs:
             layer = module_of(node, modules)
+            if name_of(node, modules) in SHAPE_QUERIES:
+                continue
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 found.append(node.target)
             elif node not in seen and not isinstance(layer, nn.modules.batchnorm._BatchNorm):

@@ -97,7 +97,8 @@ class PackedWeight(WeightQuantizer):
         """Return the index of the bit-width's column; raises ValueError where the file has none."""
         if self.width in self.columns:
             return list(self.columns).index(self.width)
-        same = [place for place, bits in enumerate(self.columns.values()) if bits == self.bits]
+        same = [place for place, (key, bits) in enumerate(self.columns.items())
+                if bits == self.bits and not is_name(key)]
         if len(same) != 1:  # of several, each has its own state of the quantizer
             raise self.absent()
         return same[0]

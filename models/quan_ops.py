@@ -532,4 +532,5 @@ def assigned_module(model: nn.Module) -> tuple[str, nn.Module]:
                 return prefix, module
         level = [(f"{prefix}{name}.", child) for prefix, module in level
                  for name, child in module.named_children()]
-    return "", model
+    compiled = model._modules.get("_orig_mod")  # whose attributes are those of what it wraps
+    return ("", model) if compiled is None else ("_orig_mod.", compiled)

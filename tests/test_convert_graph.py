@@ -218,6 +218,42 @@ def test_a_constant_in_the_forward():
     assert moved(torch.rand(2, 3, 8, 8, device="meta")).shape == (2, 2, 6, 6)
 
 
+class Scaling(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * torch.tensor(0.5 if self.training else 1.0)
+
+
+def test_a_constant_of_training_alone_is_not_that_of_evaluation():
+    network = Scaling(*sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    with pytest.warns(UserWarning, match="training takes another way than evaluation"):
+        convert(network, [2, 32])
+
+
+class Residual(nn.Module):
+    """Without a head: each block adds to its input; the size of another output is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.first, self.last, self.side = (sequential(nn.Conv2d(4, 4, 1)) for _ in range(3))
+        for block in (self.first, self.last, self.side):
+            block[0] = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.first(x)
+        side = self.side(x)
+        x = x + self.last(x)
+        return functional.interpolate(x, size=side.shape[-2:])
+
+
+def test_of_residual_branches_the_last_gives_the_output():
+    model = convert(Residual(), [2, 32])
+    why = {row.name: row.why for row in model.layers}
+    assert why["last.3"] == "gives the logits" and why["stem"] == "sees the image"
+    assert not why["first.3"] and not why["side.3"]
+
+
 def test_modes_of_training_stay():
     network = sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     network[1].eval()  # frozen

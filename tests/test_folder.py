@@ -278,7 +278,8 @@ def test_some_of_the_class_folders_are_refused(trained, tmp_path, capsys):
     assert_one_line(capsys, f"has 10 classes and folder:{tmp_path} has 2")
 
 
-@pytest.mark.parametrize("removed", [(), ("images",), ("images", "arguments")])
+@pytest.mark.parametrize("removed", [
+    (), ("images",), ("images", "arguments", "network")])  # the last as published ones
 def test_images_are_normalized_as_the_network_was_trained(removed, trained, tmp_path, monkeypatch):
     monkeypatch.setitem(published.DATASET, "resnet4q", "cifar10")
     name = f"folder:{tmp_path / 'photos'}"

@@ -126,6 +126,15 @@ def test_a_wrapper_of_the_network_has_its_assignments(wrap):
     assert bit_widths_of(wrapper) == [1, 2, 4]
 
 
+def test_an_assignment_that_a_compiled_network_gets():
+    model, _ = network()
+    compiled = torch.compile(model, backend="eager")
+    add_assignment(compiled, Assignment("mix", 2, MIX))
+    set_bit_width(compiled, "mix")
+    assert {name: model.get_submodule(name).bits for name in BITS} == {**BITS, "layers.1.conv1": 2}
+    assert [*models.assignments_of(model)] == ["mix"]
+
+
 def test_a_head_per_name_is_no_state_of_a_bit_width():
     model, _ = network()
     model.head_dict = nn.ModuleDict({"boxes": nn.Linear(2, 2), "1x1": nn.Linear(2, 2)})
@@ -225,8 +234,9 @@ def checkpoint(folder, quantizer="dorefa", assignment=None):
         add_assignment(model, assignment)
         calibrate(model, assignment, [images])
     path = folder / "net.pth.tar"
-    torch.save({"model": "resnet8q", "network": network_content(model), "images": {"size": 32},
-                "state_dict": model.state_dict()}, path)
+    torch.save({"model": "resnet8q", "network": network_content(model),
+                "images": {"dataset": "cifar10", "size": 32}, "state_dict": model.state_dict()},
+               path)
     return path, model, images
 
 

@@ -8,9 +8,12 @@ from float_networks import SMALL, draw
 from runs import ROOT, assert_one_line, assert_same, evaluation, load, run, tiny
 from torch import nn
 
+import export
 import models
 import reference
 from dataset.data import DATASETS
+from engine.errors import UserError
+from engine.resume import Checkpoint
 from exported import network as exported_network
 from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import FileError, load_weights, save_checkpoint
@@ -93,6 +96,40 @@ def test_a_network_of_one_s_own_loop_is_saved_for_all_programs(tmp_path, tiny_ci
     assert evaluation(tmp_path / "r").keys() == {"2", "32", "mix"}
     assert run(["--resume", path]) == 1
     assert "holds no epoch to go on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits, makes_anew", [(8, True), (32, True), (32, False)])
+def test_lsq_with_bits_of_a_layer_is_loaded_again(bits, makes_anew, tmp_path):
+    model = models.build("resnet4q", [4, 32], 10, 1, quantizer="lsq")
+    model.layers[0].conv1.own_bits = bits
+    if makes_anew:
+        models.set_quantizers(model, "lsq", [4, 32])
+    models.save(model, tmp_path / "x")
+    loaded = models.load(tmp_path / "x")
+    assert_logits_equal(loaded, model.eval(), [4, 32])
+    assert loaded.layers[0].conv1.bits == bits
+
+
+def test_networks_that_could_not_be_loaded_again_are_not_saved(tmp_path):
+    path = tmp_path / "x"
+    model = models.build("resnet4q", [4], 10, 1)
+    with pytest.raises(ValueError, match="missing"):
+        models.save(torch.compile(model, backend="eager"), path)
+    with torch.no_grad():
+        model.fc.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="fc.bias has 1 values that are not finite"):
+        models.save(model, path)
+    assert not path.exists()
+
+
+def test_a_network_that_does_not_say_its_images(tmp_path, capsys):
+    models.save(models.build("svhnq", [2], 10, 1), tmp_path / "x")
+    assert run(["--evaluate", "--pretrain", tmp_path / "x", "--results-dir", tmp_path / "e"]) == 2
+    assert_one_line(capsys, "does not say of what images its network is: give --dataset")
+    checkpoint = Checkpoint(tmp_path / "x")
+    with pytest.raises(UserError, match="give --dataset"):
+        export.image_description(checkpoint)
+    assert export.image_description(checkpoint, "digits")["dataset"] == "digits"
 
 
 def test_networks_that_no_file_could_build_again(tmp_path):
@@ -374,7 +411,7 @@ def test_an_epoch_that_is_none_is_one_line(epoch, trained, tmp_path, capsys):
     ({"network": {"classes": 10**9}}, "its network's num_classes is 1000000000"),
     ({"network": {"width": 4000}}, "its network's width is 4000, which does not fit its weights"),
     ({"network": {"model": "\x1b[2J"}}, r"is of model '\x1b[2J'"),
-    ({"network": {"model": "torchvision:googlenet"}, "arguments": None, "images": None},
+    ({"network": {"model": "torchvision:googlenet"}, "arguments": None},
      "torchvision:googlenet cannot be built")])
 def test_a_field_of_another_type_is_one_line(changes, told, trained, tmp_path, capsys):
     content = load(trained)

@@ -248,6 +248,17 @@ def test_a_bit_width_whose_state_is_not_known_is_refused(tmp_path):
         found(torch.randn(2, 3, 40, 40))
 
 
+def test_an_assignment_beside_one_that_the_file_has(tmp_path):
+    torch.manual_seed(0)
+    model = build("svhnq", [2, 8], 10, 1, quantizer="lsq").eval()
+    add_assignment(model, Assignment("mix", 8, {"layers.6": 2}))
+    deploy.export(model, tmp_path / "net", None, "packed", about_images={"size": 40})
+    found = deploy.load(tmp_path / "net")
+    for each in (model, found):
+        add_assignment(each, Assignment("other", 8, {"layers.3": 2}))
+    assert_is(found, model, "other", torch.randn(2, 3, 40, 40))
+
+
 def test_another_quantizer_is_packed_too(tmp_path, monkeypatch):
     def prepare(self, w):
         return (w / (2 * w.std().detach())).clamp(-1, 1), w.abs().mean().detach()

@@ -211,7 +211,7 @@ def test_an_evaluation_that_does_not_say_its_training_is_apart(tmp_path, capsys)
     edit(tmp_path / "e1" / "config.json", "trained_with", value={"lr": 0.1})
     rows = row_of(folders, tmp_path, capsys)
     assert sorted(rows.values()) == ["0.00", "1.00"]
-    assert [name for name, top1 in rows.items() if "lr 0.1" in name and top1 == "1.00"]
+    assert [name for name, top1 in rows.items() if "training unknown" in name and top1 == "0.00"]
 
 
 def test_evaluations_of_one_network_are_one_run(tmp_path, capsys):

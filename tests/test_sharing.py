@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from engine.forward_pass import ForwardPass
 from models import (build, check_bit_widths, initialize_quantizers, quan_ops, quantizers,
                     set_bit_width)
+from models.float_layers import Classifier
 from models.graph import link_inputs
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
@@ -262,6 +263,15 @@ def test_wrappers_that_would_miss_gradients_are_refused(kind):
         any_precision_backward(wrapper, IMAGES, LABELS, WIDTHS)
     any_precision_backward(wrapper, IMAGES, LABELS, WIDTHS, sharing=no_sharing)
     assert model[0].stem.weight.grad is not None
+
+
+def test_a_replica_of_data_parallel_computes():
+    """It has its weights as attributes, not as parameters."""
+    for layer in (Conv2dQ(3, 4, 1), Classifier(3, 4)):
+        replica = layer._replicate_for_data_parallel()
+        replica.weight, replica.bias = layer.weight.detach(), layer.bias.detach()
+        x = torch.randn(2, 3, 4, 4) if isinstance(layer, Conv2dQ) else torch.randn(2, 3)
+        assert torch.equal(replica(x), layer(x))
 
 
 def test_initialize_leaves_modes_as_they_are():
