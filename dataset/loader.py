@@ -241,7 +241,8 @@ def count_classes(name: str, *parts: Samples) -> int:
     """Return the number of classes; raises DataError where the class folders of parts differ."""
     if DATASETS[name].num_classes:
         return DATASETS[name].num_classes
-    first, *_, last = [without_subset(part) for part in (*parts, parts[-1])]
+    first = without_subset(parts[0])
+    last = without_subset(parts[-1])
     differing = sorted(set(first.classes) ^ set(last.classes))
     if differing:
         raise DataError(f"{first.root} and {last.root} must hold the same class folders: "

@@ -61,9 +61,6 @@ def export(model: nn.Module, path: str | Path,
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name} of the network is {tensor.dtype}, and files are of float32: "
                              "call its float() first")
-    if format == "packed" and not hasattr(model, "spec"):
-        raise ValueError("the network has no spec, by which it could be built again: add its class "
-                         "to models.MODELS, and build it by models.build")
     about = about_images or getattr(model, "images", None)
     if (format, input) == ("packed", "uint8"):
         raise ValueError("input 'uint8' has no format 'packed': choose onnx")

@@ -72,15 +72,13 @@ def save(model: nn.Module, path: str | Path) -> None:
     for another network, or one that could not be loaded again, such as a pruned or a compiled one,
     and WriteError where the file cannot be written.
     """
-    if not hasattr(model, "spec"):
-        raise ValueError("the network has no spec, by which it could be built again: add its class "
-                         "to models.MODELS, and build it by models.build")
+    network = network_content(model)
     if any(isinstance(layer.quantizer, packed.PackedWeight)
            for layer in quantizers.layers_with_quantizer(model).values()):
         raise ValueError("a packed network has no float weights to save: copy its file")
     content = {
         "epoch": None, "model": model.spec["model"], "best_prec1": None,
-        "network": network_content(model), "images": getattr(model, "images", None),
+        "network": network, "images": getattr(model, "images", None),
         "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])}
     network_of(content, path)
     save_checkpoint(Path(path), content)
@@ -349,9 +347,9 @@ def network_of(content: dict, path: str | Path,
 
     state_dict = content["state_dict"]
     if own_bits and QUANTIZERS[spec["quantizer"]] and "packed" not in content:
-        kept = {key for key in state_dict if ".quantizer." in key}
-        if any(".quantizer." in key and key not in kept for key in model.state_dict()) or (
-                not kept <= model.state_dict().keys()):  # made where layers had these bits
+        saved, own = ({key for key in entries if ".quantizer." in key}
+                      for entries in (state_dict, model.state_dict()))
+        if saved != own:  # they were made where layers had these bits
             set_quantizers(model, spec["quantizer"], bit_widths)
     if not set(present) <= set(bit_widths):
         state_dict = without_assignments(state_dict, map(str, assignments))
@@ -443,7 +441,13 @@ def saved_assignments(saved: object, path: str | Path) -> list[Assignment]:
 
 
 def network_content(model: nn.Module) -> dict:
-    """Return what a checkpoint of a network that `build` built holds as its `network`."""
+    """Return what a checkpoint of a network that `build` built holds as its `network`.
+
+    Raises ValueError for another network.
+    """
+    if not hasattr(model, "spec"):
+        raise ValueError("the network has no spec, by which it could be built again: add its class "
+                         "to models.MODELS, and build it by models.build")
     found = {**model.spec, "own_bits": quantizers.own_bits_of(model)}
     assignments = [assignment.content for assignment in assignments_of(model).values()]
     return {**found, "assignments": assignments} if assignments else found

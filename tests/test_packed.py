@@ -86,9 +86,9 @@ def on_every_threshold():
 def test_weights_on_thresholds(stored, tmp_path):
     conv = on_every_threshold()
     packed.save(torch.nn.Sequential(conv), stored, tmp_path / "conv", {})
-    tensors, told = packed.read(tmp_path / "conv")
+    tensors, meta = packed.read(tmp_path / "conv")
     found = torch.nn.Sequential(Conv2dQ(conv.in_channels, 1, 1))
-    packed.install(found, tensors, packed.read_groups(tensors, told))
+    packed.install(found, tensors, packed.read_groups(tensors, meta))
     assert len(found[0].quantizer.rows) <= 512
     for bits in stored:
         for layer in (conv, found[0]):
@@ -278,14 +278,14 @@ def test_another_quantizer_is_packed_too(tmp_path, monkeypatch):
 def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
     model, images = exported_network("svhnq", widths, change=change)
     monkeypatch.setitem(MODELS, "svhnq", CHANGES[change].network)
-    told = about(quantizer=CHANGES[change].quantizer or "dorefa")
-    packed.save(model, widths, tmp_path / "net", told)
+    meta = about(quantizer=CHANGES[change].quantizer or "dorefa")
+    packed.save(model, widths, tmp_path / "net", meta)
     found = deploy.load(tmp_path / "net")
     for width in widths:
         assert_is(found, model, width, images)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(found(images), model(images))
-    packed.save(found, widths, tmp_path / "again", told)
+    packed.save(found, widths, tmp_path / "again", meta)
     assert_is(deploy.load(tmp_path / "again"), model, widths[0], images)
 
 
@@ -347,8 +347,8 @@ def flipped(path):
 
 
 def newer(path):
-    tensors, told = packed.read(path)
-    save_file(load_file(path), path, {packed.KEY: json.dumps({**told, "format": 4})})
+    tensors, meta = packed.read(path)
+    save_file(load_file(path), path, {packed.KEY: json.dumps({**meta, "format": 4})})
 
 
 def of_another_network(path):
@@ -366,12 +366,12 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_files_that_are_refused(damage, tmp_path, capsys):
-    path, (spoil, told) = tmp_path / "net", DAMAGES[damage]
+    path, (spoil, part) = tmp_path / "net", DAMAGES[damage]
     packed.save(network(), WIDTHS, path, {**about(), "images": {"dataset": "digits"}})
     spoil(path)
     with pytest.raises(ValueError) as error:
         deploy.load(path)
-    assert "\n" not in str(error.value) and (told in str(error.value) or damage == "cut at once")
+    assert "\n" not in str(error.value) and (part in str(error.value) or damage == "cut at once")
     if damage != "another network":
         assert run(["--evaluate", "--pretrain", path, "--results-dir", tmp_path / "e"]) == 1
         assert_one_line(capsys, str(path))
@@ -380,65 +380,65 @@ def test_files_that_are_refused(damage, tmp_path, capsys):
 def again(path, change):
     """Change a packed file's tensors and metadata, and give it the digest of what it holds."""
     with safe_open(path, "pt") as file:
-        told = json.loads(file.metadata()[packed.KEY])
+        meta = json.loads(file.metadata()[packed.KEY])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    change(tensors, told)
-    told["sha256"] = packed.digest(tensors, told)
-    save_file(tensors, path, {packed.KEY: json.dumps(told)})
+    change(tensors, meta)
+    meta["sha256"] = packed.digest(tensors, meta)
+    save_file(tensors, path, {packed.KEY: json.dumps(meta)})
 
 
 LAYER = "layers.3"
 UNFIT = "weights and their table do not fit each other"
 CHANGES_OF_FIELDS = {
-    "its stored is 5": lambda t, told: told.update(stored=5),
-    "its stored is [2, 1]": lambda t, told: told.update(stored=[2, 1]),
-    "its stored is [1.0]": lambda t, told: told.update(stored=[1.0]),
-    "does not hold its 'groups'": lambda t, told: told.pop("groups"),
-    "its groups is {}": lambda t, told: told.update(groups={}),
-    "its groups is [{'columns'": lambda t, told: told["groups"][0].update(columns=[["1", 99]]),
-    "its groups is [5]": lambda t, told: told.update(groups=[5]),
-    "its network's own_bits is [1]": lambda t, told: told["network"].update(own_bits=[1]),
-    "own_bits is {'x': 'y'}": lambda t, told: told["network"].update(own_bits={"x": "y"}),
-    r"it has bits of '\x1b[2J', which": lambda t, told: told["network"].update(
+    "its stored is 5": lambda t, meta: meta.update(stored=5),
+    "its stored is [2, 1]": lambda t, meta: meta.update(stored=[2, 1]),
+    "its stored is [1.0]": lambda t, meta: meta.update(stored=[1.0]),
+    "does not hold its 'groups'": lambda t, meta: meta.pop("groups"),
+    "its groups is {}": lambda t, meta: meta.update(groups={}),
+    "its groups is [{'columns'": lambda t, meta: meta["groups"][0].update(columns=[["1", 99]]),
+    "its groups is [5]": lambda t, meta: meta.update(groups=[5]),
+    "its network's own_bits is [1]": lambda t, meta: meta["network"].update(own_bits=[1]),
+    "own_bits is {'x': 'y'}": lambda t, meta: meta["network"].update(own_bits={"x": "y"}),
+    r"it has bits of '\x1b[2J', which": lambda t, meta: meta["network"].update(
         own_bits={"\x1b[2J": 3}),
-    "its network is 5": lambda t, told: told.update(network=5),
-    "does not hold its 'network'": lambda t, told: told.pop("network"),
-    "its arguments is 5": lambda t, told: told.update(arguments=5),
-    "is of model None": lambda t, told: told["network"].pop("model"),
-    "is of model ['svhnq']": lambda t, told: told["network"].update(model=["svhnq"]),
-    "its network's width is 1.5": lambda t, told: told["network"].update(width=1.5),
-    "its images' size is 'x'": lambda t, told: told.update(images={"size": "x"}),
-    "its images' mean is 0": lambda t, told: told.update(images={"mean": 0}),
-    "has packed format True": lambda t, told: told.update(format=True),
-    "it lacks the weights of": lambda t, told: told["groups"][0]["layers"].pop(),
-    "it has weights of 'x', which": lambda t, told: told["groups"][0]["layers"].append("x"),
-    f"it lacks {LAYER}.quantizer.scale": lambda t, told: t.pop(f"{LAYER}.quantizer.scale"),
-    "have 2 bits": lambda t, told: told["groups"][0].update(
+    "its network is 5": lambda t, meta: meta.update(network=5),
+    "does not hold its 'network'": lambda t, meta: meta.pop("network"),
+    "its arguments is 5": lambda t, meta: meta.update(arguments=5),
+    "is of model None": lambda t, meta: meta["network"].pop("model"),
+    "is of model ['svhnq']": lambda t, meta: meta["network"].update(model=["svhnq"]),
+    "its network's width is 1.5": lambda t, meta: meta["network"].update(width=1.5),
+    "its images' size is 'x'": lambda t, meta: meta.update(images={"size": "x"}),
+    "its images' mean is 0": lambda t, meta: meta.update(images={"mean": 0}),
+    "has packed format True": lambda t, meta: meta.update(format=True),
+    "it lacks the weights of": lambda t, meta: meta["groups"][0]["layers"].pop(),
+    "it has weights of 'x', which": lambda t, meta: meta["groups"][0]["layers"].append("x"),
+    f"it lacks {LAYER}.quantizer.scale": lambda t, meta: t.pop(f"{LAYER}.quantizer.scale"),
+    "have 2 bits": lambda t, meta: meta["groups"][0].update(
         columns=[["2", 1], ["1", 2], ["4", 4], ["8", 8]]),
-    f"{UNFIT}, of a type": lambda t, told: t.update({f"{LAYER}.weight": t[
+    f"{UNFIT}, of a type": lambda t, meta: t.update({f"{LAYER}.weight": t[
         f"{LAYER}.weight"].float()}),
-    f"{UNFIT}, of a shape": lambda t, told: t.update({f"{LAYER}.weight": t[
+    f"{UNFIT}, of a shape": lambda t, meta: t.update({f"{LAYER}.weight": t[
         f"{LAYER}.weight"].flatten(1)}),
-    f"{UNFIT}, of a grid": lambda t, told: t[f"{LAYER}.quantizer.grid"].add_(1),
-    f"{UNFIT}, of a scale": lambda t, told: t.update({f"{LAYER}.quantizer.scale": torch.ones(
+    f"{UNFIT}, of a grid": lambda t, meta: t[f"{LAYER}.quantizer.grid"].add_(1),
+    f"{UNFIT}, of a scale": lambda t, meta: t.update({f"{LAYER}.quantizer.scale": torch.ones(
         4, 7, 1, 1, 1)}),
-    f"{UNFIT}, of a scale's type": lambda t, told: t.update({f"{LAYER}.quantizer.scale": t[
+    f"{UNFIT}, of a scale's type": lambda t, meta: t.update({f"{LAYER}.quantizer.scale": t[
         f"{LAYER}.quantizer.scale"].to(torch.bfloat16)}),
-    f"{LAYER}.quantizer.scale has 1 values that are not finite": lambda t, told: t[
+    f"{LAYER}.quantizer.scale has 1 values that are not finite": lambda t, meta: t[
         f"{LAYER}.quantizer.scale"].view(-1)[:1].fill_(float("nan")),
-    f"{UNFIT}, of high bits": lambda t, told: t.update({
+    f"{UNFIT}, of high bits": lambda t, meta: t.update({
         f"{LAYER}.quantizer.high_bits": torch.zeros(1, dtype=torch.uint8)}),
-    f"it lacks the exceptions of {LAYER}": lambda t, told: t.pop(f"{LAYER}.quantizer.exceptions"),
-    f"{UNFIT}, of exceptions": lambda t, told: t.update({
+    f"it lacks the exceptions of {LAYER}": lambda t, meta: t.pop(f"{LAYER}.quantizer.exceptions"),
+    f"{UNFIT}, of exceptions": lambda t, meta: t.update({
         f"{LAYER}.quantizer.exceptions": torch.tensor([-1], dtype=torch.int32),
         f"{LAYER}.quantizer.exception_levels": torch.zeros(1, 4, dtype=torch.uint8)}),
-    f"{UNFIT}, of exceptions' levels": lambda t, told: t.update({
+    f"{UNFIT}, of exceptions' levels": lambda t, meta: t.update({
         f"{LAYER}.quantizer.exceptions": torch.tensor([0], dtype=torch.int32),
         f"{LAYER}.quantizer.exception_levels": torch.full((1, 4), 9, dtype=torch.uint8)}),
-    "its rows are not of the levels": lambda t, told: t.update({
+    "its rows are not of the levels": lambda t, meta: t.update({
         "rows.0": torch.full((1, 4), 200, dtype=torch.uint8)}),
-    "1 unexpected (x)": lambda t, told: t.update(x=torch.ones(1)),
-    "1 of another type (fc.bias)": lambda t, told: t.update({"fc.bias": torch.ones(
+    "1 unexpected (x)": lambda t, meta: t.update(x=torch.ones(1)),
+    "1 of another type (fc.bias)": lambda t, meta: t.update({"fc.bias": torch.ones(
         10, dtype=torch.int32)})}
 
 
@@ -449,22 +449,22 @@ def whole_file(tmp_path_factory):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("told", CHANGES_OF_FIELDS)
-def test_a_field_that_fits_its_digest_alone(told, whole_file, tmp_path):
+@pytest.mark.parametrize("part", CHANGES_OF_FIELDS)
+def test_a_field_that_fits_its_digest_alone(part, whole_file, tmp_path):
     path = tmp_path / "net"
     path.write_bytes(whole_file)
-    again(path, CHANGES_OF_FIELDS[told])
+    again(path, CHANGES_OF_FIELDS[part])
     with pytest.raises(FileError) as error:
         deploy.load(path)
     message = str(error.value)
     assert message.isprintable() and str(path) in message
-    assert told.split(", of ")[0] in message
+    assert part.split(", of ")[0] in message
 
 
 def test_row_numbers_with_high_bits_are_within_the_table(tmp_path):
     path = tmp_path / "net"
     packed.save(network(), WIDTHS, path, about(), packed.ANY)
-    def change(tensors, told):
+    def change(tensors, meta):
         for name in ("weight", "quantizer.high_bits"):
             tensors[f"{LAYER}.{name}"].fill_(255)
 
@@ -473,7 +473,7 @@ def test_row_numbers_with_high_bits_are_within_the_table(tmp_path):
     with pytest.raises(FileError, match=UNFIT):
         deploy.load(path)
     path.write_bytes(whole)
-    again(path, lambda tensors, told: tensors.pop(f"{LAYER}.quantizer.high_bits"))
+    again(path, lambda tensors, meta: tensors.pop(f"{LAYER}.quantizer.high_bits"))
     with pytest.raises(FileError, match=UNFIT):
         deploy.load(path)
 
@@ -483,16 +483,16 @@ def test_all_metadata_are_in_the_digest(whole_file, tmp_path):
     path = tmp_path / "net"
     path.write_bytes(whole_file)
     with safe_open(path, "pt") as file:
-        told = json.loads(file.metadata()[packed.KEY])
-    for name in told:
-        changed = {**told, name: [told[name]]}
+        meta = json.loads(file.metadata()[packed.KEY])
+    for name in meta:
+        changed = {**meta, name: [meta[name]]}
         save_file(load_file(path), path, {packed.KEY: json.dumps(changed)})
         with pytest.raises(ValueError, match="is damaged|has packed format"):
             packed.read(path)
-    save_file(load_file(path), path, {packed.KEY: json.dumps(told), "more": "x"})
+    save_file(load_file(path), path, {packed.KEY: json.dumps(meta), "more": "x"})
     with pytest.raises(ValueError, match="is damaged"):
         packed.read(path)
-    save_file(load_file(path), path, {packed.KEY: json.dumps(told)})
+    save_file(load_file(path), path, {packed.KEY: json.dumps(meta)})
     packed.read(path)
 
 
