@@ -1,6 +1,9 @@
-"""The commands in README, docs and examples: their programs take them as they stand."""
+"""README, docs and examples: programs take their commands, recorded trainings bear their tables."""
+import math
 import re
 import shlex
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import export
 import report
 import search
 from engine.arguments import parse_flags
+from engine.run_folder import read_metrics
+from utils import mean_and_deviation
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,6 +21,8 @@ TEXTS.remove(ROOT / "docs" / "ideas.md")  # whose flags need its changes: tests/
 PLACEHOLDERS = {"NAME": "dorefa", "S": "0"}
 PROGRAMS = {"train.py": parse_flags, "export.py": export.parse_args,
             "report.py": report.parse_args, "search.py": search.parse_args}
+RUNS = ROOT / "benchmarks" / "runs"
+NO_ROW = "linear_lsq"  # an earlier lsq: docs/your_own_network.md says what came of it
 STARTS = r"(?:\./\w+\.sh|python |torchrun |PYTHONPATH=)"
 
 
@@ -69,3 +76,43 @@ def test_commands_are_found():
     assert words_of("python train.py --lr 0.1  # why")[1] == ["--lr", "0.1"]
     with pytest.raises(SystemExit):
         parse_flags(["--no-such-flag"])
+
+
+def recorded(table):
+    """Return {configuration: {bit-width: {seed: top-1 (%) of the last epoch}}} of recorded runs."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for folder in (RUNS / f"{table}_table").iterdir():
+        name, seed = re.fullmatch(r"(\D+)(?:_[\d-]+)?_seed(\d)", folder.name).groups()
+        for bits, values in read_metrics(folder / "metrics.jsonl")[-1]["val"].items():
+            found[name][bits][seed] = values["top1"]
+    return found
+
+
+def row_of(cells):
+    """Return the cells of a table's row, bit-width by bit-width, as they stand in Markdown."""
+    return " | ".join(cells[bits] for bits in sorted(cells))
+
+
+@pytest.mark.parametrize("table, document", [
+    ("fashion30", "results"), ("fashion_methods", "results"), ("nine_widths", "results"),
+    ("resnet18", "your_own_network"), ("mobilenet_v2", "your_own_network")])
+def test_tables_are_those_of_recorded_trainings(table, document):
+    text = (ROOT / "docs" / f"{document}.md").read_text()
+    rows = {name: row_of({bits: mean_and_deviation(list(of_seeds.values()))
+                          for bits, of_seeds in widths.items()})
+            for name, widths in recorded(table).items() if name != NO_ROW}
+    assert rows
+    assert {name: row for name, row in rows.items() if f" | {row} |" not in text} == {}
+
+
+def test_differences_are_those_of_recorded_trainings():
+    text = (ROOT / "docs" / "results.md").read_text()
+    found = recorded("fashion_methods")
+    pairs = [(name, "recursive") for name in ("lsq", "half", "half_lsq", "pact", "centred")]
+    for name, base in [*pairs, ("half_lsq", "dedicated"), ("lsq", "dedicated")]:
+        cells = {}
+        for bits, of_seeds in found[base].items():
+            ahead = [found[name][bits][seed] - top1 for seed, top1 in of_seeds.items()]
+            error = statistics.stdev(ahead) / math.sqrt(len(ahead))
+            cells[bits] = f"{statistics.mean(ahead):+.2f} ± {error:.2f}"
+        assert f" | {row_of(cells)} |" in text, (name, base)
