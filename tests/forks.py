@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class Forks:
 
 def serve(connection):
     """Fork as requested, until the other end is closed."""
+    # Python 3.12 warns of forks of a process that has threads: shown by pytest, not to users.
+    warnings.simplefilter("ignore", DeprecationWarning)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             function, args, cwd, env, outputs = connection.recv()
