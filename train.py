@@ -48,9 +48,9 @@ from engine.setup import (check_class_names, describe_images, initialize_model, 
                           make_forward_pass, make_model, make_optimizer, make_train_loader,
                           make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState
-from models import BitWidth, check_bit_widths, layer_table
+from models import BitWidth, check_bit_widths, layer_table, quantizers
 from models.calibration import without_assignments
-from models.checkpoint import BEST, read_checkpoint, saved_assignments
+from models.checkpoint import BEST, read_checkpoint, saved_assignments, saved_own_bits
 from models.converted import AnyPrecisionNetwork
 from utils import flag_text, without_secrets, write_text
 
@@ -85,12 +85,13 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     """
     state, forward_pass, train_loader, val_loader = prepare(args, device)
     message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
+    in_place = checkpoint is not None and checkpoint.in_place
+    hooked = state.check_rebuilt() if rank() == 0 and not in_place else None
     if args.sync_bn and world_size() > 1:  # in place, once rank 0 alone has run the network
         synchronize_batch_norm(state.model, device)
     step = partial(take_step, state, forward_pass, args.loss)
     if args.cuda_graph:
         step = GraphStep(step, state.optimizer, args.batch_size, device)
-    in_place = checkpoint is not None and checkpoint.in_place
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
         go_on_without_output(f"training goes on; its log is in {run.path}")
@@ -98,6 +99,8 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
         if state.epoch < args.epochs or not in_place:  # else this run trains nothing
             run.write_config(vars(args), device)
         log_run_info(args, device, state, run, message, defaulted, len(train_loader))
+        if hooked:
+            log.info(f"note: {hooked} has a hook or a forward of its own: no checkpoint holds it")
         if not in_place:
             run.save(state)  # fails now, not after an hour, where it cannot be saved
         console = Console(state.bit_widths, args.epochs, len(train_loader), args.print_freq,
@@ -113,8 +116,8 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
                     broadcast_buffers(state.model)
                     if world_size() > 1:
                         run.save(state)  # several processes do not stop within the validation
-                    val_metrics = evaluate(state.model, forward_pass, val_loader, state.bit_widths,
-                                           device, f"epoch {epoch + 1}, validation", stop)
+                    val_metrics = evaluate(forward_pass, val_loader, state.bit_widths, device,
+                                           f"epoch {epoch + 1}, validation", stop)
                     improved = state.finish_epoch(val_metrics)
                     record = {"epoch": epoch + 1, "lr": args.lr * factor,
                               "images_per_second": speed, "train": train_metrics,
@@ -233,6 +236,8 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
         content = read_checkpoint(path)
         refuse_packed(content, path, "train")
         saved = (content.get("network") or {}).get("assignments", [])
+        own_bits = saved_own_bits(content, path) or {}
+        state.check_own_bits({**quantizers.own_bits_of(state.model), **own_bits}, path)
         weights = without_assignments(content["state_dict"],
                                       map(str, saved_assignments(saved, path)))
         message, quantizers_are_new = load_pretrained(state.model, path, weights)

@@ -99,7 +99,7 @@ class Steps:
 
     def evaluate(self):
         batches = [(self.images, self.labels)]
-        evaluate(self.model, self.forward_pass, batches, self.bit_widths, self.device)
+        evaluate(self.forward_pass, batches, self.bit_widths, self.device)
         self.model.train()
 
 

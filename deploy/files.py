@@ -16,7 +16,7 @@ from deploy.graph import Run, image_shape
 from models import BitWidth, Width, assignments_of, bit_widths_of, packed
 from models.assignment import is_name
 from models.bit_widths import check_bit_widths
-from models.checkpoint import network_content
+from models.checkpoint import check_images_to_save, network_content
 from utils import commit, one_line, writing
 
 FORMATS = ("packed", "onnx")
@@ -68,6 +68,8 @@ def export(model: nn.Module, path: str | Path,
     if not about or not all(map(about.get, needed)):
         raise ValueError("nothing says of what images the network is: give about_images, a dict "
                          "of size, mean and std")
+    if format == "packed":
+        check_images_to_save(about, path)
     if images is not None:
         images = numpy.asarray(images, numpy.float32)
     is_any = isinstance(bit_widths, str) and bit_widths == "any"

@@ -28,16 +28,16 @@ from utils import flag_text, one_line, progress, without_secrets, write_json
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
+def evaluate(forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
              bit_widths: Sequence[Width], device: torch.device,
              what: str = "validation", stop: StopRequest | None = None,
              ) -> dict[Width, dict[str, float]]:
-    """Return {bit-width: {"loss", "top1", "top5"}} over the loaders of all processes.
+    """Return {bit-width: {"loss", "top1", "top5"}} of forward_pass.model, over all processes.
 
     stop: a StopRequest; a single process raises Stopped between two batches. Raises UserError,
     beginning with `what`, where a loss is not finite.
     """
-    model.eval()
+    forward_pass.model.eval()
     metrics = Metrics(bit_widths, device)
     with progress(loader, what) as batches:
         for images, labels in batches:
@@ -96,7 +96,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
             log.info(message)
 
         wanted = sorted([*check_bit_widths(args.bit_width_list), *assignments_of(model).values()])
-        results = evaluate(model, forward_pass, val_loader, wanted, device)
+        results = evaluate(forward_pass, val_loader, wanted, device)
         add_costs(results, model, DATASETS[args.dataset].image_size)
         if rank() == 0:
             own = {name: value for name, value in vars(args).items() if is_of_evaluation(name)}

@@ -12,9 +12,9 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth, quantizers, set_bit_width
-from models.checkpoint import (FileError, check_field, is_count, is_dense, is_finite_number,
-                               is_named_values, is_whole, load_weights, network_content,
-                               save_checkpoint, saved_own_bits, take)
+from models.checkpoint import (FileError, check_field, check_rebuilt, is_count, is_dense,
+                               is_finite_number, is_named_values, is_whole, load_weights,
+                               network_content, save_checkpoint, saved_own_bits, take)
 from utils import brief, escaped, one_line
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -64,6 +64,25 @@ class TrainingState:
             raise UserError(f"parameter_groups in engine/setup.py leaves out {left[0]}, which "
                             "would not be trained: set its requires_grad to False, or give it a "
                             "group")
+
+    def check_rebuilt(self) -> str | None:
+        """Raise UserError where a checkpoint's network would be another one than this.
+
+        Returns what has a hook, or a forward of its own, that a checkpoint's lacks, if something.
+        """
+        content = {"network": network_content(self.model), "images": self.images,
+                   "state_dict": self.model.state_dict()}
+        try:
+            return check_rebuilt(self.model, content, "a checkpoint of this run")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def check_own_bits(self, saved: dict[str, int], path: str | Path) -> None:
+        """Raise UserError where a layer has other bits of its own than a checkpoint's."""
+        try:
+            quantizers.check_own_bits(self.model, saved)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def unsaved(self) -> list[str]:
         """Return the modules' attributes that training changed and no checkpoint holds."""
@@ -131,10 +150,7 @@ class TrainingState:
                             "data, or start a new run from it with --pretrain")
         own_bits = saved_own_bits(content, path)
         if own_bits is not None:
-            try:
-                quantizers.check_own_bits(self.model, own_bits)
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from None
+            self.check_own_bits(own_bits, path)
         load_weights(self.model, content["state_dict"], path)
         load_optimizer(self.optimizer, content["optimizer"], path,
                        published="arguments" not in content)

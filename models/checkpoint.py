@@ -29,7 +29,9 @@ from models.assignment import check_assignments
 from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
-from utils import WriteError, brief, escaped, one_line, replacing, writing
+from models.float_layers import BatchNorm2d
+from utils import (WriteError, brief, escaped, keeping_random_states, one_line, replacing,
+                   writing)
 
 # NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
 SCALAR = numpy.float64(0).__reduce__()[0]
@@ -42,6 +44,7 @@ LATEST = "model_latest.pth.tar"
 ZIP_START = b"PK\3\4"
 ZIP_END = b"PK\5\6"  # of the last record, of ZIP_END_LENGTH bytes where it has no comment
 ZIP_END_LENGTH = 22
+DAMAGED = ": the file may be damaged"
 HASH_NAME = b"SHA-256 "
 COMMENT_LENGTH = len(HASH_NAME) + 64
 
@@ -69,8 +72,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Save a network that `build` built or `load` loaded, for `load` and the three programs.
 
     Its attribute `images`, where it has one, describes its images (see above). Raises ValueError
-    for another network, or one that could not be loaded again, such as a pruned or a compiled one,
-    and WriteError where the file cannot be written.
+    for another network, or one that would be loaded as another, such as a pruned or a compiled one,
+    or one whose layers were replaced; and WriteError where the file cannot be written.
     """
     network = network_content(model)
     if any(isinstance(layer.quantizer, packed.PackedWeight)
@@ -80,8 +83,56 @@ def save(model: nn.Module, path: str | Path) -> None:
         "epoch": None, "model": model.spec["model"], "best_prec1": None,
         "network": network, "images": getattr(model, "images", None),
         "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])}
-    network_of(content, path)
+    check_images_to_save(content["images"], path)
+    hooked = check_rebuilt(model, content, path)
+    if hooked:
+        raise ValueError(f"{hooked} has a hook or a forward of its own, which no file holds: "
+                         "remove it first")
     save_checkpoint(Path(path), content)
+
+
+def check_rebuilt(model: nn.Module, content: dict, path: str | Path) -> str | None:
+    """Raise ValueError naming a layer that is another one in the network of a checkpoint's content.
+
+    Compared are the entries of the state dict, and of each layer its class and what it prints of
+    itself, but for what training alone uses. Returns the name of a layer with a hook, or a forward
+    of its own, that the other network lacks; None where there is none.
+    """
+    with keeping_random_states():  # which initial weights are drawn from
+        again, _ = network_of(content, path)
+    layers, others = dict(model.named_modules()), dict(again.named_modules())
+    for name in {**layers, **others}:
+        here, there = described(layers.get(name)), described(others.get(name))
+        if here != there:
+            raise ValueError(f"layer {name or 'of the network'} is {here}, and {there} in the "
+                             "network that is built for its checkpoints: change it where it is "
+                             "built, in models.MODELS or models.QUANTIZERS")
+    return next((f"layer {name}" if name else "the network" for name, layer in layers.items()
+                 if is_hooked(layer) and not is_hooked(others[name])), None)
+
+
+def described(layer: nn.Module | None) -> str:
+    """Return a layer's class, and what it prints of itself without what training alone uses."""
+    if layer is None:
+        return "none"
+    kind = type(layer)
+    if isinstance(layer, nn.SyncBatchNorm):
+        kind = BatchNorm2d  # what it was converted from
+    own = [part for part in layer.extra_repr().split(", ")
+           if not part.startswith(("momentum=", "p=", "inplace="))]
+    return f"{kind.__module__}.{kind.__qualname__}({', '.join(own)})"
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+def check_images_to_save(images: dict | None, path: str | Path) -> None:
+    """Raise ValueError naming a field of a description of images that could not be read again."""
+    try:
+        check_images(images or {}, path)
+    except FileError as error:
+        raise ValueError(str(error).removesuffix(DAMAGED)) from None
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -175,8 +226,7 @@ def take(path: str | Path, content: dict, name: str, is_right: Callable[[object]
         raise FileError(f"{path} lacks its {of}{name}: the file may be damaged")
     value = content[name]
     if not is_right(value):
-        raise FileError(f"{path}: its {of}{name} is {brief(value)}, not {what}: the file may be "
-                        "damaged")
+        raise FileError(f"{path}: its {of}{name} is {brief(value)}, not {what}{DAMAGED}")
     return value
 
 

@@ -430,6 +430,9 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) ->
             quantizer = PackedWeight(columns, rows, tensor_of(tensors, prefix + "scale"),
                                      tensor_of(tensors, prefix + "grid"), *optional)
             quantizer.check(weight, layer.weight.shape, bits)
+            if "weight" not in layer._parameters:
+                raise ValueError(f"layer {name} is built with a weight that something computes, "
+                                 "such as weight_norm: build it without")
 
             layer.weight = nn.Parameter(weight, requires_grad=False)
             layer.quantizer = quantizer

@@ -326,6 +326,10 @@ class ActivationQ(nn.Module):
         """Bits of the activations at the current bit-width."""
         return self.quantizer.bits
 
+    def extra_repr(self) -> str:
+        limit = f", limit={self.limit}" if self.limit else ""
+        return f"rounding={self.rounding}{limit}"
+
     def switch_bit_width(self, bit_width: BitWidth) -> None:
         self.quantizer.switch(layer_bits(self, bit_width.activations), str(bit_width))
 
@@ -394,15 +398,14 @@ def find_unscalable(model: nn.Module) -> None:
 
     It is False where integers and a scale behind them give another output than the weight does, as
     where quantized_weight was edited, or a convolution pads with ones; and where that is not known,
-    as of what is neither a convolution nor linear. Weights that are no parameters are left out: of
-    packed files, or what a parametrization or pruning computes.
+    as of what is neither a convolution nor linear.
     """
     widths = [width for width in bit_widths_of(model) if width.weights != FULL_PRECISION]
     drawn = torch.Generator().manual_seed(0)
     for layer in model.modules():
-        if not isinstance(layer, QuantizedLayer) or not has_float_parameter(layer):
+        if not isinstance(layer, QuantizedLayer):
             continue
-        twin = copy.deepcopy(layer).to("cpu", torch.float32)
+        twin = copy_of(layer).to("cpu", torch.float32)
         twin.input_quantizer = None  # which has another bit-width
         for parameter in twin.parameters():
             if parameter.is_floating_point():
@@ -444,10 +447,17 @@ def inputs_of(layer: nn.Module, drawn: torch.Generator) -> Tensor | None:
     return None
 
 
-def has_float_parameter(layer: nn.Module) -> bool:
-    """Return whether a layer's weight is a parameter of floating point."""
-    weight = layer._parameters.get("weight")
-    return weight is not None and weight.is_floating_point()
+def copy_of(layer: nn.Module) -> nn.Module:
+    """Return a copy of a layer, whose weight is a parameter where a hook computes it."""
+    computed = vars(layer).pop("weight", None)  # which has a graph, and so cannot be copied
+    try:
+        twin = copy.deepcopy(layer)
+    finally:
+        if computed is not None:
+            layer.weight = computed
+    if computed is not None:
+        twin.weight = nn.Parameter(computed.detach().clone())
+    return twin
 
 
 def low_precision(x: Tensor) -> bool:

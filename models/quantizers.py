@@ -72,7 +72,7 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
             raise ValueError(f"quantizer {name!r} gives {owners[quantizer]} and {layer_name} the "
                              "same object: return a new one for each layer")
         owners[quantizer] = layer_name
-        layer.quantizer = quantizer
+        layer.quantizer = quantizer.train(layer.training)
     if hasattr(model, "spec"):
         model.spec = {**model.spec, "quantizer": name}
     set_bit_width(model, bit_widths[0])

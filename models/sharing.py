@@ -89,7 +89,7 @@ def prepare_weight(layer: QuantizedLayer) -> tuple[Tensor, ...]:
     quantizer = layer.quantizer
     if type(quantizer).prepare is not DoReFaWeight.prepare:
         return quantizer.prepare(layer.weight)
-    # Computed again backward rather than kept; another one may draw numbers, or count.
+    # Computed again backward rather than kept: it must draw no numbers, which a subclass's may.
     return checkpoint(quantizer.prepare, layer.weight, use_reentrant=False,
                       preserve_rng_state=False)
 
@@ -111,7 +111,8 @@ class Shared:
         leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in outputs)
         self.outputs.append((outputs, leaves))
         self.versions += [(leaf, leaf._version, owner)
-                          for leaf, owner in zip(leaves, owners, strict=True)]
+                          for leaf, owner in zip(leaves, owners, strict=True)
+                          if not leaf.is_inference()]
         self.found[label] = leaves
         return leaves
 
@@ -194,7 +195,9 @@ class SharedStem:
     def label(self, module: nn.Module, args: tuple, kwargs: dict) -> Hashable | None:
         """Return the label of a module's output, or None where it is not shared."""
         x = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(x, Tensor) or x.is_inference() or getattr(module, "inplace", False):
+        if not isinstance(x, Tensor) or getattr(module, "inplace", False):
+            return None
+        if x.is_inference() or torch.is_inference_mode_enabled():  # which keeps no versions
             return None
         source, version = getattr(x, "stem", (None, None))
         if x is self.images and not x.requires_grad:

@@ -198,7 +198,7 @@ def evaluation():
     DATASETS["cifar10"] = DATASETS["cifar10"]._replace(image_size=12)
     loader = make_val_loader(args, dataset, forward_pass.memory_format, CPU)
     own = torch.cat(loader.indices).tolist()
-    return {"results": evaluate(net, forward_pass, loader, WIDTHS, CPU),
+    return {"results": evaluate(forward_pass, loader, WIDTHS, CPU),
             "seen": sorted(sum(distributed.gather(own), [])),
             "batches": distributed.gather(len(loader))}
 

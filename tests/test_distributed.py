@@ -128,13 +128,14 @@ def test_the_network_is_initialized_before_its_batch_norms_are_synchronized(monk
         called.append("synchronized")
         raise Ended
 
-    monkeypatch.setattr(train, "prepare", lambda *args: (Namespace(model=None), None, None, None))
+    state = Namespace(model=None, check_rebuilt=lambda: called.append("compared"))
+    monkeypatch.setattr(train, "prepare", lambda *args: (state, None, None, None))
     monkeypatch.setattr(train, "load_initial_state", lambda *args: called.append("initialized"))
     monkeypatch.setattr(train, "world_size", lambda: 2)
     monkeypatch.setattr(train, "synchronize_batch_norm", synchronize)
     with pytest.raises(Ended):
         train.train(Namespace(sync_bn=True), None, CPU)
-    assert called == ["initialized", "synchronized"]
+    assert called == ["initialized", "compared", "synchronized"]
 
 
 def test_synchronised_batch_norm_is_torchs_on_gpus_and_refused_elsewhere():
@@ -154,7 +155,7 @@ def test_evaluation_counts_every_image_once(found):
     assert found["seen"] == list(range(1001)) and found["batches"] == [6, 5]
     loader = InMemoryLoader(*process_checks.images(), "cifar10", batch_size=100)
     net = process_checks.model().float()
-    alone = evaluate(net, ForwardPass(net, CPU), loader, process_checks.WIDTHS, CPU)
+    alone = evaluate(ForwardPass(net, CPU), loader, process_checks.WIDTHS, CPU)
     for bits, values in alone.items():
         assert found["results"][bits]["top1"] == pytest.approx(values["top1"], rel=1e-12)
         assert found["results"][bits] == pytest.approx(values, rel=1e-5)

@@ -130,9 +130,9 @@ def test_evaluation_shares_and_gives_the_same():
     model = reference.fill(network("resnet20q").double(), seed=0)
     loader = [batch("resnet20q")]
     forward_pass = ForwardPass(model, CPU)
-    found = evaluate(model, forward_pass, loader, WIDTHS, CPU)
+    found = evaluate(forward_pass, loader, WIDTHS, CPU)
     forward_pass.shared = False
-    expected = evaluate(model, forward_pass, loader, WIDTHS, CPU)
+    expected = evaluate(forward_pass, loader, WIDTHS, CPU)
     for bits in WIDTHS:
         assert found[bits] == pytest.approx(expected[bits], rel=1e-12)
 
@@ -419,7 +419,7 @@ def test_no_recompilation_after_the_first_step():
         any_precision_backward(model, images[:count], labels[:count], widths, forward=forward,
                                sharing=forward.sharing)
         validation = [(images, labels), (images[:3], labels[:3])]
-        evaluate(model, forward, validation, widths, CPU)
+        evaluate(forward, validation, widths, CPU)
 
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]

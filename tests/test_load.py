@@ -1,26 +1,44 @@
 """models.load: a network from any file, with the logits of the one built by hand; and refusals."""
 import random
 
+import numpy
 import pytest
 import torch
 import torchvision
 from float_networks import SMALL, draw
 from runs import ROOT, assert_one_line, assert_same, evaluation, load, run, tiny
 from torch import nn
+from torch.nn.utils import prune
 
+import deploy
 import export
 import models
 import reference
+import train
 from dataset.data import DATASETS
 from engine.errors import UserError
 from engine.resume import Checkpoint
 from exported import network as exported_network
 from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import FileError, load_weights, save_checkpoint
-from models.quan_ops import SwitchableBatchNorm2d
+from models.float_layers import BatchNorm2d
+from models.quan_ops import ActivationQ, Conv2dQ, DoReFaWeight, SwitchableBatchNorm2d
 from models.svhn_quan import SVHNNet
 
 SIZES = {"resnet20q": 32, "resnet50q": 32, "svhnq": 40}
+
+
+class Thirds(DoReFaWeight):
+    def full_precision(self, v, e):
+        return e * v / 3
+
+
+class PadOne(Conv2dQ):
+    """Its parameters are Conv2dQ's, and its output is another."""
+
+    def forward(self, x):
+        return self.apply_quantized(x, lambda x, w, b: nn.functional.conv2d(
+            nn.functional.pad(x, (1,) * 4, value=1.0), w, b))
 
 
 def images_of(size):
@@ -115,11 +133,98 @@ def test_networks_that_could_not_be_loaded_again_are_not_saved(tmp_path):
     model = models.build("resnet4q", [4], 10, 1)
     with pytest.raises(ValueError, match="missing"):
         models.save(torch.compile(model, backend="eager"), path)
+    handle = model.fc.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="^layer fc has a hook or a forward of its own"):
+        models.save(model, path)
+    handle.remove()
     with torch.no_grad():
         model.fc.bias[0] = float("nan")
     with pytest.raises(ValueError, match="fc.bias has 1 values that are not finite"):
         models.save(model, path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("changed, value, parts", [
+    ("layers.3.quantizer", Thirds(), ("Thirds", "DoReFaWeight")),
+    ("layers.6", PadOne(8, 8, 3, padding=1, bias=False), ("PadOne", "Conv2dQ")),
+    ("layers.12", ActivationQ(limit=0.5), ("limit=0.5", "ActivationQ(rounding=True)")),
+    ("layers.18", nn.Hardswish(), ("Hardswish", "ActivationQ")),
+    ("layers.8", nn.AvgPool2d(2), ("AvgPool2d", "MaxPool2d")),
+    ("layers.8.part", nn.Identity(), ("Identity", "and none in the network")),
+    ("layers.4.bn_dict.4", BatchNorm2d(8, eps=0.01), ("eps=0.01", "eps=1e-05"))])
+def test_a_layer_that_was_replaced_is_named(changed, value, parts, tmp_path, monkeypatch, capsys):
+    model = models.build("svhnq", [4], 10, 1)
+    parent, _, attribute = changed.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, value)
+    with pytest.raises(ValueError) as error:
+        models.save(model, tmp_path / "x")
+    assert all(part in str(error.value) for part in (f"layer {changed} is ", *parts))
+    monkeypatch.setattr(train, "make_model", lambda *args: model)
+    argv = ["--dataset", "digits", "--model", "svhnq", "--width", 1, "--bit_width_list", 4,
+            "--epochs", 1, "--train-fraction", 0.02, "--device", "cpu"]
+    assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, f"layer {changed} is ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_hook_is_noted(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    def hooked(*args):
+        model = make_model(*args)
+        model.fc.register_forward_hook(lambda layer, inputs, output: None)
+        return model
+
+    make_model = train.make_model
+    monkeypatch.setattr(train, "make_model", hooked)
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    assert "note: layer fc has a hook or a forward of its own: no" in capsys.readouterr().out
+
+
+def test_a_hook_that_is_built_again_is_none(tmp_path, monkeypatch):
+    def hooked(*args):
+        model = svhnq(*args)
+        prune.random_unstructured(model.layers[6], "weight", 0.5)
+        return model
+
+    svhnq = MODELS["svhnq"]
+    monkeypatch.setitem(MODELS, "svhnq", hooked)
+    models.save(models.build("svhnq", [4], 10, 1), tmp_path / "x")
+
+
+def test_what_training_alone_uses_may_differ(tmp_path):
+    model = models.build("svhnq", [4], 10, 1)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.5
+        elif isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    random_state = torch.get_rng_state()
+    models.save(nn.SyncBatchNorm.convert_sync_batchnorm(model), tmp_path / "x")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_logits_equal(models.load(tmp_path / "x"), model, [4], 40)
+
+
+@pytest.mark.parametrize("images, problem", [
+    ({"mean": torch.zeros(3)}, r"images' mean is tensor\(\[0., 0., 0.\]\), not three numbers"),
+    ({"mean": numpy.zeros(3)}, r"images' mean is array\(\[0., 0., 0.\]\), not three numbers"),
+    ({"size": (24, 40)}, r"images' size is \(24, 40\), not a number of pixels")])
+def test_images_that_could_not_be_read_again(images, problem, tmp_path):
+    model = models.build("resnet4q", [4], 10, 1).eval()
+    model.images = images
+    with pytest.raises(ValueError, match=f"x: its {problem}$"):
+        models.save(model, tmp_path / "x")
+    with pytest.raises(ValueError, match=f"x: its {problem}$"):
+        deploy.export(model, tmp_path / "x", format="packed",
+                      about_images={"size": 32, **images})
+    assert not any(tmp_path.iterdir())
+
+
+def test_bits_of_layers_are_not_lost_in_another_network(tmp_path, tiny_cifar10, capsys):
+    model = models.build("resnet4q", [2, 32], 10, 1)
+    model.layers[0].conv1.own_bits = 8
+    models.save(model, tmp_path / "x")
+    argv = tiny(tiny_cifar10, tmp_path / "r", "--pretrain", tmp_path / "x", "--epochs", 1)
+    assert run(argv) == 1
+    assert_one_line(capsys, "layer 'layers.0.conv1' has 8 bits of its own there, and no bits in")
 
 
 def test_a_network_that_does_not_say_its_images(tmp_path, capsys):

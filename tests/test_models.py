@@ -125,6 +125,12 @@ def test_another_default_quantizer_takes_effect(monkeypatch):
     assert found == {Own}
 
 
+def test_new_quantizers_are_in_the_mode_of_their_layers():
+    model = models.build("svhnq", [2, 8], 10, 1).eval()
+    models.set_quantizers(model, "lsq", [2, 8])
+    assert not any(module.training for module in model.modules())
+
+
 def test_dorefa_is_not_set_afterwards():
     model = models.build("svhnq", [2, 8], 10, 1, quantizer="lsq")
     with pytest.raises(ValueError, match="dorefa is what layers hold when they are built"):

@@ -174,6 +174,15 @@ def test_layers_that_a_packed_file_does_not_hold(change, message, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_is_built_with_a_computed_weight_takes_no_packed_one(tmp_path):
+    packed.save(network(), WIDTHS, tmp_path / "net", about())
+    content = packed.read_checkpoint(tmp_path / "net")
+    model = network(bit_widths=WIDTHS)
+    nn.utils.parametrizations.weight_norm(model.layers[6])
+    with pytest.raises(ValueError, match="layer layers.6 is built with a weight that something"):
+        packed.install(model, content["state_dict"], **content["packed"])
+
+
 @pytest.mark.parametrize("form", ["packed", "onnx"])
 def test_several_outputs_are_refused(form, tmp_path, monkeypatch):
     class Features(MODELS["svhnq"]):

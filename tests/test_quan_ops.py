@@ -241,7 +241,7 @@ def trained(path, bit_widths=WIDTHS):
 
 
 def evaluated(model, images, labels):
-    averages = evaluate(model, ForwardPass(model, CPU), [(images, labels)], WIDTHS, CPU)
+    averages = evaluate(ForwardPass(model, CPU), [(images, labels)], WIDTHS, CPU)
     return {bits: values["loss"] for bits, values in averages.items()}
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from engine.forward_pass import ForwardPass
-from models import (build, check_bit_widths, initialize_quantizers, quan_ops, quantizers,
+from models import (build, check_bit_widths, initialize_quantizers, packed, quan_ops, quantizers,
                     set_bit_width)
 from models.float_layers import Classifier
 from models.graph import link_inputs
@@ -527,6 +527,27 @@ def test_low_precision_follows_what_a_layer_makes_of_its_weight(kind, bias):
         assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
 
 
+@pytest.mark.parametrize("kind", [PadOne, Learned, Standardized, Conv2dQ])
+@pytest.mark.parametrize("makes", ["packed", "pruned", "weight_norm"])
+def test_low_precision_follows_what_a_layer_makes_of_a_computed_weight(kind, makes, tmp_path):
+    torch.manual_seed(0)
+    model = build("svhnq", [1, 2, 8], 10, 1)
+    model.layers[6] = layer = kind(8, 8, 3)
+    if makes == "pruned":
+        prune.random_unstructured(layer, "weight", 0.5)
+    elif makes == "weight_norm":
+        nn.utils.parametrizations.weight_norm(layer)
+    else:
+        packed.save(model, [1, 2, 8], tmp_path / "net", {"network": model.spec})
+        content = packed.read_checkpoint(tmp_path / "net")
+        packed.install(model, content["state_dict"], **content["packed"])
+    ForwardPass(model, torch.device("cpu"), "bf16")
+    assert layer.is_scalable == (kind is Conv2dQ)
+    for bits in (1, 2, 8):
+        set_bit_width(model, bits)
+        assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
+
+
 class Bilinear(QuantizedLayer, nn.Bilinear):
     """Neither a convolution nor linear: its inputs are not known."""
 
@@ -595,6 +616,15 @@ def test_layers_are_known_to_be_scalable(quantizer, monkeypatch):
     assert all(layer.is_scalable for layer in model.modules()
                if isinstance(layer, QuantizedLayer))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_are_shared_in_inference_mode():
+    model = Net().double()
+    set_bit_width(model, 4)
+    with torch.inference_mode():
+        expected = model(IMAGES)
+        with shared_computation(model, IMAGES):
+            assert torch.equal(model(IMAGES), expected)
 
 
 def test_a_quantizer_s_matrix_product_is_not_rounded():

@@ -168,7 +168,7 @@ def masked(model, images, target):
 
 CHANGES = [gradient_per_bit, stem_gradient_per_bit, quantized_stem, clipped_weights,
            *map(with_quantizer, (NoisyInTraining, Scaled, ByBits))]
-FORWARDS = [sam, padded, perturbed, cutout, with_a_look, masked,
+FORWARDS = [sam, padded, perturbed, cutout, masked,
             *(trained_by_one(name, widths) for name in ("stem", "body")
               for widths in ((32,), (1, 4)))]
 CASES = [*((change, forward_loss) for change in CHANGES),
@@ -206,6 +206,19 @@ def test_what_sharing_does_not_suit_is_computed_anew(change, forward, monkeypatc
     torch.testing.assert_close(*steps, rtol=0, atol=0)
     message, = messages
     assert message.startswith("note: training computes everything anew at each bit-width: ")
+
+
+def test_a_look_in_inference_mode_is_shared(monkeypatch, messages):
+    patch_forward(monkeypatch, with_a_look)
+    found = []
+    for shared in (True, False):
+        model = network(lambda model: None)
+        computed = ForwardPass(model, CPU)
+        computed.shared = shared
+        computed.backward(IMAGES, LABELS, WIDTHS, "recursive")
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*found)
+    assert messages == []
 
 
 def test_what_is_said(messages):
