@@ -70,8 +70,10 @@ class TrainingState:
 
         Returns what has a hook, or a forward of its own, that a checkpoint's lacks, if something.
         """
+        weights = self.model.state_dict()
+        copy_to_cpu([weights], "cuda")
         content = {"network": network_content(self.model), "images": self.images,
-                   "state_dict": self.model.state_dict()}
+                   "state_dict": weights}
         try:
             return check_rebuilt(self.model, content, "a checkpoint of this run")
         except ValueError as error:
