@@ -334,7 +334,7 @@ def parse_budget(text: str) -> Budget:
         if width:
             return Budget(text, BitWidth.of(width[1]))
         value = float(text.removesuffix("%"))
-        if not 0 < value < 1e18:
+        if "_" in text or not 0 < value < 1e18:  # 12_5% would be 125 %
             raise ValueError
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is not a budget: give a number above 0, a share such as "

@@ -205,7 +205,30 @@ def get_transform(name: str, train: bool, normalized: bool = True) -> transforms
     end = [transforms.PILToTensor()]
     if normalized:
         end = [transforms.ToTensor(), transforms.Normalize(row.mean, row.std)]
-    return transforms.Compose([*(row.train if train else row.eval), *end])
+    own = row.train if train else row.eval
+    return transforms.Compose([*mode_checks(name, train), *own, *end])
+
+
+class ModeCheck:
+    """A transform that raises DataError for images of more than 8 bits, and returns any other."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        mode = str(getattr(image, "mode", ""))
+        if mode.startswith(("I", "F")):
+            raise DataError(f"{self.name} has images of mode {mode}, whose values the row's "
+                            "transforms clip at 255: give them 8 bits where the row opens them")
+        return image
+
+
+def mode_checks(name: str, train: bool) -> list[ModeCheck]:
+    """Return what goes before a row's transforms, which clip: no check where another kind is first.
+    """
+    kind = type(next(iter(DATASETS[name].train if train else DATASETS[name].eval), None))
+    clips = kind.__module__.startswith("torchvision") and not issubclass(kind, transforms.Lambda)
+    return [ModeCheck(name)] if clips and not is_folder(name) else []
 
 
 class Transformed(Dataset):

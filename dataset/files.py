@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.datasets.folder import has_file_allowed_extension
@@ -172,7 +173,11 @@ def listed_labels(dataset: Dataset | list) -> Sequence[int] | None:
     if isinstance(dataset, Subset):
         labels = listed_labels(dataset.dataset)
         return None if labels is None else [labels[index] for index in dataset.indices]
-    return getattr(dataset, "targets", getattr(dataset, "labels", None))
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if isinstance(dataset, datasets.VisionDataset):
+        return labels
+    is_list = isinstance(labels, (list, tuple, numpy.ndarray, Tensor))
+    return labels if is_list and len(labels) == len(dataset) else None  # of names, for one
 
 
 def check_labels(labels: Sequence[int], num_classes: int, source: str,

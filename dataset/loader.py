@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 from torchvision import datasets, transforms
 
-from dataset.data import DATASETS, Samples, Transformed, get_transform
+from dataset.data import DATASETS, Samples, Transformed, get_transform, mode_checks
 from dataset.files import DataError, check_labels, listed_labels
-from dataset.folder import is_folder
 from utils import brief, flag_text, keeping_random_states, progress
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
@@ -129,7 +128,8 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
     known = in_memory_transforms(name, train)
     if known is None or not is_fixed(dataset):
         return None
-    fixed = transforms.Compose([*known.fixed, transforms.PILToTensor()])
+    checks = mode_checks(name, train)
+    fixed = transforms.Compose([*checks, *known.fixed, transforms.PILToTensor()])
     try:
         return read_arrays(Transformed(dataset, fixed), workers, collate_of(name, train))
     except ImageSizeError:
@@ -141,18 +141,12 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
 def check_mode(dataset: Samples, name: str, train: bool) -> None:
     """Raise DataError for images of more than 8 bits, which torchvision's transforms would clip.
 
-    Looks at the first one; a row whose transforms begin with one of another kind may know better.
+    Looks at the first one; the others are checked where they are transformed.
     """
-    row = DATASETS[name]
-    first = next(iter(row.train if train else row.eval), None)
-    is_known = type(first).__module__.startswith("torchvision")
-    if is_folder(name) or not len(dataset) or not is_known or isinstance(first, transforms.Lambda):
-        return
-    with keeping_random_states():
-        mode = str(getattr(dataset[0][0], "mode", ""))
-    if mode.startswith(("I", "F")):
-        raise DataError(f"{name} has images of mode {mode}, whose values the row's transforms clip "
-                        "at 255: give them 8 bits where the row opens them")
+    if len(dataset):
+        for check in mode_checks(name, train):
+            with keeping_random_states():
+                check(dataset[0][0])
 
 
 def is_fixed(dataset: Samples) -> bool:
@@ -198,7 +192,7 @@ def collate(samples: list[tuple[Tensor, int]], name: str, part: str, size: int,
                         "a class, a whole number: correct what the row opens")
     if num_classes:
         check_labels(labels, num_classes, name, "correct the data, or the row's num_classes")
-    return [images, labels]
+    return [images, labels.long()]
 
 
 def fingerprint(dataset: Samples) -> dict[str, int | str]:

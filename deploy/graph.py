@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.float_layers import BatchNorm2d, Classifier
-from models.graph import Tracer
+from models.graph import traced
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 # run(images (N, 3, H, W) float32, bits) -> logits (N, classes), of an exported file.
@@ -48,7 +48,7 @@ def trace(model: nn.Module, bits: Width | int | str) -> list[Operation]:
     """
     set_bit_width(model, bits)
     try:
-        graph = Tracer().trace(model)
+        graph = traced(model)
     except Exception as error:  # any that the network's own code raises
         raise ValueError(f"the network cannot be traced ({type(error).__name__}: {error}): its "
                          "forward must not depend on values of tensors") from None

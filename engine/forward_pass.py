@@ -1,6 +1,5 @@
 """How a network is computed: precision, memory format, compiled or eager."""
 import contextlib
-import copy
 import functools
 import math
 import warnings
@@ -14,7 +13,7 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, set_bit_width
-from models.graph import link_inputs
+from models.graph import keeping_attributes, link_inputs
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import find_unscalable
 from models.sharing import no_sharing, prepare_weights, shared_computation
@@ -189,20 +188,16 @@ def undoing(model: nn.Module) -> Iterator[None]:
 
     Of attributes that are dicts or lists, what they hold; not what stands within that.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    values = [value for _, before in attributes for value in before.values()]
-    contents = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list))]
+    values = [value for module in model.modules() for value in vars(module).values()]
     tensors = {*model.parameters(), *model.buffers(), *filter(torch.is_tensor, values)}
     saved = [(tensor, tensor.detach().clone(), tensor.requires_grad, tensor.grad)
              for tensor in tensors if tensor.is_leaf and not tensor.is_inference()]
     for tensor, *_ in saved:
         tensor.grad = None
     try:
-        yield
+        with keeping_attributes(model):
+            yield
     finally:
-        for own, before in attributes + contents:
-            own.clear()
-            own.update(before) if isinstance(own, dict) else own.extend(before)
         with torch.no_grad():
             for tensor, value, requires_grad, grad in saved:
                 if not torch.equal(tensor, value):

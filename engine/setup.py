@@ -44,7 +44,8 @@ def describe_images(name: str, dataset: Samples) -> dict:
             raise UserError(f"the row of {name} in dataset/data.py has the {field} "
                             f"{getattr(row, field)}: give three numbers, one per channel")
     names = getattr(without_subset(dataset), "classes", None)
-    if not names or len(names) != count_classes(name, dataset):  # then they are of other labels
+    is_list = isinstance(names, (list, tuple))
+    if not is_list or len(names) != count_classes(name, dataset):  # then they are of other labels
         names = None
     else:  # those of folders may be no UTF-8, which files in JSON could not hold
         names = [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]

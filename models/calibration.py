@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
-from models.graph import Tracer
+from models.graph import traced
 from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assigned_module,
                              assignments_of, bit_widths_of, set_bit_width, width_of)
 from utils import brief
@@ -154,7 +154,7 @@ def activations_behind(model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules())
     order = list(modules)
     with contextlib.suppress(Exception):  # of torch.fx, or of the network's own code
-        order = [node.target for node in Tracer().trace(model).nodes if node.op == "call_module"]
+        order = [node.target for node in traced(model).nodes if node.op == "call_module"]
     found = {}
     activation = None
     for name in reversed(order):

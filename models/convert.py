@@ -2,8 +2,10 @@
 import contextlib
 import copy
 import functools
+import inspect
+import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +22,8 @@ from utils import keeping_random_states
 REPLACED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6)
 SIZES = (32, 40, 64, 28, 96, 224)  # of images, one of which a network may take
 NOT_COMPARED = ("whether it computes what the float network did is not known, which takes none of "
-                f"the sizes {', '.join(map(str, SIZES))} or returns no tensors")
+                f"the sizes {', '.join(map(str, SIZES))} or returns no tensors of finite "
+                "numbers")
 TOLERANCE = 1e-3  # of outputs that are equal but for rounding, relative to their norm
 
 
@@ -37,10 +40,11 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     something else.
     """
     bit_widths = check_bit_widths(bit_widths)
+    check_layers(network, keep)
+    check_forward(network)
     training = {name: module.training for name, module in network.named_modules()}
     original = copy.deepcopy(network).eval()
     network = copy.deepcopy(network)
-    check_layers(network, keep)
 
     graph = None
     note = ""
@@ -53,6 +57,8 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
                 "which inputs are quantized is not known")
         warnings.warn(note, stacklevel=2)
 
+    if graph:
+        check_functions(network, graph, keep)
     why = full_precision(network, graph, keep)
     check_weights(network, why)
     replace_modules(network, bit_widths, why, activations=graph is None)
@@ -84,7 +90,8 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
     """Return whether a converted network could be compared with the float one, both in evaluation.
 
     Raises ValueError where the converted one, not quantized, has other outputs. Networks that take
-    none of SIZES, or return no tensors, are not compared; those on the meta device need not be.
+    none of SIZES, or return no finite tensors, are not compared; those on the meta device need not
+    be.
     """
     if next(model.parameters()).is_meta:
         return True
@@ -96,15 +103,15 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
         if isinstance(layer, (Conv2dQ, ActivationQ)):
             layer.quantizer.switch(FULL_PRECISION, str(bit_width))
     try:
-        for size in SIZES:
+        for draw, size in itertools.product((torch.randn, torch.rand), SIZES):
             with contextlib.suppress(Exception):  # of a network that takes another size
-                expected, steps = outputs(network, size)
-                break
+                expected, steps = outputs(network, size, draw)
+                if any(isinstance(part, Tensor) and part.isfinite().all()
+                       for part in tree_leaves(expected)):
+                    break
         else:
             return False
-        if not any(isinstance(part, Tensor) for part in tree_leaves(expected)):
-            return False
-        found, own_steps = outputs(model, size)
+        found, own_steps = outputs(model, size, draw)
     finally:
         for layer, quantizer in weights.items():
             layer.quantizer = quantizer
@@ -123,11 +130,15 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
                      "another name")
 
 
-def outputs(network: nn.Module, size: int) -> tuple[object, dict[str, Tensor]]:
-    """Return a network's output, and those of its modules, on two random images of a size."""
+def outputs(network: nn.Module, size: int,
+            draw: Callable[..., Tensor]) -> tuple[object, dict[str, Tensor]]:
+    """Return a network's output, and those of its modules, on two random images of a size.
+
+    draw: torch.randn or torch.rand.
+    """
     first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     drawn = torch.Generator().manual_seed(0)
-    images = torch.randn(2, first.in_channels, size, size, generator=drawn).to(first.weight)
+    images = draw(2, first.in_channels, size, size, generator=drawn).to(first.weight)
     steps = {}
 
     def note(layer, inputs, output, name):
@@ -176,7 +187,8 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
             raise ValueError(f"keep has {kept[0]} and not {others[0]}, which is the same module: "
                              "keep both, or give each its own")
         if type(layer) in (nn.BatchNorm2d, nn.ReLU, nn.ReLU6) and not kept and (
-                layer._forward_hooks or layer._forward_pre_hooks):
+                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                or layer._backward_pre_hooks):
             raise ValueError(f"layer {names[0]} has hooks, and is replaced: add them to the "
                              "converted network instead")
         if type(layer) in REPLACED and not kept and "forward" in vars(layer):
@@ -188,6 +200,7 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
                              "choose one with convolutions and BatchNorm")
     for name, layer in modules.items():
         holds = any(True for _ in layer.parameters(recurse=False)) and not any(layer.children())
+        holds = holds or getattr(layer, "running_mean", None) is not None  # of each bit-width
         is_known = isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))
         if is_within(name, keep) or not (holds or is_known):
             continue
@@ -197,6 +210,47 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
         if type(layer) is nn.BatchNorm2d and not (layer.affine and layer.track_running_stats):
             raise ValueError(f"layer {name} is a BatchNorm2d without weights or statistics: build "
                              "it with affine=True and track_running_stats=True, or name it in keep")
+
+
+def check_forward(network: nn.Module) -> None:
+    """Raise ValueError for a network of several inputs, or one that a copy would not equal."""
+    inputs = [name for name, parameter in inspect.signature(network.forward).parameters.items()
+              if parameter.default is parameter.empty and parameter.kind not in (
+                  parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]
+    if len(inputs) > 1:
+        raise ValueError(f"the network's forward takes {', '.join(inputs)}, and a converted one "
+                         "takes images alone: give the others a default, or keep them elsewhere")
+    for name, parameter in network.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(f"{name} has a hook on its gradient, which the converted network would"
+                             " not have: add it there instead")
+    for name, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                path = f"{name}.{attribute}".strip(".")
+                raise ValueError(f"{path} is a tensor that was computed, of which there is no copy:"
+                                 " make pruning or weight_norm permanent, or delete it")
+
+
+def check_functions(network: nn.Module, graph: fx.Graph, keep: Sequence[str]) -> None:
+    """Raise ValueError for functions of a traced network that no bit-width has a form of."""
+    called = {path for node in graph.nodes for path in graphs.callers(node)}
+    modules = dict(network.named_modules())
+    for name in keep:
+        module = network.get_submodule(name)
+        is_list = isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward
+        if not is_list and any(module.children()) and name not in called:
+            raise ValueError(f"keep names {name!r}, and the network calls something else of it than"
+                             " its forward, whose functions are not known to be of it: name the "
+                             "layers in it, or call it")
+    for node in graph.nodes:
+        is_norm = graphs.name_of(node, modules) in ("batch_norm", "instance_norm")
+        statistics = [*node.args[1:3], node.kwargs.get("running_mean")]
+        is_kept = any(is_within(path, keep) for path in graphs.callers(node))
+        if is_norm and any(statistics) and not is_kept:
+            raise ValueError(f"the function {node.name} has running statistics, which all bit-"
+                             "widths would share: make it an nn.BatchNorm2d, or name the module "
+                             "that calls it in keep")
 
 
 def is_within(name: str, keep: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.assignment import Assignment
 from models.bit_widths import FULL_PRECISION, BitWidth
-from models.graph import FUNCTIONS, Tracer, input_activations, name_of
+from models.graph import FUNCTIONS, input_activations, keeping_attributes, name_of, traced
 from models.quan_ops import QuantizedLayer, set_bit_width
 from utils import one_line
 
@@ -50,7 +50,7 @@ class Costs:
         self.model = model
         names = {layer: name for name, layer in model.named_modules()}
         try:
-            graph = Tracer().trace(model)
+            graph = traced(model)
         except Exception as error:  # of torch.fx, or of the network's own code
             raise ValueError("what it costs is not known, as torch.fx cannot trace the network "
                              f"({one_line(error)})") from None
@@ -102,13 +102,11 @@ def measure(model: nn.Module, image_size: int) -> dict[str, int]:
 
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KINDS)}
     hooks = [layer.register_forward_hook(count) for layer in names]
-    training = model.training
     device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keeping_attributes(model):  # such as which modules are training
             model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return dict(macs)

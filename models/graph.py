@@ -2,13 +2,17 @@
 
 The nodes of a graph are the calls of a forward pass, in order: of modules, functions and methods.
 """
+import contextlib
 import copy
 import random
+import sys
+from collections.abc import Iterator
 
 import numpy
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import ActivationQ, QuantizedLayer, SwitchableBatchNorm2d
@@ -43,13 +47,36 @@ class Tracer(fx.Tracer):
         return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
 
 
+def traced(model: nn.Module) -> fx.Graph:
+    """Trace a network by Tracer. Its attributes stay, also where its forward sets them."""
+    with keeping_attributes(model):
+        return Tracer().trace(model)
+
+
+@contextlib.contextmanager
+def keeping_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore on exit the attributes of a model's modules, and what dicts and lists of them hold.
+
+    Not what stands within that.
+    """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    values = [value for _, before in attributes for value in before.values()]
+    contents = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list))]
+    try:
+        yield
+    finally:
+        for own, before in attributes + contents:
+            own.clear()
+            own.update(before) if isinstance(own, dict) else own.extend(before)
+
+
 def link_inputs(model: nn.Module) -> None:
     """Set each quantized layer's input_quantizer, where torch.fx finds a single one.
 
     It makes operands of low precision exact; without it they are rounded as any others.
     """
     try:
-        sources = input_activations(model, Tracer().trace(model))
+        sources = input_activations(model, traced(model))
     except Exception:  # of torch.fx, or of the network's own code
         return
     for layer, activations in sources.items():
@@ -129,20 +156,31 @@ def trace(network: nn.Module) -> fx.Graph:
 
     Where the graph needs the mode it calls an IsTraining, which is added to the network. Raises
     whatever torch.fx raises where it cannot trace, and ValueError for several inputs, for a forward
-    that draws numbers, or where training and evaluation call different things.
+    that draws numbers, keeps tensors or sets a mode of torch's, or where training and evaluation
+    call different things.
     """
-    # A copy, as tracing gives the network an attribute for each constant of its forward.
+    # Copies, as tracing gives the network an attribute for each constant of its forward.
     twin_network = copy.deepcopy(network).train(False)
     other = ModeTracer().trace(twin_network)
-    before = random_states()
-    graph = ModeTracer().trace(network.train(True))
-    if random_states() != before:  # such as stochastic depth, whose graph is another each time
+    tried = copy.deepcopy(network).train(True)
+    before = random_states(tried)
+    with other_modes():  # so that a context that sets one shows
+        ModeTracer().trace(tried)
+    if random_states(tried) != before:  # such as stochastic depth, whose graph is another each time
         raise ValueError("its forward draws numbers in Python")
+    for name, module in tried.named_modules():
+        for attribute, value in vars(module).items():
+            if any(isinstance(part, fx.Proxy) for part in tree_leaves(value)):
+                path = f"{name}.{attribute}".strip(".")
+                raise ValueError(f"its forward keeps a tensor in the attribute {path}")
+    with keeping_attributes(network):
+        graph = ModeTracer().trace(network.train(True))
+        attributes = dict(vars(network))
     network.train(False)
-    constants, own = ({name: value for name, value in vars(each).items()
-                       if name.startswith("_tensor_constant")} for each in (network, twin_network))
+    constants, own = ({name: value for name, value in values.items()
+                       if name.startswith("_tensor_constant")}
+                      for values in (attributes, vars(twin_network)))
     for name, value in constants.items():
-        delattr(network, name)
         network.register_buffer(name, value, persistent=False)  # moves to devices
     pairs = list(zip(graph.nodes, other.nodes))
     same_length = len(graph.nodes) == len(other.nodes)
@@ -174,11 +212,39 @@ def trace(network: nn.Module) -> fx.Graph:
     return graph
 
 
-def random_states() -> tuple:
-    """Return what changes where Python, NumPy or torch draws a number."""
-    name, keys, *rest = numpy.random.get_state()
-    return (random.getstate(), name, keys.tobytes(), *rest,
-            bytes(torch.get_rng_state().numpy()))
+@contextlib.contextmanager
+def other_modes() -> Iterator[None]:
+    """Set each of torch's modes to what it is not."""
+    devices = {name: torch.is_autocast_enabled(name) for name in ("cpu", "cuda")}
+    try:
+        for name, enabled in devices.items():
+            torch.set_autocast_enabled(name, not enabled)
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            yield
+    finally:
+        for name, enabled in devices.items():
+            torch.set_autocast_enabled(name, enabled)
+
+
+def random_states(network: nn.Module) -> list[str]:
+    """Return what changes where Python, NumPy or torch draws a number, or a network's generator."""
+    found = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
+    for value in tree_leaves([list(vars(module).values()) for module in network.modules()]):
+        if isinstance(value, random.Random):
+            found.append(value.getstate())
+        elif isinstance(value, numpy.random.RandomState):
+            found.append(value.get_state())
+        elif isinstance(value, numpy.random.Generator):
+            found.append(value.bit_generator.state)
+        elif isinstance(value, torch.Generator):
+            found.append(value.get_state())
+    with numpy.printoptions(threshold=sys.maxsize):
+        return [str(state.tolist() if torch.is_tensor(state) else state) for state in found]
+
+
+def callers(node: fx.Node) -> list[str]:
+    """Return the names of the modules within whose forward a node is, the innermost last."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -214,7 +280,7 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
         if kind is None or is_module and node.target in kept:
             continue
 
-        owner = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
+        owner = callers(node)[-1:]
         if not is_module and owner and owner[0] in kept:
             continue
         base = node.target if is_module else ".".join([*owner, "relu"])

@@ -341,8 +341,6 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
                          "export it anew")
     check_fields(path, about)
-    tensors.update({f"{key.rpartition('.')[0]}{BATCH_COUNT}": torch.tensor(0)
-                    for key in list(tensors) if key.endswith(".running_mean")})
     return tensors, about
 
 
@@ -408,6 +406,9 @@ def install(model: nn.Module, tensors: dict[str, Tensor], groups: list[dict]) ->
     """
     bit_widths = [*bit_widths_of(model), *assignments_of(model).values()]
     layers = quantized_layers(model)
+    stems = {key.rpartition(".")[0] for key in tensors if key.endswith(".running_mean")}
+    tensors.update({key: torch.tensor(0) for key in model.state_dict()
+                    if key.endswith(BATCH_COUNT) and key.removesuffix(BATCH_COUNT) in stems})
     for group in groups:
         bits = tuple(b for _, b in group["columns"])
         others = group["others"]

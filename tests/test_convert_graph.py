@@ -1,18 +1,25 @@
 """What a conversion sees of a network, what it tells, and what cannot be converted."""
 import copy
+import random
 import re
 
+import numpy
 import pytest
 import torch
 from float_networks import SMALL, FloatBlock, build, noise, on_meta
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from torch.testing import assert_close
+from torchvision.ops import FrozenBatchNorm2d
 
 import deploy.graph
+import models
 from models import (MODELS, Assignment, add_assignment, convert, layer_table, load, packed,
                     quan_ops, set_bit_width, zoo)
 from models.bit_widths import BitWidth
+from models import graph as graphs
+from models.cost import Costs
 from models.losses import any_precision_backward
 from models.sharing import no_sharing, shared_computation
 
@@ -317,7 +324,9 @@ class Moded(Aliased):
 
 
 @pytest.mark.parametrize("mode", [
-    torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+    torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16),
+    lambda: torch.autocast("cpu", enabled=False), lambda: torch.autocast("cuda", enabled=False)])
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_a_forward_with_a_mode_of_its_own_is_not_traced(mode, images):
     with pytest.warns(UserWarning, match="a part of its forward sets no_grad or autocast"):
         model = convert(Moded(mode), [2, 32])
@@ -326,6 +335,124 @@ def test_a_forward_with_a_mode_of_its_own_is_not_traced(mode, images):
     if mode is torch.no_grad:
         model(images).sum().backward()
         assert model.network.stem.weight.grad is None
+
+
+class Penalized(Aliased):
+    """Keeps a tensor in an attribute, for the loss, and one in a list."""
+
+    def __init__(self):
+        super().__init__(torch.clone)
+        self.kept = []
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.penalty = x.square().mean()
+        self.kept[:] = [x]
+        return self.head(self.conv(self.relu(self.bn(x)))).mean((2, 3))
+
+
+def test_a_tensor_that_a_forward_keeps_is_that_of_the_call(images):
+    with pytest.warns(UserWarning, match="its forward keeps a tensor in the attribute kept"):
+        model = convert(Penalized(), [2, 32])
+    model(images)
+    model.network.penalty.backward()
+    assert len(model.network.kept[0]) == 2
+    assert model.network.stem.weight.grad.any()
+
+
+class Averaged(nn.Module):
+    """Its forward sets attributes: a tensor, a number, an entry of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3), quan_ops.SwitchableBatchNorm2d(4, [2, 32])
+        self.act, self.conv = quan_ops.ActivationQ(), quan_ops.Conv2dQ(4, 5, 3)
+        self.mean, self.calls, self.seen = torch.zeros(1), 0, [None]
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + x.mean().detach()
+        self.calls += 1
+        self.seen[0] = x
+        return self.conv(self.act(self.bn(self.stem(x)))).mean((2, 3))
+
+
+def test_tracing_leaves_the_attributes_of_a_network():
+    model = Averaged()
+    model.bn.eval()
+    graphs.link_inputs(model)
+    assert model.conv.input_quantizer is model.act.quantizer
+    add_assignment(model, Assignment("mix", 2, {"conv": 32}))
+    Costs(model, 8)
+    with pytest.raises(ValueError, match="layer mean"):
+        deploy.graph.trace(model, 2)
+    assert (model.mean.item(), model.calls, model.seen) == (0, 0, [None])
+    assert model.training and not model.bn.training
+
+
+@pytest.mark.parametrize("generator", [
+    random.Random(0), numpy.random.default_rng(0), numpy.random.RandomState(0),
+    torch.Generator().manual_seed(0)], ids=lambda value: type(value).__name__)
+def test_a_generator_of_the_network_s_own_is_drawn_from_at_each_call(generator, images):
+    def draw(network):
+        if isinstance(network.generator, torch.Generator):
+            return torch.rand(1, generator=network.generator)
+        return network.generator.random() if hasattr(network.generator, "random") else (
+            network.generator.rand())
+
+    class Noisy(Aliased):
+        def forward(self, x):
+            return super().forward(x) * draw(self)
+
+    network = Noisy(torch.clone)
+    network.generator = generator
+    with pytest.warns(UserWarning, match="its forward draws numbers"):
+        model = convert(network, [2, 32])
+    assert not torch.equal(model(images), model(images))
+
+
+def test_a_network_without_finite_outputs_is_compared_on_other_images_or_says_so():
+    """The logarithm of normal images is none; x is changed in place under another name."""
+    def rooted(power):
+        def alias(x):
+            return x.detach()
+
+        class Rooted(Aliased):
+            def forward(self, x):
+                return super().forward(x.log() if power else x * float("nan"))
+        return Rooted(alias)
+
+    with pytest.raises(ValueError, match="changes .* in place|computes something else"):
+        convert(rooted(1), [2, 32])
+    assert "returns no tensors of finite numbers" in convert(rooted(0), [2, 32]).note
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def features(self, x):
+        return functional.relu(self.conv(x))
+
+    forward = features
+
+
+def test_functions_of_a_kept_block_that_is_not_called_are_not_known_to_be_its():
+    class Outer(nn.Module):
+        def __init__(self, is_called):
+            super().__init__()
+            self.is_called = is_called
+            self.stem, self.bn, self.block = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), Inner()
+            self.conv, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            run = self.block if self.is_called else self.block.features
+            return self.head(self.conv(run(self.bn(self.stem(x))))).mean((2, 3))
+
+    assert activations(convert(Outer(True), [1, 32], keep=["block"])) == []
+    with pytest.raises(ValueError, match="keep names 'block', and the network calls something"):
+        convert(Outer(False), [1, 32], keep=["block"])
+    assert activations(convert(Outer(False), [1, 32], keep=["block.conv"])) == ["relu"]
 
 
 def test_functions_in_keep_stay_as_they_are():
@@ -443,6 +570,21 @@ def test_a_packed_file(tmp_path, images):
         assert torch.equal(*logits)
 
 
+@torch.no_grad()
+def test_a_packed_file_of_statistics_that_no_bit_width_changes(tmp_path, images, monkeypatch):
+    def made(bit_widths, num_classes=10, width=1, all_conv=False):
+        network = sequential(nn.Conv2d(4, 4, 3), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 3),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return convert(network, bit_widths, keep=["4"])
+
+    monkeypatch.setitem(MODELS, "frozen", made)
+    model = models.build("frozen", [1, 2], 4, 1)
+    packed.save(model, [1, 2], tmp_path / "net", {"network": model.spec})
+    loaded = load(tmp_path / "net")
+    logits = [set_bit_width(network, 2) or network(images) for network in (model.eval(), loaded)]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("name, layer", [
     ("resnet18", None), ("mobilenet_v2", None), ("densenet121", "transition1.pool (AvgPool2d)")])
 def test_what_other_formats_hold(name, layer):
@@ -460,6 +602,34 @@ def sequential(*layers):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *layers)
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.variance = nn.Buffer(torch.zeros(4)), nn.Buffer(torch.ones(4))
+
+    def forward(self, x):
+        return functional.batch_norm(x, self.mean, self.variance, training=self.training)
+
+
+class Paired(Aliased):
+    def __init__(self):
+        super().__init__(torch.clone)
+
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
+def with_hook(register):
+    network = sequential(nn.Conv2d(4, 4, 3))
+    register(network, print)
+    return network
+
+
+def pruned(network):
+    prune.random_unstructured(network[3], "weight", 0.5)
+    return network
+
+
 def zero(layer):
     nn.init.zeros_(layer.weight)
     return layer
@@ -472,6 +642,17 @@ def zero(layer):
     (sequential(nn.ConvTranspose2d(4, 4, 3)), (), "layer 3 is a ConvTranspose2d"),
     (sequential(nn.GroupNorm(1, 4)), (), "layer 3 is a GroupNorm"),
     (sequential(nn.BatchNorm2d(4, affine=False)), (), "layer 3 is a BatchNorm2d without"),
+    (sequential(nn.BatchNorm1d(4, affine=False)), (), "layer 3 is a BatchNorm1d"),
+    (sequential(FrozenBatchNorm2d(4)), (), "layer 3 is a FrozenBatchNorm2d"),
+    (sequential(nn.InstanceNorm2d(4, track_running_stats=True)), (), "3 is a InstanceNorm2d"),
+    (sequential(nn.Conv2d(4, 4, 1), Normed(), nn.Conv2d(4, 4, 1)), (),
+     "the function batch_norm has running statistics"),
+    (with_hook(lambda network, hook: network[2].register_full_backward_hook(hook)), (),
+     "layer 2 has hooks"),
+    (with_hook(lambda network, hook: network[0].weight.register_hook(hook)), (),
+     "0.weight has a hook on its gradient"),
+    (pruned(sequential(nn.Conv2d(4, 4, 3))), (), "3.weight is a tensor that was computed"),
+    (Paired(), (), "takes x, y, and a converted one takes images alone"),
     (sequential(nn.LazyConv2d(4, 3)), (), "layer 3 is a LazyConv2d"),
     (sequential(nn.Conv2d(4, 4, 3)), ["conv9"], "keep names 'conv9'"),
     (sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))), (),

@@ -678,8 +678,8 @@ def test_transforms_as_text():
 
 def own_row(monkeypatch, samples, **more):
     monkeypatch.setitem(DATASETS, "own", DATASETS["digits"]._replace(
-        open=lambda root, split: samples, val_split={"train": "val"}, num_classes=None, shapes={},
-        **more))
+        open=lambda root, split: samples, **{
+            "val_split": {"train": "val"}, "num_classes": None, "shapes": {}, **more}))
     monkeypatch.setitem(data_paths, "own", "own")
     return get_dataset("own", "train")
 
@@ -725,6 +725,47 @@ def test_images_of_more_than_8_bits_are_refused(mode, in_memory, monkeypatch):
     dataset = own_row(monkeypatch, [(Image.new(mode, (40, 40)), 0)] * 4, in_memory=in_memory)
     with pytest.raises(DataError, match=f"images of mode {mode}, whose values"):
         make_loader(dataset, "own", torch.device("cpu"), 4, train=False)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_more_than_8_bits_behind_others_is_refused(workers, in_memory, monkeypatch):
+    samples = [(Image.new(mode, (40, 40)), 0) for mode in ("RGB", "RGB", "I;16", "RGB")]
+    dataset = own_row(monkeypatch, samples, in_memory=in_memory)
+    with pytest.raises(DataError, match="images of mode I;16, whose values"):
+        list(make_loader(dataset, "own", CPU, 4, train=True, workers=workers))
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Its labels are of another type than int64, and attributes of these names are its own."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (40, 40)), numpy.array([0, 1, 1, 0]).astype(self.kind)[index]
+
+    labels = ["cat", "dog"]
+    classes = 2
+
+
+@pytest.mark.parametrize("kind", ["int16", "int32", "uint8", "bool", "int64"])
+def test_labels_of_any_whole_numbers_are_int64(kind, monkeypatch):
+    dataset = own_row(monkeypatch, Labelled(kind))
+    (_, labels), = make_loader(dataset, "own", CPU, 4, train=False)
+    assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], {"cat": 0}, lambda self: 1])
+def test_attributes_of_another_meaning_are_not_taken(labels, monkeypatch):
+    monkeypatch.setattr(Labelled, "labels", labels)
+    dataset = own_row(monkeypatch, Labelled("int64"), num_classes=2)
+    assert "list of labels" not in fingerprint(dataset)
+    assert "list of labels" not in fingerprint(torch.utils.data.Subset(dataset, [1, 3]))
+    assert describe_images("own", dataset)["class_names"] is None
 
 
 class Sometimes(torch.utils.data.Dataset):

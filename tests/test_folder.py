@@ -188,6 +188,14 @@ def test_the_size_is_the_row_s():
     assert merge_args(Namespace(), {"dataset": "digits", "image_size": 40}).image_size is None
 
 
+def test_a_path_of_two_lines_is_named_whole(tmp_path, capsys):
+    folder = tmp_path / "a\nb"
+    folder.mkdir()
+    assert run(["--dataset", f"folder:{folder}", "--image-size", 40, "--results-dir",
+                tmp_path / "r"]) == 1
+    assert_one_line(capsys, "a\\nb holds no folders: put one folder of images per class")
+
+
 def test_wrong_names(capsys):
     for name, part in (("folder: ", "'folder: ' names no folder"), ("folders:x", "or folder:PATH")):
         with pytest.raises(SystemExit):

@@ -555,7 +555,8 @@ def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
     (["--budget", "8bit"], 1, "--budget 8bit: the network was not trained at 8 bits: choose from "
      "1,2,4"),
     (["--bytes", "10"], 1, "--bytes 10 is 10, and all layers at 1 bits take"),
-    (["--budget", "4bits,0"], 2, "'0' is not a budget"), ([], 2, "give one of --budget"),
+    (["--budget", "4bits,0"], 2, "'0' is not a budget"),
+    (["--budget", "12_5%"], 2, "'12_5%' is not a budget"), ([], 2, "give one of --budget"),
     (["--budget", "1e9", "--cost"], 2, "give one of --budget"),
     (["--cost", "8"], 1, "--cost: the network has no 8-bit BatchNorm; choose from 1, 2, 4")])
 def test_searches_that_cannot_be(argv, code, part, tiny_cifar10, tmp_path, capsys):
