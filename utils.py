@@ -155,11 +155,17 @@ def brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def one_line(error: BaseException | str) -> str:
-    """Return an error's message in one line, escaped, or its type where it has none."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+def one_line(error: BaseException | str, is_whole: bool = False) -> str:
+    """Return an error's message in one line, escaped, or its type where it has none.
+
+    is_whole: of an error of ours, which is a line, but for what names of files hold.
+    """
+    text = str(error).strip() or type(error).__name__
+    lines = text.splitlines()
     if "in DataLoader worker process" in lines[0]:  # with the worker's traceback
         return escaped(lines[-1].split(": ", 1)[-1])
+    if is_whole:
+        return escaped(text)
     return escaped(" ".join(lines) if lines[0].endswith(":") else lines[0])
 
 

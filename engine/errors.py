@@ -17,7 +17,7 @@ from engine.distributed import ProcessError, check_launch, rank
 from engine.output import lasting_streams, print_message
 from models.calibration import StatisticsError
 from models.checkpoint import FileError
-from utils import NO_SPACE, WriteError, escaped, one_line, without_secrets
+from utils import NO_SPACE, WriteError, one_line, without_secrets
 
 
 class UserError(Exception):
@@ -92,10 +92,12 @@ def outcome(main: Callable[[Namespace], object],
     except SystemExit as ended:  # of the parser, which has printed its own message
         return ended.code or 0, None
     except (Stopped, UsageError) as error:  # the same in all processes
-        message = str(error) if isinstance(error, Stopped) else f"error: {whole(error)}"
+        message = str(error)
+        if not isinstance(error, Stopped):
+            message = f"error: {one_line(error, is_whole=True)}"
         return error.exit_code, message if rank() == 0 else None
     except (UserError, FileError, StatisticsError, DataError, ProcessError, WriteError) as error:
-        return 1, f"error: {whole(error)}"
+        return 1, f"error: {one_line(error, is_whole=True)}"
     except OSError as error:
         if error.errno in NO_SPACE:
             error = WriteError(error.filename or "a file", error)
@@ -128,12 +130,6 @@ def raising_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def whole(error: Exception) -> str:
-    """Return the message of an error of ours in one line, also where a path has several."""
-    text = str(error)
-    return one_line(error) if "in DataLoader worker process" in text else escaped(text)
 
 
 def explain(error: Exception) -> str:

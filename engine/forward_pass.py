@@ -13,7 +13,7 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, set_bit_width
-from models.graph import keeping_attributes, link_inputs
+from models.graph import keeping_attributes, link_inputs, named_attributes
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import find_unscalable
 from models.sharing import no_sharing, prepare_weights, shared_computation
@@ -188,7 +188,7 @@ def undoing(model: nn.Module) -> Iterator[None]:
 
     Of attributes that are dicts or lists, what they hold; not what stands within that.
     """
-    values = [value for module in model.modules() for value in vars(module).values()]
+    values = [value for _, value in named_attributes(model)]
     tensors = {*model.parameters(), *model.buffers(), *filter(torch.is_tensor, values)}
     saved = [(tensor, tensor.detach().clone(), tensor.requires_grad, tensor.grad)
              for tensor in tensors if tensor.is_leaf and not tensor.is_inference()]

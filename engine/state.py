@@ -15,6 +15,7 @@ from models import BitWidth, quantizers, set_bit_width
 from models.checkpoint import (FileError, check_field, check_rebuilt, is_count, is_dense,
                                is_finite_number, is_named_values, is_whole, load_weights,
                                network_content, save_checkpoint, saved_own_bits, take)
+from models.graph import named_attributes
 from utils import brief, escaped, one_line
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -240,18 +241,16 @@ def attributes_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, obj
     """
     set_bit_width(model, bit_widths[0])
     found = {}
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            path = f"{name}.{attribute}".strip(".")
-            parts = {path: value}
-            if isinstance(value, dict):
-                parts = {f"{path}[{key!r}]": part for key, part in value.items()}
-            elif isinstance(value, (list, tuple)):
-                parts = {f"{path}[{place}]": part for place, part in enumerate(value)}
-            if not attribute.startswith("_"):
-                found |= {path: part.detach().clone() if torch.is_tensor(part) else part
-                          for path, part in parts.items()
-                          if torch.is_tensor(part) or type(part) in (int, float)}
+    for path, value in named_attributes(model):
+        parts = {path: value}
+        if isinstance(value, dict):
+            parts = {f"{path}[{key!r}]": part for key, part in value.items()}
+        elif isinstance(value, (list, tuple)):
+            parts = {f"{path}[{place}]": part for place, part in enumerate(value)}
+        if not path.rpartition(".")[2].startswith("_"):
+            found |= {path: part.detach().clone() if torch.is_tensor(part) else part
+                      for path, part in parts.items()
+                      if torch.is_tensor(part) or type(part) in (int, float)}
     return found
 
 

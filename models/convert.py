@@ -224,12 +224,10 @@ def check_forward(network: nn.Module) -> None:
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ValueError(f"{name} has a hook on its gradient, which the converted network would"
                              " not have: add it there instead")
-    for name, module in network.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                path = f"{name}.{attribute}".strip(".")
-                raise ValueError(f"{path} is a tensor that was computed, of which there is no copy:"
-                                 " make pruning or weight_norm permanent, or delete it")
+    for name, value in graphs.named_attributes(network):
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            raise ValueError(f"{name} is a tensor that was computed, of which there is no copy: "
+                             "make pruning or weight_norm permanent, or delete it")
 
 
 def check_functions(network: nn.Module, graph: fx.Graph, keep: Sequence[str]) -> None:

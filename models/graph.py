@@ -53,6 +53,13 @@ def traced(model: nn.Module) -> fx.Graph:
         return Tracer().trace(model)
 
 
+def named_attributes(model: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield the name, with dots, and the value of each Python attribute of a model's modules."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            yield f"{name}.{attribute}".strip("."), value
+
+
 @contextlib.contextmanager
 def keeping_attributes(model: nn.Module) -> Iterator[None]:
     """Restore on exit the attributes of a model's modules, and what dicts and lists of them hold.
@@ -168,11 +175,9 @@ def trace(network: nn.Module) -> fx.Graph:
         ModeTracer().trace(tried)
     if random_states(tried) != before:  # such as stochastic depth, whose graph is another each time
         raise ValueError("its forward draws numbers in Python")
-    for name, module in tried.named_modules():
-        for attribute, value in vars(module).items():
-            if any(isinstance(part, fx.Proxy) for part in tree_leaves(value)):
-                path = f"{name}.{attribute}".strip(".")
-                raise ValueError(f"its forward keeps a tensor in the attribute {path}")
+    for name, value in named_attributes(tried):
+        if any(isinstance(part, fx.Proxy) for part in tree_leaves(value)):
+            raise ValueError(f"its forward keeps a tensor in the attribute {name}")
     with keeping_attributes(network):
         graph = ModeTracer().trace(network.train(True))
         attributes = dict(vars(network))
@@ -229,7 +234,7 @@ def other_modes() -> Iterator[None]:
 def random_states(network: nn.Module) -> list[str]:
     """Return what changes where Python, NumPy or torch draws a number, or a network's generator."""
     found = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
-    for value in tree_leaves([list(vars(module).values()) for module in network.modules()]):
+    for value in tree_leaves([value for _, value in named_attributes(network)]):
         if isinstance(value, random.Random):
             found.append(value.getstate())
         elif isinstance(value, numpy.random.RandomState):

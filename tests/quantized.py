@@ -1,5 +1,15 @@
-"""The published quantizers as functions, for tests."""
-from models.quan_ops import ActivationQ, BitWidth, DoReFaActivation, DoReFaWeight
+"""The published quantizers as functions, and a layer that is Conv2dQ but for its output."""
+from torch.nn import functional
+
+from models.quan_ops import ActivationQ, BitWidth, Conv2dQ, DoReFaActivation, DoReFaWeight
+
+
+class PadOne(Conv2dQ):
+    """Pads with ones, as binary networks do."""
+
+    def forward(self, x):
+        return self.apply_quantized(x, lambda x, w, b: functional.conv2d(
+            functional.pad(x, (1,) * 4, value=1.0), w, b))
 
 
 def quantize_weight(w, bits):

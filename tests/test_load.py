@@ -22,8 +22,9 @@ from exported import network as exported_network
 from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import FileError, load_weights, save_checkpoint
 from models.float_layers import BatchNorm2d
-from models.quan_ops import ActivationQ, Conv2dQ, DoReFaWeight, SwitchableBatchNorm2d
+from models.quan_ops import ActivationQ, DoReFaWeight, SwitchableBatchNorm2d
 from models.svhn_quan import SVHNNet
+from quantized import PadOne
 
 SIZES = {"resnet20q": 32, "resnet50q": 32, "svhnq": 40}
 
@@ -31,14 +32,6 @@ SIZES = {"resnet20q": 32, "resnet50q": 32, "svhnq": 40}
 class Thirds(DoReFaWeight):
     def full_precision(self, v, e):
         return e * v / 3
-
-
-class PadOne(Conv2dQ):
-    """Its parameters are Conv2dQ's, and its output is another."""
-
-    def forward(self, x):
-        return self.apply_quantized(x, lambda x, w, b: nn.functional.conv2d(
-            nn.functional.pad(x, (1,) * 4, value=1.0), w, b))
 
 
 def images_of(size):

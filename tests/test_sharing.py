@@ -17,6 +17,7 @@ from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              SwitchableBatchNorm2d, clamp, round_ste)
 from models.sharing import no_sharing, shared_computation
+from quantized import PadOne
 from small_networks import ShortSVHN
 
 WIDTHS = [1, 4, 32]
@@ -481,14 +482,6 @@ def test_low_precision_follows_a_weight_that_was_edited_where_it_stands(monkeypa
     for bits in (1, 4):
         set_bit_width(model, bits)
         assert bf16_error(layer, torch.randint(2**bits, (4, 8, 9, 9)) / (2**bits - 1)) < 0.02
-
-
-class PadOne(Conv2dQ):
-    """Pads with ones, as binary networks do."""
-
-    def forward(self, x):
-        return self.apply_quantized(x, lambda x, w, b: functional.conv2d(
-            functional.pad(x, (1,) * 4, value=1.0), w, b))
 
 
 class Learned(Conv2dQ):
