@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dataset.data import DATASETS, Samples, get_dataset
@@ -30,7 +30,7 @@ from engine.forward_pass import ForwardPass
 from engine.resume import Checkpoint, resolve
 from engine.run_folder import RunFolder, damaged, log, parse_json, read_text
 from engine.setup import check_classes, make_forward_pass
-from models import Assignment, BitWidth, packed, saved_bit_widths
+from models import Assignment, BitWidth, bit_widths_of, packed, saved_bit_widths
 from models.assignment import is_name
 from models.checkpoint import is_finite_number, is_whole, network_of
 from models.cost import Costs, cost_table, totals
@@ -59,11 +59,11 @@ def main(args: Namespace) -> Path | None:
         costs = Costs(model.to(device), DATASETS[settings.dataset].image_size)
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
-    bit_widths = usable_bit_widths(checkpoint)
     if args.cost:
-        print_costs(costs, bit_widths[-1] if args.cost == "highest" else args.cost)
+        print_costs(costs, highest(model) if args.cost == "highest" else args.cost)
         return None
 
+    bit_widths = usable_bit_widths(checkpoint)
     forward_pass = make_forward_pass(settings, model, device)
     dataset = get_dataset(settings.dataset, settings.train_split, data_dir=settings.data_dir)
     check_classes(model, checkpoint.content, checkpoint.path, settings.dataset, dataset)
@@ -182,6 +182,12 @@ def uniform_step(search: Search, width: BitWidth) -> Step:
     return Step([], {}, divergence, top1, totals(search.costs.of(width)))
 
 
+def highest(model: nn.Module) -> BitWidth:
+    """Return the highest integer bit-width of a network, or of one that has none the highest."""
+    bit_widths = bit_widths_of(model)
+    return max([width for width in bit_widths if width.is_integer] or bit_widths)
+
+
 def print_costs(costs: Costs, bit_width: BitWidth | str) -> None:
     """Print what each layer costs; raises UserError for a bit-width that the network lacks."""
     try:
@@ -225,7 +231,7 @@ def step_of(content: object, path: Path) -> Step:
         if not (all(map(is_whole, costs)) and is_finite_number(step.divergence)
                 and is_finite_number(step.top1) and all(isinstance(name, str)
                                                         for name in step.unit)):
-            raise ValueError("its numbers are none")
+            raise ValueError
     except (TypeError, ValueError, KeyError, AttributeError):
         raise damaged(path, "step", content, "one of a search") from None
     return step

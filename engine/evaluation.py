@@ -53,7 +53,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     path = checkpoint.path
     content = checkpoint.content
     present = saved_bit_widths(content["state_dict"])
-    trained = [bits for bits in present if bits not in content.get("calibrated", ())]
+    trained = [bits for bits in present if bits not in (content.get("calibrated") or ())]
     bit_widths = check_bit_widths({*present, *args.bit_width_list})
     if args.save_calibrated and Path(args.save_calibrated).exists():
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
@@ -182,7 +182,7 @@ def save_calibrated(args: Namespace, checkpoint: Checkpoint, model: nn.Module,
     save_checkpoint(Path(args.save_calibrated), {
         "epoch": None, "best_prec1": None, **content, "model": args.model, "optimizer": None,
         "state_dict": model.state_dict(),
-        "calibrated": plain(sorted(map(BitWidth.of, {*content.get("calibrated", ()), *added}))),
+        "calibrated": plain(sorted(map(BitWidth.of, {*(content.get("calibrated") or ()), *added}))),
         "network": network_content(model),
         "arguments": {**{name: getattr(args, name) for name in FLAGS if FLAGS[name].evaluated},
                       **(content.get("arguments") or {}),

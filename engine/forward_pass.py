@@ -13,9 +13,8 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, set_bit_width
-from models.graph import keeping_attributes, link_inputs, named_attributes
+from models.graph import keeping_attributes, named_attributes, prepare_low_precision
 from models.losses import any_precision_backward, forward_loss
-from models.quan_ops import find_unscalable
 from models.sharing import no_sharing, prepare_weights, shared_computation
 from utils import keeping_random_states, one_line
 
@@ -85,8 +84,7 @@ class ForwardPass:
         if precision == "bf16":
             self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
         if precision != "fp32":
-            link_inputs(model)
-            find_unscalable(model)
+            prepare_low_precision(model)
 
     def compile(self, device: torch.device, precision: str, backend: str | Callable) -> None:
         """Compile the forward pass, and the preparation of weights."""
@@ -175,11 +173,20 @@ class ForwardPass:
         try:
             with keeping_random_states(devices), undoing(self.model):
                 try:
+                    fill_zeros(self.model)
                     return step(sharing), None
                 except Exception as error:  # a refusal, or one of the network's own code
                     return None, error
         finally:
             options.allow_tf32, options.benchmark, options.deterministic = before
+
+
+@torch.no_grad()
+def fill_zeros(model: nn.Module) -> None:
+    """Draw the parameters that are 0, such as those of a new head: behind it no gradient shows."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not (parameter.is_inference() or parameter.any()):
+            parameter.normal_(std=0.1)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ REPLACED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6)
 SIZES = (32, 40, 64, 28, 96, 224)  # of images, one of which a network may take
 NOT_COMPARED = ("whether it computes what the float network did is not known, which takes none of "
                 f"the sizes {', '.join(map(str, SIZES))} or returns no tensors of finite "
-                "numbers")
+                "numbers that depend on the image")
 TOLERANCE = 1e-3  # of outputs that are equal but for rounding, relative to their norm
 
 
@@ -68,7 +68,7 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
         run = type(fx.GraphModule(network, graph)).forward
 
     model = AnyPrecisionNetwork(network, run, describe(network, graph, why), note, graph)
-    if not check_equal(original, model.eval(), bit_widths[0]):
+    if not check_equal(original, copy.deepcopy(model).eval(), bit_widths[0]):
         model.note = "; ".join(filter(None, [model.note, NOT_COMPARED]))
     set_bit_width(model, bit_widths[0])
     model.train(training[""])
@@ -89,32 +89,28 @@ class FloatWeight(WeightQuantizer):
 def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWidth) -> bool:
     """Return whether a converted network could be compared with the float one, both in evaluation.
 
-    Raises ValueError where the converted one, not quantized, has other outputs. Networks that take
-    none of SIZES, or return no finite tensors, are not compared; those on the meta device need not
-    be.
+    Both are changed. Raises ValueError where the converted one, not quantized, has other outputs.
+    Networks that take none of SIZES, or return no finite tensors that depend on the image, are not
+    compared; those on the meta device need not be.
     """
     if next(model.parameters()).is_meta:
         return True
+    fill_zeros(network, model)
     set_bit_width(model, bit_width)
-    weights = {layer: layer.quantizer for layer in model.modules() if isinstance(layer, Conv2dQ)}
-    for layer in weights:
-        layer.quantizer = FloatWeight()
     for layer in model.modules():
+        if isinstance(layer, Conv2dQ):
+            layer.quantizer = FloatWeight()
         if isinstance(layer, (Conv2dQ, ActivationQ)):
             layer.quantizer.switch(FULL_PRECISION, str(bit_width))
-    try:
-        for draw, size in itertools.product((torch.randn, torch.rand), SIZES):
-            with contextlib.suppress(Exception):  # of a network that takes another size
-                expected, steps = outputs(network, size, draw)
-                if any(isinstance(part, Tensor) and part.isfinite().all()
-                       for part in tree_leaves(expected)):
-                    break
-        else:
-            return False
-        found, own_steps = outputs(model, size, draw)
-    finally:
-        for layer, quantizer in weights.items():
-            layer.quantizer = quantizer
+    for draw, size in itertools.product((torch.randn, torch.rand), SIZES):
+        with contextlib.suppress(Exception):  # of a network that takes another size
+            expected, steps = outputs(network, size, draw)
+            if any(isinstance(part, Tensor) and part.isfinite().all()
+                   and not torch.equal(part[0], part[1]) for part in tree_leaves(expected)):
+                break
+    else:
+        return False
+    found, own_steps = outputs(model, size, draw)
     parts = tree_leaves(expected)
     own_parts = tree_leaves(found)
     if len(own_parts) == len(parts) and all(
@@ -122,12 +118,29 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
             if isinstance(part, Tensor)):
         return True
     own_steps = {name.removeprefix("network."): step for name, step in own_steps.items()}
-    behind = [name for name, step in steps.items()
-              if name in own_steps and not is_close(own_steps[name], step)]
-    where = f", from layer {behind[0]} on" if behind else ""
+    differing = [name for name, step in steps.items()
+                 if name in own_steps and not is_close(own_steps[name], step)]
+    where = f", from layer {differing[0]} on" if differing else ""
     raise ValueError(f"the converted network computes something else{where}: its forward does what "
                      "torch.fx does not follow, such as a change in place that is read under "
                      "another name")
+
+
+def fill_zeros(network: nn.Module, model: AnyPrecisionNetwork) -> None:
+    """Draw, for both networks alike, the parameters that are 0, such as those of a new head.
+
+    No difference would show that they multiply by 0.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if not parameter.is_floating_point() or parameter.any():
+            continue
+        value = 0.1 * torch.randn(parameter.shape, generator=drawn)
+        owner, _, own_name = name.rpartition(".")
+        layer = model.network.get_submodule(owner)
+        copies = layer.bn_dict.values() if isinstance(layer, SwitchableBatchNorm2d) else [layer]
+        for own in [parameter, *(getattr(each, own_name) for each in copies)]:
+            own.copy_(value)
 
 
 def outputs(network: nn.Module, size: int,

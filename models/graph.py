@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import ActivationQ, QuantizedLayer, SwitchableBatchNorm2d
+from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d,
+                             find_scalable)
 
 RELU = {nn.ReLU: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
         nn.ReLU6: nn.ReLU6, functional.relu6: nn.ReLU6}  # and torch.relu and torch.relu_, by name
@@ -75,6 +76,15 @@ def keeping_attributes(model: nn.Module) -> Iterator[None]:
         for own, before in attributes + contents:
             own.clear()
             own.update(before) if isinstance(own, dict) else own.extend(before)
+
+
+def prepare_low_precision(model: nn.Module) -> None:
+    """Find out where operands in bf16 or TF32 can be exact integers; call it once before a loop.
+
+    Layers of which that is not known compute with the weight itself, which is rounded then.
+    """
+    link_inputs(model)
+    find_scalable(model)
 
 
 def link_inputs(model: nn.Module) -> None:

@@ -214,7 +214,7 @@ class QuantizedLayer:
         self.quantizer = DoReFaWeight()
         self.shared = None  # what quantizer.prepare gives, while shared_computation runs
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
-        self.is_scalable = True  # as far as is known
+        self.is_scalable = False  # until find_scalable has compared both forms
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
     @property
@@ -393,20 +393,22 @@ class NearestMultiple(torch.autograd.Function):
 
 
 @torch.no_grad()
-def find_unscalable(model: nn.Module) -> None:
+def find_scalable(model: nn.Module) -> None:
     """Set is_scalable of a model's layers, by copies of them with random parameters.
 
-    It is False where integers and a scale behind them give another output than the weight does, as
-    where quantized_weight was edited, or a convolution pads with ones; and where that is not known,
-    as of what is neither a convolution nor linear.
+    It is False where integers, with their scale applied to the output, give another output than the
+    weight does, as where quantized_weight was edited, or a convolution pads with ones; and where
+    that is not known, as of what is neither a convolution nor linear.
     """
-    widths = [width for width in bit_widths_of(model) if width.weights != FULL_PRECISION]
+    widths = [width for width in bit_widths_of(model) or map(BitWidth, BITS)
+              if width.weights != FULL_PRECISION]
     drawn = torch.Generator().manual_seed(0)
     for layer in model.modules():
         if not isinstance(layer, QuantizedLayer):
             continue
         twin = copy_of(layer).to("cpu", torch.float32)
         twin.input_quantizer = None  # which has another bit-width
+        twin.is_scalable = True  # so that it tries both forms
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.normal_(generator=drawn)

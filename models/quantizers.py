@@ -8,7 +8,7 @@ from models.bit_widths import BitWidth, check_bit_widths
 from models.lsq import lsq
 from models.quan_ops import DoReFaActivation, DoReFaWeight  # noqa: F401  to build others on
 from models.quan_ops import ActivationQ, QuantizedLayer, Quantizer, set_bit_width
-from utils import brief
+from utils import brief, keeping_random_states
 
 
 # Called with a layer, a QuantizedLayer or an ActivationQ, and the network's bit-widths.
@@ -98,7 +98,7 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
     training = {module: module.training for module in model.modules()}
     model.train()
     try:
-        with torch.random.fork_rng():
+        with keeping_random_states([images.device] if images.is_cuda else []):
             for width in check_bit_widths(bit_widths):
                 set_bit_width(model, width)
                 model(images)

@@ -175,6 +175,31 @@ def test_a_copy_that_computes_something_else_is_refused(alias):
         convert(Aliased(alias), [2, 32])
 
 
+@pytest.mark.parametrize("name", ["head", "bn"])
+def test_a_layer_of_zeros_hides_no_difference(name):
+    """Such as a new head, or the last BatchNorm of a residual branch."""
+    network = Aliased(lambda x: x.detach())
+    for parameter in network.get_submodule(name).parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(ValueError, match="computes something else"):
+        convert(network, [2, 32])
+    network = Aliased(torch.clone)
+    for parameter in network.get_submodule(name).parameters():
+        nn.init.zeros_(parameter)
+    model = convert(network, [2, 32])
+    assert model.note == ""
+    layer = model.network.get_submodule(name)
+    assert not any(parameter.any() for parameter in layer.parameters())
+
+
+def test_an_output_that_depends_on_no_image_is_not_compared():
+    class Constant(Aliased):
+        def forward(self, x):
+            return 0 * super().forward(x)
+
+    assert "is not known" in convert(Constant(torch.clone), [2, 32]).note
+
+
 class Heads(nn.Module):
     """Logits of a convolution and of a linear layer, behind a linear layer that gates channels."""
 

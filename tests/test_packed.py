@@ -18,6 +18,7 @@ from models import (MODELS, QUANTIZERS, Assignment, add_assignment, build, packe
                     set_bit_width)
 from models.bit_widths import BitWidth
 from models.checkpoint import FileError
+from models.graph import prepare_low_precision
 from models.quan_ops import Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer
 from runs import assert_one_line, assert_same, evaluation, run
 from small_networks import ShortSVHN
@@ -290,6 +291,8 @@ def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
     meta = about(quantizer=CHANGES[change].quantizer or "dorefa")
     packed.save(model, widths, tmp_path / "net", meta)
     found = deploy.load(tmp_path / "net")
+    prepare_low_precision(model)
+    prepare_low_precision(found)
     for width in widths:
         assert_is(found, model, width, images)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -332,6 +335,7 @@ def test_a_scale_per_channel_in_bf16(kind):
     layer.quantizer = CHANGES["a scale per channel"].weight_quantizer()
     with torch.no_grad():
         layer.weight *= torch.logspace(-2, 2, 32).view(-1, *[1] * (layer.weight.ndim - 1))
+    prepare_low_precision(layer)
     for bits in (1, 2, 5, 8):
         layer.switch_bit_width(BitWidth(bits))
         shape = (4, 64, 6, 6) if kind is Conv2dQ else (4, 64)

@@ -12,7 +12,7 @@ from engine.forward_pass import ForwardPass
 from models import (build, check_bit_widths, initialize_quantizers, packed, quan_ops, quantizers,
                     set_bit_width)
 from models.float_layers import Classifier
-from models.graph import link_inputs
+from models.graph import prepare_low_precision
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              SwitchableBatchNorm2d, clamp, round_ste)
@@ -458,11 +458,18 @@ def of_quantizer(quantizer):
 def test_low_precision_takes_activations_as_they_are(activation, bits):
     torch.manual_seed(0)
     model = nn.Sequential(*activation, Conv2dQ(8, 8, 3)).train()
-    link_inputs(model)
+    prepare_low_precision(model)
     assert model[-1].input_quantizer is model[0].quantizer
     set_bit_width(model, bits)
     x = 2 * torch.rand(4, 8, 9, 9)
     assert bf16_error(model[-1], model[:-1](x)) < 0.02
+
+
+def test_a_layer_that_was_not_prepared_computes_with_its_weight():
+    torch.manual_seed(0)
+    layer = PadOne(8, 8, 3)
+    set_bit_width(layer, 2)
+    assert bf16_error(layer, torch.randint(4, (4, 8, 9, 9)) / 3) < 0.02
 
 
 def test_low_precision_follows_a_weight_that_was_edited_where_it_stands(monkeypatch):
@@ -659,7 +666,7 @@ def test_a_learned_clip_of_one_number_has_exact_operands(shape):
 
     torch.manual_seed(0)
     model = nn.Sequential(of_quantizer(Clipped()), Conv2dQ(8, 8, 3, bias=False))
-    link_inputs(model)
+    prepare_low_precision(model)
     set_bit_width(model, 8)
     operands = []
     with pytest.MonkeyPatch.context() as patch:

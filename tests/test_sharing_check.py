@@ -52,6 +52,12 @@ def gradient_per_bit(model):
     model.body.weight.register_hook(lambda grad: grad / model.body.bits)
 
 
+def gradient_behind_a_new_head(model):
+    """Whose weights are 0, so that no gradient comes through in the first step."""
+    gradient_per_bit(model)
+    nn.init.zeros_(model.fc.weight)
+
+
 def stem_gradient_per_bit(model):
     model.stem.weight.register_hook(lambda grad: grad / model.body.bits)
 
@@ -166,8 +172,8 @@ def masked(model, images, target):
     return forward_loss(model, images, target)
 
 
-CHANGES = [gradient_per_bit, stem_gradient_per_bit, quantized_stem, clipped_weights,
-           *map(with_quantizer, (NoisyInTraining, Scaled, ByBits))]
+CHANGES = [gradient_per_bit, gradient_behind_a_new_head, stem_gradient_per_bit, quantized_stem,
+           clipped_weights, *map(with_quantizer, (NoisyInTraining, Scaled, ByBits))]
 FORWARDS = [sam, padded, perturbed, cutout, masked,
             *(trained_by_one(name, widths) for name in ("stem", "body")
               for widths in ((32,), (1, 4)))]
