@@ -22,7 +22,7 @@ from engine.errors import UserError, run_program
 from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
 from engine.forward_pass import AUTO
 from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
-from models import Assignment, BitWidth, check_bit_widths
+from models import Assignment, BitWidth, highest_first
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import LATEST, is_finite_number, is_whole
 from utils import (escaped, flag_text, markdown_table, mean_and_deviation, one_line, printable,
@@ -155,7 +155,7 @@ def arguments_of(config: object, where: Path) -> dict:
     for name, widths in (("argument bit_width_list", arguments["bit_width_list"]),
                          ("trained_bit_widths", trained or [FULL_PRECISION])):
         try:
-            check_bit_widths(widths)
+            highest_first(widths)
         except (TypeError, ValueError):
             raise damaged(where, name, widths, "a list of bit-widths") from None
     if arguments["evaluate"] and not isinstance(config.get("checkpoint"), str):

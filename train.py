@@ -48,7 +48,7 @@ from engine.setup import (check_class_names, describe_images, initialize_model, 
                           make_forward_pass, make_model, make_optimizer, make_train_loader,
                           make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState
-from models import BitWidth, check_bit_widths, layer_table, quantizers
+from models import BitWidth, highest_first, layer_table, quantizers
 from models.calibration import without_assignments
 from models.checkpoint import BEST, read_checkpoint, saved_assignments, saved_own_bits
 from models.converted import AnyPrecisionNetwork
@@ -83,7 +83,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
 
     defaulted: arguments left to their defaults, which the log names.
     """
-    state, forward_pass, train_loader, val_loader = prepare(args, device)
+    state, forward_pass, train_loader, val_loader = make_run(args, device)
     message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
     in_place = checkpoint is not None and checkpoint.in_place
     hooked = state.check_rebuilt() if rank() == 0 and not in_place else None
@@ -190,7 +190,7 @@ def train_one_epoch(state: TrainingState, loader: Loader, step: Callable, consol
     return metrics.averages(), totals["count"] / totals["seconds"]
 
 
-def prepare(args: Namespace,
+def make_run(args: Namespace,
             device: torch.device) -> tuple[TrainingState, ForwardPass, Loader, Loader]:
     """Return a new TrainingState, its ForwardPass, and the loaders to train and to validate."""
     train_set, val_set = open_data(args)
@@ -202,7 +202,7 @@ def prepare(args: Namespace,
     train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
     optimizer = make_optimizer(args, parameter_groups(model, args))
-    bit_widths = sorted(check_bit_widths(args.bit_width_list))
+    bit_widths = sorted(highest_first(args.bit_width_list))
     state = TrainingState(model, optimizer, bit_widths, device, without_secrets(vars(args)),
                           train_loader.batch_sampler.num_samples,
                           describe_images(args.dataset, train_set),

@@ -177,10 +177,22 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table, without a line break at its end."""
-    first, *others = (f"| {' | '.join(map(str, line))} |" for line in [head, *rows])
-    return "\n".join([first, "|" + "---|" * len(head), *others])
+def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]],
+                   align_right: bool = False) -> str:
+    """Return a Markdown table of aligned columns, without a line break at its end.
+
+    align_right: all columns but the first.
+    """
+    lines = [list(map(str, line)) for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    others = [str.rjust if align_right else str.ljust] * (len(widths) - 1)
+    lines = [[align(cell, width) for align, cell, width in zip((str.ljust, *others), line, widths)]
+             for line in lines]
+    rules = ["-" * (width + 2) for width in widths]
+    if align_right:
+        rules[1:] = [f"{rule[1:]}:" for rule in rules[1:]]
+    first, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, f"|{'|'.join(rules)}|", *body])
 
 
 def flag_text(value: object) -> str:

@@ -35,7 +35,7 @@ def float_nodes(model, path):
     import onnx
 
     nodes = [node.name for node in onnx.load(path).graph.node if node.op_type in ("Conv", "Gemm")]
-    layers = [operation.layer for operation in graph.trace(model, FULL_PRECISION)
+    layers = [operation.layer for operation in graph.operations_of(model, FULL_PRECISION)
               if operation.kind in ("convolution", "linear")]
     return [node for node, layer in zip(nodes, layers, strict=True)
             if not isinstance(layer, QuantizedLayer)]

@@ -34,7 +34,7 @@ from engine.arguments import OneLineParser, number
 from engine.device import choose_device, describe
 from engine.errors import run_program
 from engine.forward_pass import PRECISIONS
-from models import BITS, check_bit_widths
+from models import BITS, highest_first
 from utils import flag_text
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
@@ -156,7 +156,7 @@ def measure_loader(options):
 
 def measure_widths(options):
     """Measure a step with 1 to 9 bit-widths."""
-    lists = [check_bit_widths(BITS)[:count] for count in range(1, 10)]
+    lists = [highest_first(BITS)[:count] for count in range(1, 10)]
     times = seconds_a_step([Run(options, "default", bit_widths) for bit_widths in lists], options)
     dedicated = [Run(options, "default", bit_widths[-1:]) for bit_widths in lists]
     sums = seconds_a_step(dedicated, options).cumsum()

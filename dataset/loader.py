@@ -20,7 +20,7 @@ from torchvision import datasets, transforms
 
 from dataset.data import DATASETS, Samples, Transformed, get_transform, mode_checks
 from dataset.files import DataError, check_labels, listed_labels
-from utils import brief, flag_text, keeping_random_states, progress
+from utils import brief, flag_text, progress
 
 FIXED = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, transforms.Pad)
 
@@ -96,7 +96,6 @@ def make_loader(dataset: Samples, name: str, device: torch.device, batch_size: i
         DataError: now or in a later batch, an image cannot be read or is not of the row's
             image_size.
     """
-    check_mode(dataset, name, train)
     batches = ShuffledBatches(len(dataset), batch_size, seed, rank, world_size) if train else None
     if in_memory and DATASETS[name].in_memory:
         arrays = read_into_memory(dataset, name, train, workers)
@@ -136,17 +135,6 @@ def read_into_memory(dataset: Samples, name: str, train: bool,
         if known.padding:  # then the crop is not of the image's own size
             return None
         raise
-
-
-def check_mode(dataset: Samples, name: str, train: bool) -> None:
-    """Raise DataError for images of more than 8 bits, which torchvision's transforms would clip.
-
-    Looks at the first one; the others are checked where they are transformed.
-    """
-    if len(dataset):
-        for check in mode_checks(name, train):
-            with keeping_random_states():
-                check(dataset[0][0])
 
 
 def is_fixed(dataset: Samples) -> bool:
@@ -252,12 +240,12 @@ def without_subset(dataset: Samples) -> Samples:
 def normalize(images: Tensor, name: str, memory_format: torch.memory_format) -> Tensor:
     """Normalize images (N, 3, H, W): uint8 -> float32, as the data set's transform does."""
     row = DATASETS[name]
-    mean, std = statistics(tuple(row.mean), tuple(row.std), images.device)
+    mean, std = mean_and_std(tuple(row.mean), tuple(row.std), images.device)
     return images.to(torch.float32, memory_format=memory_format).div_(255).sub_(mean).div_(std)
 
 
 @functools.cache  # each copy to the device would wait for it
-def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+def mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """Return a row's mean and std on the device, (2, 3, 1, 1)."""
     return torch.tensor([mean, std], device=device)[..., None, None]
 

@@ -64,7 +64,7 @@ def forward(model: nn.Module, images: numpy.ndarray,
 
     def note(layer, inputs, out):
         if is_rounding(layer):
-            step = layer.quantizer.step()
+            step = layer.quantizer.step_size()
             if step is None:  # it depends on the input
                 found = layer.quantizer.integers(*inputs)[0]
             else:

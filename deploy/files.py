@@ -1,9 +1,8 @@
 """Export of a network: files are written, compared with the network, and then published."""
-import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from deploy import check, runtimes
 from deploy.graph import Run, image_shape
 from models import BitWidth, Width, assignments_of, bit_widths_of, packed
 from models.assignment import is_name
-from models.bit_widths import check_bit_widths
+from models.bit_widths import highest_first
 from models.checkpoint import check_images_to_save, network_content
 from utils import commit, one_line, writing
 
@@ -81,8 +80,8 @@ def export(model: nn.Module, path: str | Path,
     except RuntimeError as error:
         raise ValueError(f"the network does not run on images of size {about['size']} "
                          f"({one_line(error)}): give the size that it was trained on") from error
-    with temporary_folder(path) as folder:
-        written = {width: folder / file.name for width, file in files.items()}
+    with tempfile.TemporaryDirectory(prefix=".export_", dir=path.parent) as folder:
+        written = {width: Path(folder) / file.name for width, file in files.items()}
         with writing(path):
             if format == "packed":
                 write_packed(model, widths, written[widths[0]], is_any, about, arguments)
@@ -90,7 +89,7 @@ def export(model: nn.Module, path: str | Path,
                 names = about.get("class_names") or list(map(str, range(logits.shape[-1])))
                 write_onnx(model, written, is_any, {**about, "class_names": names}, input)
 
-        open_file = packed.load_runner if format == "packed" else runtimes.onnxruntime_run
+        open_file = runtimes.packed_run if format == "packed" else runtimes.onnxruntime_run
         images, run = images_and_run(written, open_file, input, about, images)
         results = check.compare(model, run, images, labels, widths)
         missed = check.shortfall(results)
@@ -108,13 +107,13 @@ def export(model: nn.Module, path: str | Path,
 def exported_widths(model: nn.Module,
                     wanted: Iterable[Width | int | str] | Width | int | str | None,
                     format: str) -> list[Width]:
-    """Return the bit-widths to export, lowest first, and the assignments behind them.
+    """Return the bit-widths to export, lowest first, and then the assignments.
 
     Raises ValueError where there are none, or for one that the model lacks.
     """
     if wanted is None or isinstance(wanted, str) and wanted == "any":
         is_switched = format == "onnx" and wanted == "any"
-        wanted = [width for width in exportable(model) if not is_switched or is_number(width)]
+        wanted = [width for width in exportable(model) if not is_switched or is_uniform(width)]
     elif isinstance(wanted, (Width, int, str)):
         wanted = [wanted]
     names = list(dict.fromkeys(map(str, wanted)))
@@ -127,7 +126,7 @@ def exported_widths(model: nn.Module,
         raise ValueError(f"the network has no assignment {unknown[0]}, but "
                          f"{', '.join(known) or 'none'}: {calibrate.format('--layer_bits JSON')}")
     widths = [name for name in names if name not in known]
-    widths = sorted(check_bit_widths(widths)) if widths else []
+    widths = sorted(highest_first(widths)) if widths else []
     absent = ",".join(str(width) for width in widths if present and width not in present)
     if absent or not names:
         bits = calibrate.format(f"--bit_width_list {absent or '1,2,4,8'}")
@@ -142,7 +141,7 @@ def exportable(model: nn.Module) -> list[Width]:
             *assignments_of(model).values()]
 
 
-def is_number(width: Width) -> bool:
+def is_uniform(width: Width) -> bool:
     """Return whether weights and activations have the same bits, at every layer."""
     return isinstance(width, BitWidth) and width.weights == width.activations
 
@@ -161,13 +160,6 @@ def check_absent(files: Iterable[Path]) -> None:
     for file in files:
         if file.exists():
             raise FileExistsError(f"{file} exists: remove it, or give another name")
-
-
-@contextlib.contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside a path."""
-    with tempfile.TemporaryDirectory(prefix=".export_", dir=path.parent) as folder:
-        yield Path(folder)
 
 
 def publish(written: dict[Width, Path], files: dict[Width, Path]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.float_layers import BatchNorm2d, Classifier
-from models.graph import traced
+from models.graph import trace_layers
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 # run(images (N, 3, H, W) float32, bits) -> logits (N, classes), of an exported file.
@@ -41,14 +41,14 @@ class Operation(NamedTuple):
     path: str = ""
 
 
-def trace(model: nn.Module, bits: Width | int | str) -> list[Operation]:
+def operations_of(model: nn.Module, bits: Width | int | str) -> list[Operation]:
     """Return the Operations of a model at a bit-width, in order; the last is its output.
 
     Sets the model's bit-width. Raises ValueError naming a layer that is not supported.
     """
     set_bit_width(model, bits)
     try:
-        graph = traced(model)
+        graph = trace_layers(model)
     except Exception as error:  # any that the network's own code raises
         raise ValueError(f"the network cannot be traced ({type(error).__name__}: {error}): its "
                          "forward must not depend on values of tensors") from None
@@ -195,11 +195,6 @@ def is_rounding(layer: ActivationQ) -> bool:
     return layer.rounding and layer.bits != FULL_PRECISION
 
 
-def step_of(layer: ActivationQ) -> float:
-    """Return the step of an ActivationQ: it times a level, 0 to 2^bits - 1, is an output."""
-    return float(layer.quantizer.step())
-
-
 # ---- checks that a layer computes what will be written
 
 @torch.no_grad()
@@ -248,7 +243,7 @@ def check_activation(layer: ActivationQ, name: str) -> None:
     step = 1.0
     n = 1
     if layer.bits != FULL_PRECISION:
-        step = layer.quantizer.step()
+        step = layer.quantizer.step_size()
         n = 2**layer.bits - 1
     wrong = step is None or getattr(step, "numel", lambda: 1)() > 1 or not float(step) > 0
     if not wrong:

@@ -1,7 +1,7 @@
 """ONNX files in quantize/dequantize (QDQ) form, which ONNX Runtime, OpenVINO and TensorRT read.
 
 Activations pass through QuantizeLinear, whose levels are clipped to [0, n], and DequantizeLinear;
-weights are int8 times a scale per channel, which holds the BatchNorm behind the convolution. All
+weights are int8 times a scale per channel, which holds the BatchNorm that follows. All
 else is float32. A runtime that knows the pattern computes such convolutions in integers.
 """
 from __future__ import annotations
@@ -19,10 +19,11 @@ from onnx import GraphProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import nn
 
 from deploy.graph import (ImageSize, Operation, affine_of, float_weight, image_shape,
-                          integer_weight, is_rounding, pool_settings, step_of, takes_levels, trace)
+                          integer_weight, is_rounding, operations_of, pool_settings,
+                          takes_levels)
 from deploy.thresholds import LARGEST, requantization
 from models.assignment import Width
-from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models.bit_widths import FULL_PRECISION, BitWidth, highest_first
 from models.quan_ops import width_of
 from utils import one_line
 
@@ -36,7 +37,7 @@ class Value(NamedTuple):
     """A float tensor of a graph.
 
     levels: it as uint8 before DequantizeLinear, or None. step, highest: of the levels. requantizes:
-    whether a convolution made it that the activation behind it turns into levels without a clip.
+    whether a convolution made it that the next activation turns into levels without a clip.
     """
     tensor: str
     levels: str | None = None
@@ -151,7 +152,7 @@ class Writer:
 
         found = None
         if activation and is_rounding(activation.layer):
-            step = step_of(activation.layer)
+            step = float(activation.layer.quantizer.step_size())
             found = requantization(integers, gain * value.step / step, shift / step,
                                    2**activation.layer.bits - 1, value.highest)
         if not found:
@@ -244,7 +245,7 @@ class Writer:
         if layer.bits == FULL_PRECISION:
             return Value(self.clipped(value.tensor, layer.limit) if layer.limit
                          else self.node("Relu", value.tensor))
-        step = step_of(layer)
+        step = float(layer.quantizer.step_size())
         n = 2**layer.bits - 1
         if not layer.rounding:
             return Value(self.clipped(value.tensor, n * step))
@@ -338,9 +339,9 @@ def export(model: nn.Module, bit_widths: Iterable[Width | int | str],
     inputs = [images]
     if any_width:
         inputs.append(helper.make_tensor_value_info("bits", TensorProto.INT64, []))
-        write_branches(outer, model, check_bit_widths(bit_widths), name)
+        write_branches(outer, model, highest_first(bit_widths), name)
     else:
-        outer.write(trace(model, *bit_widths), name, "logits")
+        outer.write(operations_of(model, *bit_widths), name, "logits")
 
     with torch.no_grad():
         logits = logits_info("logits", model(torch.zeros(1, channels, height, width)).shape[-1])
@@ -374,7 +375,7 @@ def write_branches(outer: Writer, model: nn.Module, bit_widths: Iterable[BitWidt
     for bits in bit_widths:
         writer = Writer(f"b{bits}_", outer)
         output = f"logits{bits}"
-        writer.write(trace(model, bits), images, output)
+        writer.write(operations_of(model, bits), images, output)
         graph = helper.make_graph(writer.nodes, f"bits{bits}", [], [logits_info(output)],
                                   writer.constants)
         branch = graph if branch is None else choose(checked, bits, graph, branch)

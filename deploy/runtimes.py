@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
+import torch
+from torch import Tensor, nn
 
 from deploy.graph import Run
+from models import load, set_bit_width
+from models.packed import quantized_layers
 from utils import one_line
 
 
@@ -62,6 +66,33 @@ def openvino_core() -> "openvino.Core":  # noqa: F821  which is imported where i
     import openvino
 
     return openvino.Core()
+
+
+def packed_run(path: str | Path) -> Run:
+    """Return run(images, bits) of a packed file; raises FileError where it cannot be loaded."""
+    model = load(path)
+    running = []  # names of the quantized layers that are computing
+
+    def ended(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        running.pop()
+
+    for name, layer in quantized_layers(model).items():
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: running.append(name))
+        layer.register_forward_hook(ended)
+
+    def run(images, bits):
+        set_bit_width(model, bits)
+        running.clear()
+        try:
+            with torch.no_grad():
+                return model(torch.from_numpy(images)).numpy()
+        except (RuntimeError, TypeError) as error:
+            if not running:
+                raise
+            # such as of a layer that computes with `weight` itself
+            raise ValueError(f"layer {running[-1]} does not run with a packed weight "
+                             f"({one_line(error)})") from error
+    return run
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from dataset.folder import PREFIX, is_folder
 from engine.distributed import rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import AUTO, PRECISIONS
-from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, check_bit_widths, zoo
+from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, highest_first, zoo
 from models.losses import NEXT_TARGET
 from utils import brief, flag_text, one_line, without_secrets
 
@@ -68,7 +68,7 @@ def bit_width_list(text: str) -> list[int | str]:
     """Parse bit-widths such as 1,2,w2a4; return them lowest first, as files hold them."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     try:
-        return [width.plain for width in sorted(check_bit_widths(parts))]
+        return [width.plain for width in sorted(highest_first(parts))]
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 

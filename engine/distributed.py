@@ -3,9 +3,9 @@ import contextlib
 import datetime
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+FROM_RANK_ZERO = partial(dist.broadcast, src=0)
 
 
 class ProcessError(Exception):
@@ -57,8 +58,7 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         prefix = f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(prefix, store)
-        Waiting.store = dist.PrefixStore("waiting", store)
-        Waiting.timeout = timeout
+        Downloads.store = dist.PrefixStore("downloads", store)
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank(), world_size=world_size(),
@@ -75,74 +75,40 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
                            "them with torchrun") from None
 
 
+class Downloads:
+    """Where the processes of a run say which downloads have ended."""
+    store: dist.Store
+    numbers = itertools.count()  # of the downloads, the same on all processes
+
+
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """Run the context on the first process of each machine, then on the others: for downloads.
 
-    These wait for as long as it takes. Raises ProcessError where one of the first fails, or gives
-    no sign of life for the timeout of `processes`.
+    These wait for as long as it takes; torchrun ends them where another process dies. Raises
+    ProcessError where one of the first fails.
     """
     if world_size() == 1:
         yield
         return
     first = int(os.environ.get("LOCAL_RANK") or 0) == 0
-    place = f"download{next(Waiting.numbers)}"
-    awaited = [index for index, is_first in enumerate(gather(first)) if is_first]
+    number = next(Downloads.numbers)
+    awaited = {index: f"{number}/{index}" for index, is_first in enumerate(gather(first))
+               if is_first}
     if first:
-        with signs_of_life(f"{place}/{rank()}"):
+        outcome = "failed"
+        try:
             yield
-    for index in awaited:
-        wait_for_end(index, f"{place}/{index}")
+            outcome = "done"
+        finally:
+            Downloads.store.set(awaited[rank()], outcome)
+    while not Downloads.store.check(list(awaited.values())):
+        time.sleep(0.1)
+    for index, key in awaited.items():
+        if Downloads.store.get(key) != b"done":
+            raise ProcessError(f"process {index} failed: see its error above")
     if not first:
         yield
-
-
-class Waiting:
-    """What processes share that wait for one another without a collective, and its limit."""
-    store: dist.Store
-    timeout: float  # seconds without a sign of life
-    beat = 1.0  # seconds between two signs of life
-    numbers = itertools.count()  # of the waits, the same on all processes
-
-
-@contextlib.contextmanager
-def signs_of_life(key: str) -> Iterator[None]:
-    """Count up in the store while the context runs, and then say there how it ended."""
-    ended = threading.Event()
-    outcome = "failed"
-
-    def count() -> None:
-        with contextlib.suppress(RuntimeError):  # the store has ended before this process
-            while not ended.wait(Waiting.beat):
-                Waiting.store.add(key, 1)
-
-    thread = threading.Thread(target=count, daemon=True)
-    thread.start()
-    try:
-        yield
-        outcome = "done"
-    finally:
-        ended.set()
-        thread.join()
-        with contextlib.suppress(RuntimeError):
-            Waiting.store.set(f"{key}/outcome", outcome)
-
-
-def wait_for_end(index: int, key: str) -> None:
-    """Wait until process `index` has ended its signs_of_life(key)."""
-    count = 0
-    heard = time.monotonic()
-    while not Waiting.store.check([f"{key}/outcome"]):
-        time.sleep(0.05)
-        now = Waiting.store.add(key, 0)
-        if now != count:
-            count = now
-            heard = time.monotonic()
-        if time.monotonic() - heard > Waiting.timeout:
-            raise ProcessError(f"process {index}, which may have had to download, gave no sign of "
-                               f"life for {Waiting.timeout:g} s: see the first error above")
-    if Waiting.store.get(f"{key}/outcome") != b"done":
-        raise ProcessError(f"process {index} failed: see its error above")
 
 
 def gather(value: T) -> list[T]:
@@ -201,7 +167,7 @@ def exchange_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def broadcast_parameters(model: torch.nn.Module) -> None:
     """Overwrite the parameters of all processes with rank 0's."""
-    exchange(list(model.parameters()), broadcast)
+    exchange(list(model.parameters()), FROM_RANK_ZERO)
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
@@ -213,12 +179,7 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
     tensors = [*model.buffers(), *fixed]
     for integers in (False, True):  # batch counts cannot be concatenated with the rest
         exchange([tensor for tensor in tensors if tensor.is_floating_point() != integers],
-                 broadcast)
-
-
-def broadcast(tensor: Tensor) -> None:
-    """Overwrite a tensor with rank 0's, in place."""
-    dist.broadcast(tensor, 0)
+                 FROM_RANK_ZERO)
 
 
 @torch.no_grad()

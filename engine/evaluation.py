@@ -20,7 +20,7 @@ from engine.run_folder import RunFolder, log
 from engine.setup import (check_classes, make_forward_pass, make_train_loader, make_val_loader,
                           open_data)
 from models import (Assignment, BitWidth, Width, add_assignment, assignments_of, calibrate,
-                    check_bit_widths, packed, read_assignments, saved_bit_widths, set_bit_width)
+                    highest_first, packed, read_assignments, saved_bit_widths, set_bit_width)
 from models.calibration import copies_quantizers, norms_with_statistics
 from models.checkpoint import network_content, network_of, save_checkpoint
 from models.cost import Costs, totals
@@ -54,7 +54,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     content = checkpoint.content
     present = saved_bit_widths(content["state_dict"])
     trained = [bits for bits in present if bits not in (content.get("calibrated") or ())]
-    bit_widths = check_bit_widths({*present, *args.bit_width_list})
+    bit_widths = highest_first({*present, *args.bit_width_list})
     if args.save_calibrated and Path(args.save_calibrated).exists():
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
@@ -95,7 +95,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
                 message += f", statistics re-estimated over {args.calibrate} training batches"
             log.info(message)
 
-        wanted = sorted([*check_bit_widths(args.bit_width_list), *assignments_of(model).values()])
+        wanted = sorted([*highest_first(args.bit_width_list), *assignments_of(model).values()])
         results = evaluate(forward_pass, val_loader, wanted, device)
         add_costs(results, model, DATASETS[args.dataset].image_size)
         if rank() == 0:

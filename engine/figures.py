@@ -112,7 +112,7 @@ def save_evaluation_figure(path: str | Path,
                            trained: Container[BitWidth]) -> None:
     """Save a PNG of an evaluation's top-1 against bit-width; hollow where it was not trained.
 
-    Assignments stand behind the bit-widths, and no line joins them.
+    Assignments follow the bit-widths, and no line joins them.
     """
     figure, (axis,) = new_figure(1, title, width=7.5)
     top1 = {bits: values["top1"] for bits, values in results.items()}

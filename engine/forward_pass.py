@@ -77,7 +77,7 @@ class ForwardPass:
             self.memory_format = torch.channels_last
         model.to(memory_format=self.memory_format)
         self.batch_size = batch_size
-        self.prepare = None
+        self.prepare_weights = None
         if batch_size:
             self.compile(device, precision, backend)
         self.autocast = contextlib.nullcontext
@@ -99,7 +99,7 @@ class ForwardPass:
         compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True,
                                      backend=backend, options=options)
         self.compiled = compiled(forward_loss)
-        self.prepare = compiled(prepare_weights)
+        self.prepare_weights = compiled(prepare_weights)
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch 2.11 advises it at every call
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,13 +142,13 @@ class ForwardPass:
         """Return a context that computes once, for these images, what no bit-width changes."""
         if not self.shared or not self.suits.get(task, True):
             return no_sharing(model, images)
-        return shared_computation(model, images, not self.batch_size, self.prepare)
+        return shared_computation(model, images, not self.batch_size, self.prepare_weights)
 
     def note(self, task: str, unsuitable: bool, reason: str) -> None:
         """Keep, and log, whether sharing suits a task."""
         self.suits[task] = not unsuitable
         if unsuitable:
-            log.info(f"note: {task} computes everything anew at each bit-width: {reason}")
+            log.info(f"note: {task} recomputes everything at each bit-width: {reason}")
 
     def find_unsuitable(self, step: Callable[[Callable], dict[str, Tensor | None]]) -> str:
         """Return why sharing does not suit a step, "" where it does.
@@ -183,7 +183,7 @@ class ForwardPass:
 
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> None:
-    """Draw the parameters that are 0, such as those of a new head: behind it no gradient shows."""
+    """Draw the parameters that are 0, such as a new head's, which let no gradient through."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and not (parameter.is_inference() or parameter.any()):
             parameter.normal_(std=0.1)

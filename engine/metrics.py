@@ -7,10 +7,11 @@ from torch import Tensor
 
 from engine.distributed import rank, sum_over_processes
 from engine.errors import UserError
-from models import BitWidth
+from models import Width
 from models.checkpoint import is_dense, is_finite_number, is_whole, take
 
 METRICS = "metrics' "  # before a field's name
+
 
 class Metrics:
     """Sums of loss and of top-1 and top-5 hits per bit-width, which stay on the device until read.
@@ -18,7 +19,7 @@ class Metrics:
     A step may leave bit-widths out: each is averaged over the images that it was given.
     """
 
-    def __init__(self, bit_widths: Sequence[BitWidth], device: torch.device):
+    def __init__(self, bit_widths: Sequence[Width], device: torch.device):
         self.sums = torch.zeros(len(bit_widths), 3, dtype=torch.float64, device=device)
         self.bit_widths = sorted(bit_widths)
         self.counts = dict.fromkeys(self.bit_widths, 0)  # images of each
@@ -27,7 +28,7 @@ class Metrics:
         self.seconds = 0.0  # spent on the steps
         self.unread = []  # a step's (bit-widths, losses), since the last check_finite
 
-    def add(self, results: dict[BitWidth, tuple[Tensor, Tensor]], labels: Tensor) -> None:
+    def add(self, results: dict[Width, tuple[Tensor, Tensor]], labels: Tensor) -> None:
         """Add a batch without synchronizing.
 
         results: {bit-width: (mean loss, logits (N, classes))}. labels: (N,).
@@ -65,7 +66,7 @@ class Metrics:
                         f"{what}: the {bits}-bit loss is not finite at step {step}: train with a "
                         "lower --lr, or look at the data; what was saved before is kept")
 
-    def averages(self) -> dict[BitWidth, dict[str, float]]:
+    def averages(self) -> dict[Width, dict[str, float]]:
         """Return {bit-width: {"loss", "top1", "top5"}} over all processes, top-k in percent.
 
         Omits a bit-width without images. Synchronizes.
@@ -130,7 +131,7 @@ def are_counts(value: object, widths: int, most: int) -> bool:
             and all(is_whole(count, most) for count in value))
 
 
-def best_key(averages: dict[BitWidth, dict[str, float]], best_by: str) -> tuple[float, float]:
+def best_key(averages: dict[Width, dict[str, float]], best_by: str) -> tuple[float, float]:
     """Return the key by which the best epoch is the maximum: two values of top-1.
 
     best_by: highest or mean: the value that comes first, of the highest bit-width or the mean over
@@ -141,6 +142,6 @@ def best_key(averages: dict[BitWidth, dict[str, float]], best_by: str) -> tuple[
     return (highest, mean) if best_by == "highest" else (mean, highest)
 
 
-def mean_loss(averages: dict[BitWidth, dict[str, float]]) -> float:
+def mean_loss(averages: dict[Width, dict[str, float]]) -> float:
     """Return the mean loss over the bit-widths in `averages`."""
     return sum(values["loss"] for values in averages.values()) / len(averages)

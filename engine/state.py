@@ -6,15 +6,16 @@ from numbers import Real
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth, quantizers, set_bit_width
-from models.checkpoint import (FileError, check_field, check_rebuilt, is_count, is_dense,
-                               is_finite_number, is_named_values, is_whole, load_weights,
-                               network_content, save_checkpoint, saved_own_bits, take)
+from models.checkpoint import (BEST, LATEST, FileError, check_field, check_layers, find_hooked,
+                               is_count, is_dense, is_finite_number, is_named_values, is_whole,
+                               load_weights, network_content, rebuilt, save_checkpoint,
+                               saved_own_bits, take)
 from models.graph import named_attributes
 from utils import brief, escaped, one_line
 
@@ -69,16 +70,18 @@ class TrainingState:
     def check_rebuilt(self) -> str | None:
         """Raise UserError where a checkpoint's network would be another one than this.
 
-        Returns what has a hook, or a forward of its own, that a checkpoint's lacks, if something.
+        Returns what has a hook, or a forward of its own, that a checkpoint's lacks; or None.
         """
         weights = self.model.state_dict()
-        copy_to_cpu([weights], "cuda")
+        copy_to_cpu([weights])
         content = {"network": network_content(self.model), "images": self.images,
                    "state_dict": weights}
         try:
-            return check_rebuilt(self.model, content, "a checkpoint of this run")
+            again = rebuilt(content, "a checkpoint of this run")
+            check_layers(self.model, again)
         except ValueError as error:
             raise UserError(str(error)) from None
+        return find_hooked(self.model, again)
 
     def check_own_bits(self, saved: dict[str, int], path: str | Path) -> None:
         """Raise UserError where a layer has other bits of its own than a checkpoint's."""
@@ -123,7 +126,7 @@ class TrainingState:
         if on_gpu:
             kept = {number: dict(values) for number, values in optimizer["state"].items()}
             optimizer["state"] = kept
-            copy_to_cpu([weights, *kept.values()], "cuda")
+            copy_to_cpu([weights, *kept.values()])
         content = {
             "epoch": self.epoch, "model": self.arguments["model"], "best_prec1": self.best_prec1,
             "best": list(self.best), "network": network_content(self.model),
@@ -136,8 +139,8 @@ class TrainingState:
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None})}
         if rank() == 0:
-            for name in ("model_best", "model_latest") if best else ("model_latest",):
-                save_checkpoint(folder / "ckpt" / f"{name}.pth.tar", content)
+            for name in (BEST, LATEST) if best else (LATEST,):
+                save_checkpoint(folder / "ckpt" / name, content)
         wait()
 
     def restore(self, path: str | Path, content: dict) -> None:
@@ -176,7 +179,7 @@ class TrainingState:
         metrics = take(path, content, "metrics", is_named_values, "a dict of sums")
         begun = metrics.get("steps")
         if is_whole(begun) and begun > 0 and saved != self.num_samples:
-            raise UserError(f"{path} stands inside an epoch of {saved} images, but the training "
+            raise UserError(f"{path} was saved within an epoch of {saved} images, but the training "
                             f"split has {self.num_samples}: resume on the same data")
         self.metrics.check_state(metrics, path, self.arguments["batch_size"], self.num_samples)
         self.metrics.load_state_dict(metrics)
@@ -228,7 +231,7 @@ def data_difference(saved: dict | None, own: dict | None) -> str:
         for name, value in own.items():
             if name in saved and saved[name] != value:
                 digest = isinstance(value, str)
-                changes.append(f"its {name} is another" if digest else
+                changes.append(f"its {name} differs" if digest else
                                f"its {name} was {brief(saved[name])} and is {value}")
     return ", ".join(changes)
 
@@ -270,22 +273,27 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
     return next((name for name, good in zip(entries, finite) if not good), None)
 
 
-def copy_to_cpu(dicts: list[dict], device: str) -> None:
-    """Replace the tensors in dicts that are on a type of device by copies on the CPU.
+def copy_to_cpu(dicts: list[dict]) -> None:
+    """Replace the tensors in dicts that are on another device by copies on the CPU.
 
-    They are copied together, those of one type of number at once: each copy waits for the device.
+    Those of one type of number are copied at once: each copy waits for the device.
     """
     places = defaultdict(list)
     for each in dicts:
         for key, value in each.items():
-            if torch.is_tensor(value) and value.device.type == device:
+            if torch.is_tensor(value) and value.device.type != "cpu":
                 places[value.dtype].append((each, key))
     for found in places.values():
-        tensors = [each[key].detach() for each, key in found]
-        flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for (each, key), tensor, part in zip(found, tensors, parts):
-            each[key] = part.view(tensor.shape).clone()  # a file would hold all of `flat`
+        for (each, key), copied in zip(found, copies([each[key] for each, key in found])):
+            each[key] = copied
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies on the CPU of tensors of one type and device, copied at once."""
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).clone()  # a file would hold all of `flat`
+            for tensor, part in zip(tensors, parts)]
 
 
 # Settings of an optimizer's group that belong to this run, not to the saved state.

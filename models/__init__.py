@@ -5,7 +5,7 @@ from torch import nn
 
 from models import zoo
 from models.assignment import Assignment, Width, read_assignments
-from models.bit_widths import BITS, FULL_PRECISION, BitWidth, check_bit_widths
+from models.bit_widths import BITS, FULL_PRECISION, BitWidth, highest_first
 from models.calibration import (add_assignment, add_missing_bit_widths, calibrate,
                                 saved_bit_widths)
 from models.convert import convert
@@ -28,7 +28,7 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
     The network's attribute `spec` holds what built it, as checkpoints store it. Raises ValueError
     for an unknown name, and for bit-widths or a quantizer that do not exist.
     """
-    bit_widths = check_bit_widths(bit_widths)
+    bit_widths = highest_first(bit_widths)
     if name in MODELS:
         model = MODELS[name](bit_widths, num_classes, width, all_conv)
     else:
@@ -37,7 +37,7 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
         set_quantizers(model, quantizer, bit_widths)
     model.spec = {"model": name, "width": width, "classes": num_classes, "all_conv": all_conv,
                   "quantizer": quantizer,
-                  "bit_widths": [width.plain for width in sorted(bit_widths)]}
+                  "bit_widths": [bits.plain for bits in sorted(bit_widths)]}
     return model
 
 

@@ -34,7 +34,7 @@ class Assignment:
     layers: {name of a layer, or pattern such as `layers.0.*`: bit-width}; of several that match,
     the last one counts. default: the bit-width of all other layers. A convolution takes the weight
     bits, an ActivationQ the activation bits; a layer's own `bits` win over both. It equals, and
-    hashes as, its name, and stands behind all bit-widths where these are sorted. Raises ValueError
+    hashes as, its name, and sorts after all bit-widths. Raises ValueError
     for a name or bit-width that cannot be.
     """
 
@@ -132,7 +132,7 @@ def dict_once(pairs: list[tuple[str, object]]) -> dict:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{brief(repeated)} stands there twice: list each once")
+        raise ValueError(f"its key {brief(repeated)} is repeated: give each key once")
     return found
 
 

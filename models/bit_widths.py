@@ -84,7 +84,7 @@ class BitWidth:
         return difference, (-other.cost[0], -other.cost[1])
 
 
-def check_bit_widths(bit_widths: Iterable[BitWidth | int | str]) -> tuple[BitWidth, ...]:
+def highest_first(bit_widths: Iterable[BitWidth | int | str]) -> tuple[BitWidth, ...]:
     """Return the bit-widths, highest first; ValueError for none, unknown or repeated ones."""
     widths = [BitWidth.of(value) for value in bit_widths]
     if not widths:

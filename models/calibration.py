@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.assignment import NAME, Assignment, Width
 from models.bit_widths import BitWidth
-from models.graph import traced
+from models.graph import trace_layers
 from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d, assigned_module,
                              assignments_of, bit_widths_of, set_bit_width, width_of)
 from utils import brief
@@ -99,7 +99,7 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
     """Add an assignment to a model's bit-widths, or replace the one of its name.
 
     What exists once per bit-width is copied for it: the state of a quantizer from the bit-width
-    that its layer has, a BatchNorm from that of the activation behind it, or from the nearest to
+    that its layer has, a BatchNorm from that of the activation that follows, or from the nearest to
     these that the model was built for. Returns the bit-widths whose BatchNorms are copied. Raises
     ValueError, and changes nothing, where an entry matches no layer.
     """
@@ -107,14 +107,14 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
     check_layers(model, assignment)
     present = bit_widths_of(model)
     model.assignments = {**assignments_of(model), assignment.name: assignment}
-    behind = activations_behind(model)
+    following = following_activations(model)
     copied = set()
     for name, states in model.named_modules():
         owner, _, last = name.rpartition(".")
         if not last.endswith("_dict") or not isinstance(states, nn.ModuleDict | nn.ParameterDict):
             continue
         owner = owner.partition(".quantizer")[0]
-        width = assignment.of_layer(behind.get(owner, owner))
+        width = assignment.of_layer(following.get(owner, owner))
         known = {width: str(width) for width in present if str(width) in states}
         if not known:
             continue
@@ -127,7 +127,13 @@ def add_assignment(model: nn.Module, assignment: Assignment) -> list[BitWidth]:
 
 def copies_quantizers(model: nn.Module) -> bool:
     """Return whether quantizers have state per bit-width, as BatchNorm does."""
-    return any("quantizer." in key and ENTRY.fullmatch(key) for key in model.state_dict())
+    return any(has_state_per_width(layer.quantizer) for layer in model.modules()
+               if isinstance(layer, QuantizedLayer | ActivationQ))
+
+
+def has_state_per_width(quantizer: nn.Module) -> bool:
+    """Return whether a quantizer has state per bit-width."""
+    return any(ENTRY.fullmatch(key) for key in quantizer.state_dict(prefix="."))
 
 
 def check_layers(model: nn.Module, assignment: Assignment) -> None:
@@ -146,7 +152,7 @@ def assignable_layers(model: nn.Module) -> list[str]:
             if hasattr(layer, "switch_bit_width") and not isinstance(layer, SwitchableBatchNorm2d)]
 
 
-def activations_behind(model: nn.Module) -> dict[str, str]:
+def following_activations(model: nn.Module) -> dict[str, str]:
     """Return {name of a switchable BatchNorm: name of the ActivationQ that is called next}.
 
     In the order of the modules where torch.fx cannot trace the network.
@@ -154,7 +160,7 @@ def activations_behind(model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules())
     order = list(modules)
     with contextlib.suppress(Exception):  # of torch.fx, or of the network's own code
-        order = [node.target for node in traced(model).nodes if node.op == "call_module"]
+        order = [node.target for node in trace_layers(model).nodes if node.op == "call_module"]
     found = {}
     activation = None
     for name in reversed(order):

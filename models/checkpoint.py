@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
-                    add_missing_bit_widths, assignments_of, build, check_bit_widths, packed,
+                    add_missing_bit_widths, assignments_of, build, highest_first, packed,
                     quantizers, saved_bit_widths, set_bit_width, set_quantizers, zoo)
 from models.assignment import check_assignments
 from models.bit_widths import BITS, FULL_PRECISION
@@ -84,34 +84,44 @@ def save(model: nn.Module, path: str | Path) -> None:
         "network": network, "images": getattr(model, "images", None),
         "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])}
     check_images_to_save(content["images"], path)
-    hooked = check_rebuilt(model, content, path)
+    again = rebuilt(content, path)
+    check_layers(model, again)
+    hooked = find_hooked(model, again)
     if hooked:
         raise ValueError(f"{hooked} has a hook or a forward of its own, which no file holds: "
                          "remove it first")
     save_checkpoint(Path(path), content)
 
 
-def check_rebuilt(model: nn.Module, content: dict, path: str | Path) -> str | None:
-    """Raise ValueError naming a layer that is another one in the network of a checkpoint's content.
-
-    Compared are the entries of the state dict, and of each layer its class and what it prints of
-    itself, but for what training alone uses. Returns the name of a layer with a hook, or a forward
-    of its own, that the other network lacks; None where there is none.
-    """
+def rebuilt(content: dict, path: str | Path) -> nn.Module:
+    """Return the network that is built for a checkpoint's content; keeps random states."""
     with keeping_random_states():  # which initial weights are drawn from
-        again, _ = network_of(content, path)
+        model, _ = network_of(content, path)
+    return model
+
+
+def check_layers(model: nn.Module, again: nn.Module) -> None:
+    """Raise ValueError naming a layer that is another one in the network that was built again.
+
+    Compared are a layer's class and what it prints of itself, but for what training alone uses.
+    """
     layers, others = dict(model.named_modules()), dict(again.named_modules())
     for name in {**layers, **others}:
-        here, there = described(layers.get(name)), described(others.get(name))
+        here, there = layer_text(layers.get(name)), layer_text(others.get(name))
         if here != there:
             raise ValueError(f"layer {name or 'of the network'} is {here}, and {there} in the "
                              "network that is built for its checkpoints: change it where it is "
                              "built, in models.MODELS or models.QUANTIZERS")
-    return next((f"layer {name}" if name else "the network" for name, layer in layers.items()
-                 if is_hooked(layer) and not is_hooked(others[name])), None)
 
 
-def described(layer: nn.Module | None) -> str:
+def find_hooked(model: nn.Module, again: nn.Module) -> str | None:
+    """Return the name of a layer with a hook, or a forward of its own, that `again` lacks."""
+    others = dict(again.named_modules())
+    return next((f"layer {name}" if name else "the network" for name, layer in
+                 model.named_modules() if is_hooked(layer) and not is_hooked(others[name])), None)
+
+
+def layer_text(layer: nn.Module | None) -> str:
     """Return a layer's class, and what it prints of itself without what training alone uses."""
     if layer is None:
         return "none"
@@ -236,7 +246,7 @@ def is_named_values(value: object) -> bool:
 
 def are_bit_widths(value: object) -> bool:
     try:
-        return isinstance(value, (list, tuple)) and (not value or bool(check_bit_widths(value)))
+        return isinstance(value, (list, tuple)) and (not value or bool(highest_first(value)))
     except ValueError:
         return False
 
@@ -364,7 +374,7 @@ def wrong_entry(path: str | Path) -> str | None:
 def check_finite(state_dict: dict[str, Tensor], path: str | Path) -> None:
     """Raise FileError naming the first entry with values that are not finite."""
     for key, value in state_dict.items():
-        if torch.is_tensor(value) and value.is_floating_point():
+        if value.is_floating_point():
             name = f"{path}: {escaped(key)}"
             count = int((~value.isfinite()).sum())
             if count:
@@ -461,14 +471,14 @@ def network_spec(content: dict, path: str | Path) -> dict:
         raise FileError(f"{path} does not fit the model: it has BatchNorms for no bit-width")
     # No network has more classes, or a larger width, than its largest layer has channels.
     largest = max((size for value in state_dict.values() for size in value.shape), default=1)
-    fits = {"num_classes": lambda value: is_count(value) and value <= largest,
-            "width": lambda value: is_count(value) and value <= largest,
-            "all_conv": lambda value: isinstance(value, bool),
-            "quantizer": lambda value: isinstance(value, str)}
-    for field, is_right in fits.items():
-        if not is_right(spec[field]):
-            raise FileError(f"{path}: its network's {field} is {brief(spec[field])}, which does "
-                            "not fit its weights: it may be damaged")
+    for field, is_right, what in (
+            ("num_classes", lambda value: is_count(value) and value <= largest,
+             f"a number up to {largest}, the size of its largest layer"),
+            ("width", lambda value: is_count(value) and value <= largest,
+             f"a number up to {largest}, the size of its largest layer"),
+            ("all_conv", lambda value: isinstance(value, bool), "True or False"),
+            ("quantizer", lambda value: isinstance(value, str), "a name")):
+        take(path, spec, field, is_right, what, of="network's ")
     if spec["quantizer"] not in QUANTIZERS:
         raise FileError(f"{path}: its network's quantizer is {brief(spec['quantizer'])}, which is "
                         f"not one of {', '.join(QUANTIZERS)}: add it to models/quantizers.py")
@@ -559,9 +569,9 @@ def old_spec(content: dict, path: str | Path, given: dict | None = None) -> dict
     return spec
 
 
-def first_size(value: object) -> int:
+def first_size(value: Tensor) -> int:
     """Return the first dimension of a tensor; 0 of what has none."""
-    return len(value) if torch.is_tensor(value) and value.ndim else 0
+    return len(value) if value.ndim else 0
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from models import graph as graphs
-from models.bit_widths import FULL_PRECISION, BitWidth, check_bit_widths
+from models.bit_widths import FULL_PRECISION, BitWidth, highest_first
 from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import (ActivationQ, Conv2dQ, SwitchableBatchNorm2d, WeightQuantizer,
@@ -39,7 +39,7 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     to convert, or has one that cannot be converted, and where the copy, not quantized, computes
     something else.
     """
-    bit_widths = check_bit_widths(bit_widths)
+    bit_widths = highest_first(bit_widths)
     check_layers(network, keep)
     check_forward(network)
     training = {name: module.training for name, module in network.named_modules()}
@@ -49,7 +49,7 @@ def convert(network: nn.Module, bit_widths: Iterable[BitWidth | int | str],
     graph = None
     note = ""
     try:
-        graph = graphs.trace(network)
+        graph = graphs.trace_float(network)
     except Exception as error:  # of torch.fx, or of the network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note = (f"torch.fx cannot trace the network ({reason}): converted by its modules alone, so "

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from models import graph as graphs
 from models.quan_ops import Conv2dQ
+from utils import markdown_table
 
 CLASSIFIER = "gives the logits"
 NOT_CONVERTED = "only Conv2d modules are converted"
@@ -26,7 +27,8 @@ class AnyPrecisionNetwork(nn.Module):
 
     run: the forward pass, a function of (network, x). layers: a Layer for each convolution and
     linear layer. note: what could not be traced, or "". graph: what `run` was made of, which calls
-    layers by their names and no container of layers; None where `run` calls the network.
+    layers by their names and no container of layers; None where `run` calls the network. Of the
+    graph it keeps `called`, these names, and `containers`, what check_modules compares.
     """
 
     def __init__(self, network: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
@@ -91,10 +93,7 @@ def describe(network: nn.Module, graph: fx.Graph | None, why: dict[str, str]) ->
 
 def layer_table(model: AnyPrecisionNetwork) -> str:
     """Return a Markdown table of a converted model's layers, with a summary and its note."""
-    rows = [("layer", "kind", "weights", "input", "why not"), *model.layers]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = [markdown_table(("layer", "kind", "weights", "input", "why not"), model.layers)]
     weights = sum(layer.weights == "quantized" for layer in model.layers)
     inputs = sum(layer.input == "quantized" for layer in model.layers)
     lines += ["", f"{len(model.layers)} layers: the weights of {weights} are quantized, the inputs "
@@ -124,6 +123,6 @@ def fit_float_weights(model: AnyPrecisionNetwork,
                   if key.endswith(".num_batches_tracked"))  # which torch once did not save
     classifier = [f"network.{layer.name}." for layer in model.layers if layer.why == CLASSIFIER]
     resized = [key for key in own if key.startswith(tuple(classifier)) and key in fitted
-               and getattr(fitted[key], "shape", None) != own[key].shape]
+               and fitted[key].shape != own[key].shape]
     fitted.update((key, own[key]) for key in resized)
     return fitted, [source[key] for key in resized]

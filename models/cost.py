@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from models.assignment import Assignment
 from models.bit_widths import FULL_PRECISION, BitWidth
-from models.graph import FUNCTIONS, input_activations, keeping_attributes, name_of, traced
+from models.graph import FUNCTIONS, input_activations, keeping_attributes, name_of, trace_layers
 from models.quan_ops import QuantizedLayer, set_bit_width
-from utils import one_line
+from utils import markdown_table, one_line
 
 FLOAT_BYTES = 4
 KINDS = (QuantizedLayer, nn.modules.conv._ConvNd, nn.Linear)  # of layers that are counted
@@ -50,7 +50,7 @@ class Costs:
         self.model = model
         names = {layer: name for name, layer in model.named_modules()}
         try:
-            graph = traced(model)
+            graph = trace_layers(model)
         except Exception as error:  # of torch.fx, or of the network's own code
             raise ValueError("what it costs is not known, as torch.fx cannot trace the network "
                              f"({one_line(error)})") from None
@@ -127,17 +127,13 @@ def totals(layers: Iterable[LayerCost]) -> dict[str, int]:
 def cost_table(layers: Iterable[LayerCost]) -> str:
     """Return a Markdown table of a network's layers at a bit-width, with their sums."""
     layers = list(layers)
-    rows = [("layer", "weight bits", "input bits", "multiply-accumulates", "bit-operations",
-             "weight bytes")]
-    rows += [(layer.name, str(layer.weight_bits), str(layer.input_bits), f"{layer.macs:,}",
-              f"{layer.bit_operations:,}", f"{layer.weight_bytes:,}") for layer in layers]
+    head = ("layer", "weight bits", "input bits", "multiply-accumulates", "bit-operations",
+            "weight bytes")
+    rows = [(layer.name, layer.weight_bits, layer.input_bits, f"{layer.macs:,}",
+             f"{layer.bit_operations:,}", f"{layer.weight_bytes:,}") for layer in layers]
     for title, is_quantized in (("quantized layers", True), ("float layers", False)):
         part = [layer for layer in layers if layer.is_quantized == is_quantized]
         rows.append((title, "", "", *(f"{sum(values):,}" for values in (
             [layer.macs for layer in part], [layer.bit_operations for layer in part],
             [layer.weight_bytes for layer in part]))))
-    sizes = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join([row[0].ljust(sizes[0]), *map(str.rjust, row[1:], sizes[1:])])
-             + " |" for row in rows]
-    rules = ["-" * (sizes[0] + 2), *("-" * (size + 1) + ":" for size in sizes[1:])]
-    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+    return markdown_table(head, rows, align_right=True)

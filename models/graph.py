@@ -48,7 +48,7 @@ class Tracer(fx.Tracer):
         return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
 
 
-def traced(model: nn.Module) -> fx.Graph:
+def trace_layers(model: nn.Module) -> fx.Graph:
     """Trace a network by Tracer. Its attributes stay, also where its forward sets them."""
     with keeping_attributes(model):
         return Tracer().trace(model)
@@ -93,7 +93,7 @@ def link_inputs(model: nn.Module) -> None:
     It makes operands of low precision exact; without it they are rounded as any others.
     """
     try:
-        sources = input_activations(model, traced(model))
+        sources = input_activations(model, trace_layers(model))
     except Exception:  # of torch.fx, or of the network's own code
         return
     for layer, activations in sources.items():
@@ -168,7 +168,7 @@ class IsTraining(nn.Module):
         return self.training
 
 
-def trace(network: nn.Module) -> fx.Graph:
+def trace_float(network: nn.Module) -> fx.Graph:
     """Trace a network into one graph for training and evaluation.
 
     Where the graph needs the mode it calls an IsTraining, which is added to the network. Raises
@@ -229,7 +229,7 @@ def trace(network: nn.Module) -> fx.Graph:
 
 @contextlib.contextmanager
 def other_modes() -> Iterator[None]:
-    """Set each of torch's modes to what it is not."""
+    """Invert grad mode and autocast."""
     devices = {name: torch.is_autocast_enabled(name) for name in ("cpu", "cuda")}
     try:
         for name, enabled in devices.items():
@@ -320,8 +320,8 @@ def replace_activations(graph: fx.Graph, network: nn.Module, kept: dict[str, str
             source.replace_all_uses_with(activation, delete_user_cb=later.__contains__)
             for other in aliases(source, dict(network.named_modules())):
                 if later.intersection(other.users):
-                    raise ValueError(f"{base} changes {source.name} in place, which is read behind "
-                                     f"it as {other.name}: give it inplace=False")
+                    raise ValueError(f"{base} changes {source.name} in place, which is read later "
+                                     f"as {other.name}: give it inplace=False")
         graph.erase_node(node)
 
     modules = dict(network.named_modules())
@@ -383,20 +383,20 @@ def input_sources(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, s
 
 def image_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """Return the names of the convolutions whose input is the image: no layer precedes them."""
-    behind = set()
+    downstream = set()  # of a convolution or linear layer
     found = []
     for node in graph.nodes:
         layer = module_of(node, modules)
-        is_behind = any(source in behind for source in node.all_input_nodes)
-        if isinstance(layer, nn.Conv2d) and not is_behind:
+        is_downstream = any(source in downstream for source in node.all_input_nodes)
+        if isinstance(layer, nn.Conv2d) and not is_downstream:
             found.append(node.target)
-        if is_behind or isinstance(layer, (nn.Conv2d, nn.Linear)):
-            behind.add(node)
+        if is_downstream or isinstance(layer, (nn.Conv2d, nn.Linear)):
+            downstream.add(node)
     return found
 
 
 def output_layers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the names of the layers that give the logits: no layer or BatchNorm is behind them.
+    """Return the names of the layers that give the logits: no layer or BatchNorm follows.
 
     Of an addition the operand that is computed last is followed.
     """

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from models.bit_widths import BitWidth, check_bit_widths
+from models.bit_widths import BitWidth, highest_first
 from models.quan_ops import set_bit_width
 from models.sharing import shared_computation
 
@@ -17,8 +17,7 @@ def half_target(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     if target is not labels:  # a bit-width that is taught
         return target
     if not labels.is_floating_point():  # else they are probabilities already
-        classes = torch.arange(logits.shape[1], device=logits.device)
-        labels = labels[:, None] == classes.view(-1, *[1] * (logits.ndim - 2))
+        labels = torch.nn.functional.one_hot(labels, logits.shape[1]).movedim(-1, 1)
     return (logits.softmax(1) + labels) / 2
 
 
@@ -71,7 +70,7 @@ def any_precision_backward(
     results = {}
     target = labels
     with sharing(model, images):
-        for bit_width in check_bit_widths(bit_widths):
+        for bit_width in highest_first(bit_widths):
             set_bit_width(model, bit_width)
             value, logits = forward(model, images, target)
             (loss_scale * value).backward()  # now: frees its graph before the next bit-width

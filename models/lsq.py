@@ -82,7 +82,7 @@ class LSQActivation(ActivationQuantizer):
         a = clamp(x.to(s.dtype) / s, 0, largest)  # bf16 would round the step size
         return round_ste(a) if rounding else a, s
 
-    def step(self) -> Tensor:
+    def step_size(self) -> Tensor:
         return log_range(self).detach().exp() / (2**self.bits - 1)
 
 

@@ -6,27 +6,26 @@ quantizer state of its bit-widths; all other tensors in float32; and one JSON te
 """
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import numpy
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import (Assignment, Width, assignments_of, bit_widths_of, check_bit_widths, quantizers,
+from models import (Assignment, Width, assignments_of, bit_widths_of, highest_first, quantizers,
                     set_bit_width)
 from models.assignment import is_name
-from models.bit_widths import FULL_PRECISION, BitWidth
-from models.calibration import ENTRY, without_assignments
+from models.bit_widths import BITS, FULL_PRECISION, BitWidth
+from models.calibration import ENTRY, has_state_per_width, without_assignments
 from models.levels import Codes, decode, encode, join, row_numbers, table
 from models.quan_ops import QuantizedLayer, WeightQuantizer, width_of
 from utils import brief, one_line
 
 KEY = "any_precision"  # the only metadata entry: the order of several varies from file to file
 FORMAT = 3
-ANY = (1, 2, 3, 4, 5, 6, 7, 8)
+ANY = tuple(bits for bits in BITS if bits != FULL_PRECISION)
 BATCH_COUNT = ".num_batches_tracked"  # not stored: evaluation does not need it
 OPTIONAL = ("high_bits", "exceptions", "exception_levels")
 
@@ -152,7 +151,7 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
     bit_widths = [width for width in widths if width not in assignments]
     if not bit_widths:
         raise ValueError("a packed file needs a bit-width beside its assignments: give one, too")
-    bit_widths = sorted(check_bit_widths(bit_widths))
+    bit_widths = sorted(highest_first(bit_widths))
     stored = stored_bit_widths(model, bit_widths, stored)
     layers = quantized_layers(model)
     for name, layer in layers.items():
@@ -162,8 +161,8 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
     left_out = [name for name in assignments_of(model) if name not in assignments]
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, QuantizedLayer) and layers.get(name) is not layer:
-            raise ValueError(f"layer {name} is another one, too, and a packed file holds each "
-                             "once: give the network one name for it, or take ONNX")
+            raise ValueError(f"layer {name} is a module that has another name, too, and a packed "
+                             "file holds each once: give it one name, or take ONNX")
     tensors = {key: value.clone(memory_format=torch.contiguous_format)  # it may be another's, too
                for key, value in without_assignments(model.state_dict(), left_out).items()
                if is_stored_unchanged(key, bit_widths, layers)}
@@ -213,19 +212,14 @@ def stored_bit_widths(model: nn.Module, bit_widths: list[BitWidth],
 
     A quantizer with state per bit-width allows `bit_widths` alone.
     """
-    stored = sorted(check_bit_widths({*bit_widths, *map(BitWidth.of, stored or ())}))
+    stored = sorted(highest_first({*bit_widths, *map(BitWidth.of, stored or ())}))
     for width in stored:
-        if FULL_PRECISION in (width.weights, width.activations):
+        if not width.is_integer:
             raise ValueError(f"{width} bits is not stored in a packed file, which holds integers: "
                              "choose from 1 to 8, and keep the checkpoint for 32")
-    if any(has_state_per_width(layer) for layer in quantized_layers(model).values()):
+    if any(has_state_per_width(layer.quantizer) for layer in quantized_layers(model).values()):
         return bit_widths
     return stored
-
-
-def has_state_per_width(layer: nn.Module) -> bool:
-    """Return whether a layer's quantizer has state per bit-width."""
-    return any(ENTRY.fullmatch(key) for key in layer.state_dict(prefix="."))
 
 
 def is_stored_unchanged(key: str, bit_widths: list[BitWidth], layers: dict[str, nn.Module]) -> bool:
@@ -271,7 +265,7 @@ class Column:
 def columns_of(name: str, layer: QuantizedLayer,
                stored: list[Width]) -> dict[str, Column]:
     """Return {key: Column} of a layer, one per stored bit-width, or one per number of bits."""
-    per_width = has_state_per_width(layer)
+    per_width = has_state_per_width(layer.quantizer)
     columns = {}
     for width in stored:
         layer.switch_bit_width(width.of_layer(name))
@@ -352,7 +346,7 @@ def is_width_list(value: object) -> bool:
     if not isinstance(value, list):
         return False
     try:
-        return [width.plain for width in sorted(check_bit_widths(value))] == value
+        return [width.plain for width in sorted(highest_first(value))] == value
     except ValueError:
         return False
 
@@ -452,33 +446,3 @@ def tensor_of(tensors: dict[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise ValueError(f"it lacks {name}")
     return tensors[name]
-
-
-def load_runner(path: str | Path) -> Callable[[numpy.ndarray, BitWidth | int | str],
-                                              numpy.ndarray]:
-    """Return run(images, bits) of a packed file: NumPy (N, 3, H, W) -> logits (N, classes)."""
-    from models.checkpoint import load
-
-    model = load(path)
-    running = []  # names of the quantized layers that are computing
-
-    def ended(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        running.pop()
-
-    for name, layer in quantized_layers(model).items():
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: running.append(name))
-        layer.register_forward_hook(ended)
-
-    def run(images, bits):
-        set_bit_width(model, bits)
-        running.clear()
-        try:
-            with torch.no_grad():
-                return model(torch.from_numpy(images)).numpy()
-        except (RuntimeError, TypeError) as error:
-            if not running:
-                raise
-            # such as of a layer that computes with `weight` itself
-            raise ValueError(f"layer {running[-1]} does not run with a packed weight "
-                             f"({one_line(error)})") from error
-    return run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.assignment import Assignment, Width
-from models.bit_widths import BITS, FULL_PRECISION, BitWidth, check_bit_widths
+from models.bit_widths import BITS, FULL_PRECISION, BitWidth, highest_first
 from models.float_layers import BatchNorm2d, without_autocast
 from utils import keeping_random_states
 
@@ -101,13 +101,14 @@ class ActivationQuantizer(Quantizer):
         raise NotImplementedError
 
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, Tensor | float]:
-        """Return integers from 0 to 2^bits - 1, in floating point, and their scale, one number.
+        """Return integers from 0 to 2^bits - 1, in floating point, and their scale.
 
+        The scale is one number, or a tensor that broadcasts against x.
         rounding: False clips to that range without rounding.
         """
         raise NotImplementedError
 
-    def step(self) -> Tensor | float | None:
+    def step_size(self) -> Tensor | float | None:
         """Return the scale of `integers`, without gradient; None where it depends on the input."""
         return None
 
@@ -145,9 +146,9 @@ class DoReFaActivation(ActivationQuantizer):
 
     def integers(self, x: Tensor, rounding: bool = True) -> tuple[Tensor, float]:
         a = (2**self.bits - 1) * clamp(x, 0, 1)
-        return round_ste(a) if rounding else a, self.step()
+        return round_ste(a) if rounding else a, self.step_size()
 
-    def step(self) -> float:
+    def step_size(self) -> float:
         return 1 / (2**self.bits - 1)
 
 
@@ -223,6 +224,7 @@ class QuantizedLayer:
         return self.quantizer.bits
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
+        """Compute at a bit-width: `.weights` are the bits, str(bit_width) the key of its state."""
         self.activation_bits = bit_width.activations
         self.quantizer.switch(layer_bits(self, bit_width.weights), str(bit_width))
 
@@ -293,7 +295,7 @@ class QuantizedLayer:
             step = 1 / (2**bits - 1)
         else:
             bits = self.input_quantizer.bits
-            step = self.input_quantizer.step() if bits != FULL_PRECISION else None
+            step = self.input_quantizer.step_size() if bits != FULL_PRECISION else None
         if bits == FULL_PRECISION or step is None or torch.is_tensor(step) and step.numel() > 1:
             return 1.0
         return step * 2.0**bits
@@ -331,6 +333,7 @@ class ActivationQ(nn.Module):
         return f"rounding={self.rounding}{limit}"
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
+        """Compute at a bit-width: `.activations` are the bits, str(bit_width) its state's key."""
         self.quantizer.switch(layer_bits(self, bit_width.activations), str(bit_width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -349,12 +352,13 @@ class SwitchableBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, bit_widths: Iterable[BitWidth | int | str]):
         super().__init__()
-        bit_widths = check_bit_widths(bit_widths)
+        bit_widths = highest_first(bit_widths)
         self.bn_dict = nn.ModuleDict(
             {str(width): BatchNorm2d(num_features) for width in reversed(bit_widths)})
         self.width = str(bit_widths[0])
 
     def switch_bit_width(self, bit_width: BitWidth) -> None:
+        """Use the BatchNorm of a bit-width."""
         self.width = str(bit_width)
 
     def forward(self, input: Tensor) -> Tensor:  # a keyword of torch's, too

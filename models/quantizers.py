@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from models.bit_widths import BitWidth, check_bit_widths
+from models.bit_widths import BitWidth, highest_first
 from models.lsq import lsq
 from models.quan_ops import DoReFaActivation, DoReFaWeight  # noqa: F401  to build others on
 from models.quan_ops import ActivationQ, QuantizedLayer, Quantizer, set_bit_width
@@ -64,7 +64,7 @@ def set_quantizers(model: nn.Module, name: str, bit_widths: Iterable[BitWidth | 
         raise ValueError(f"quantizer {name!r} does not exist: choose from {', '.join(QUANTIZERS)}")
     if QUANTIZERS[name] is None:
         raise ValueError(f"{name} is what layers hold when they are built: build the network anew")
-    bit_widths = check_bit_widths(bit_widths)
+    bit_widths = highest_first(bit_widths)
     owners = {}
     for layer_name, layer in layers_with_quantizer(model).items():
         quantizer = QUANTIZERS[name](layer, bit_widths)
@@ -99,7 +99,7 @@ def initialize_quantizers(model: nn.Module, images: Tensor, bit_widths: Iterable
     model.train()
     try:
         with keeping_random_states([images.device] if images.is_cuda else []):
-            for width in check_bit_widths(bit_widths):
+            for width in highest_first(bit_widths):
                 set_bit_width(model, width)
                 model(images)
     finally:

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from models.bit_widths import BitWidth, check_bit_widths
+from models.bit_widths import BitWidth, highest_first
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
@@ -12,8 +12,8 @@ from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit
 class BasicBlock(nn.Module):
     """A block of BN, act, Q 3x3, BN, act, Q 3x3, and a shortcut.
 
-    The shortcut is the input, or where the shape changes a 1x1 convolution of the first activation
-    and a plain BatchNorm, which all bit-widths share.
+    The shortcut is the input, or with a stride a 1x1 convolution of the first activation and a
+    plain BatchNorm, which all bit-widths share.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, bn: Callable[[int], nn.Module],
@@ -41,13 +41,13 @@ class ResNet20(nn.Module):
     """The any-precision ResNet-20 for CIFAR-10: (N, 3, 32, 32) -> (N, num_classes).
 
     Three stages of three basic blocks, with 16, 32 and 64 times `width` channels. all_conv
-    quantizes every convolution. Raises ValueError for bit-widths that check_bit_widths refuses.
+    quantizes every convolution. Raises ValueError for bit-widths that highest_first refuses.
     """
 
     def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 10,
                  width: int = 5, all_conv: bool = False):
         super().__init__()
-        bit_widths = check_bit_widths(bit_widths)
+        bit_widths = highest_first(bit_widths)
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
         full_precision_conv = Conv2dQ if all_conv else nn.Conv2d
         in_channels = 16 * width
@@ -113,7 +113,7 @@ class ResNet50(nn.Module):
     def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 1000,
                  width: int = 1, all_conv: bool = False):
         super().__init__()
-        bit_widths = check_bit_widths(bit_widths)
+        bit_widths = highest_first(bit_widths)
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
         full_precision_conv = Conv2dQ if all_conv else nn.Conv2d
         in_channels = 64 * width

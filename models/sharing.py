@@ -53,7 +53,7 @@ def shared_computation(model: nn.Module, images: Tensor, share_stem: bool = True
     try:
         if prepare is None:
             for layer in layers:
-                layer.shared = SharedWeight(shared, prepare_weight)
+                layer.shared = SharedWeight(shared)
         else:
             # A weight that a hook of the layer computes is not there before the layer is called.
             layers = [layer for layer in layers if hasattr(type(layer), "weight")
@@ -231,9 +231,8 @@ class StemForward:
 class SharedWeight:
     """The result of a quantizer's `prepare`, computed once for each state of the weight."""
 
-    def __init__(self, shared: Shared, prepare: Callable):
+    def __init__(self, shared: Shared):
         self.shared = shared
-        self.prepare = prepare
         self.weights = []
 
     def prepared(self, layer: nn.Module) -> tuple[Tensor, ...]:
@@ -242,7 +241,7 @@ class SharedWeight:
         label = layer, state_of((weight, *layer.quantizer.parameters(), *layer.quantizer.buffers()))
         if label not in self.shared.found:
             with forbidding_bit_width([layer]):
-                prepared = self.prepare(layer)
+                prepared = prepare_weight(layer)
             self.shared.leaves(label, prepared, [type(layer.quantizer).__name__] * len(prepared))
             self.weights.append(weight)  # one that a parametrization computes must keep its id
         return self.shared.found[label]

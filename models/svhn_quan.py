@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from models.bit_widths import BitWidth, check_bit_widths
+from models.bit_widths import BitWidth, highest_first
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
@@ -18,7 +18,7 @@ class SVHNNet(nn.Module):
     def __init__(self, bit_widths: Iterable[BitWidth | int | str], num_classes: int = 10,
                  width: int = 2, all_conv: bool = False):
         super().__init__()
-        bit_widths = check_bit_widths(bit_widths)
+        bit_widths = highest_first(bit_widths)
         stem_conv = Conv2dQ if all_conv else nn.Conv2d
         conv = partial(Conv2dQ, bias=False)
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from models import (MODELS, check_bit_widths, initialize_quantizers, set_bit_width,
+from models import (MODELS, highest_first, initialize_quantizers, set_bit_width,
                     set_quantizers)
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              SwitchableBatchNorm2d)
@@ -36,7 +36,7 @@ class OwnBits(SVHNNet):
         self.layers[0] = Conv2dQ(3, 6 * width, 5, bits=8)
         self.layers[5] = ActivationQ(bits=6)
         self.layers[6] = Conv2dQ(8 * width, 8 * width, 3, padding=1, bias=False, bits=8)
-        set_bit_width(self, check_bit_widths(bit_widths)[0])
+        set_bit_width(self, highest_first(bit_widths)[0])
 
 
 class LinearNetwork(SVHNNet):
@@ -45,7 +45,7 @@ class LinearNetwork(SVHNNet):
     def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
         super().__init__(bit_widths, num_classes, width, all_conv)
         self.fc = LinearQ(64 * width, num_classes)
-        set_bit_width(self, check_bit_widths(bit_widths)[0])
+        set_bit_width(self, highest_first(bit_widths)[0])
 
 
 class Change(NamedTuple):
@@ -124,8 +124,8 @@ class Ceiling(DoReFaActivation):
 class WideStep(DoReFaActivation):
     """Says another step than it takes."""
 
-    def step(self):
-        return 2 * super().step()
+    def step_size(self):
+        return 2 * super().step_size()
 
 
 class Midpoints(DoReFaWeight):

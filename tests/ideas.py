@@ -307,7 +307,7 @@ class Run:
         with torch.no_grad():
             expected = model(self.images).numpy()
         packed.save(model, [4], self.place / "s", about)
-        runs = {"packed": packed.load_runner(self.place / "s")}
+        runs = {"packed": runtimes.packed_run(self.place / "s")}
         onnx_file.export(model, [4], self.place / "s.onnx", 40)
         runs["onnxruntime"] = runtimes.onnxruntime_run(self.place / "s.onnx")
         runs["openvino"] = runtimes.openvino_run(self.place / "s.onnx")

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,11 @@ def assert_same(first, second):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
     else:
         assert first == second
+
+
+def compact(text):
+    """Return a text's Markdown tables without what aligns their columns."""
+    return re.sub(r"-{4,}", "---", re.sub(r"(?<=\S) +", " ", text))
 
 
 def assert_one_line(capsys, *parts):

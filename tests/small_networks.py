@@ -4,7 +4,7 @@ from functools import partial
 from torch import nn
 
 from engine import published
-from models import MODELS, check_bit_widths, resnet20q, resnet50q, set_bit_width, svhnq
+from models import MODELS, highest_first, resnet20q, resnet50q, set_bit_width, svhnq
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 from models.resnet_quan import BasicBlock, Bottleneck
@@ -26,7 +26,7 @@ class ResNet8(resnet20q):
 
     def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
         nn.Module.__init__(self)
-        bit_widths = check_bit_widths(bit_widths)
+        bit_widths = highest_first(bit_widths)
         conv = Conv2dQ if all_conv else nn.Conv2d
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
         in_channels = 4 * width
@@ -53,9 +53,9 @@ class OneBlock(resnet20q):
     def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
         super().__init__(bit_widths, num_classes, width, all_conv)
         self.layers = self.layers[3:4]
-        self.bn = SwitchableBatchNorm2d(32 * width, check_bit_widths(bit_widths))
+        self.bn = SwitchableBatchNorm2d(32 * width, highest_first(bit_widths))
         self.fc = Classifier(32 * width, num_classes)
-        set_bit_width(self, check_bit_widths(bit_widths)[0])
+        set_bit_width(self, highest_first(bit_widths)[0])
 
 
 class Bottlenecks(resnet50q):
@@ -63,7 +63,7 @@ class Bottlenecks(resnet50q):
 
     def __init__(self, bit_widths, num_classes=1000, width=1, all_conv=False):
         nn.Module.__init__(self)
-        bit_widths = check_bit_widths(bit_widths)
+        bit_widths = highest_first(bit_widths)
         conv = Conv2dQ if all_conv else nn.Conv2d
         bn = partial(SwitchableBatchNorm2d, bit_widths=bit_widths)
         self.conv1 = conv(3, 8 * width, 7, 2, padding=3, bias=False)
@@ -90,4 +90,4 @@ class ShortSVHN(svhnq):
         self.layers = nn.Sequential(*self.layers[:5], nn.MaxPool2d(3), nn.Dropout(0.5),
                                     ActivationQ(rounding=False))  # (N, 8 width, 6, 6)
         self.fc = Classifier(8 * width * 6 * 6, num_classes)
-        set_bit_width(self, check_bit_widths(bit_widths)[0])
+        set_bit_width(self, highest_first(bit_widths)[0])

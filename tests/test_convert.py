@@ -73,7 +73,7 @@ def test_quantizers_of_float_weights_are_initialized_from_the_data(images):
     model = models.build(SMALL, [4], 10, quantizer="lsq")
     message, are_new = load_pretrained(model, "x", state)
     assert are_new and re.search(r"; \d+ parameters of quantizers are new", message)
-    models.initialize_quantizers(model, images, models.check_bit_widths([4]))
+    models.initialize_quantizers(model, images, models.highest_first([4]))
     for layer in model.modules():
         if isinstance(layer, quan_ops.QuantizedLayer):
             assert_close(layer.quantizer.log_range_dict["4"].detach(),

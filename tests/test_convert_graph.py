@@ -409,7 +409,7 @@ def test_tracing_leaves_the_attributes_of_a_network():
     add_assignment(model, Assignment("mix", 2, {"conv": 32}))
     Costs(model, 8)
     with pytest.raises(ValueError, match="layer mean"):
-        deploy.graph.trace(model, 2)
+        deploy.graph.operations_of(model, 2)
     assert (model.mean.item(), model.calls, model.seen) == (0, 0, [None])
     assert model.training and not model.bn.training
 
@@ -615,10 +615,10 @@ def test_a_packed_file_of_statistics_that_no_bit_width_changes(tmp_path, images,
 def test_what_other_formats_hold(name, layer):
     model = convert(build(name), [2, 32])
     if layer is None:
-        assert len(deploy.graph.trace(model, 2)) > 20
+        assert len(deploy.graph.operations_of(model, 2)) > 20
         return
     with pytest.raises(ValueError, match=re.escape(layer)):
-        deploy.graph.trace(model, 2)
+        deploy.graph.operations_of(model, 2)
 
 
 # ---- what cannot be converted

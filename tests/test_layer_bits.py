@@ -22,7 +22,7 @@ from models.cost import Costs, LayerCost, cost_table, totals
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
 from models.sharing import shared_computation
-from runs import assert_one_line, evaluation, load, run, snapshot, tiny
+from runs import assert_one_line, compact, evaluation, load, run, snapshot, tiny
 
 MIX = {"layers.0.*": 1, "layers.1.conv0": "w4a1", "layers.1.act*": 2, "layers.2.conv?": 4}
 BITS = {"layers.0.act0": 1, "layers.0.conv1": 1, "layers.1.conv0": 4, "layers.1.conv1": 2,
@@ -344,7 +344,7 @@ def test_evaluation(trained, tiny_cifar10, tmp_path, capsys):
     assert load_names(saved) == ["mix", "uniform"]
     run_program(report.main, partial(report.parse_args, [
         str(folder), str(again), "--output", str(tmp_path / "report")]))
-    assert "| model | 2 | 32 | mix | uniform |" in (tmp_path / "report.md").read_text()
+    assert "| model | 2 | 32 | mix | uniform |" in compact((tmp_path / "report.md").read_text())
 
     assert run(tiny(tiny_cifar10, tmp_path / "t", "--pretrain", saved, "--epochs", 1,
                     "--lr_decay", "")) == 0  # which leaves them out
@@ -359,7 +359,7 @@ def load_names(path):
     (None, ["mix.json cannot be read (No such file or directory)"]),
     ("{", ["mix.json: Expecting property name"]), ("[]", ["mix.json: there is no assignment"]),
     ('{"name": "mix", "default": 3, "layers": {"layers.9": 2}}', ["'layers.9' matches no layer"]),
-    ('{"name": "mix", "default": 3, "layers": {"a": 2, "a": 4}}', ["'a' stands there twice"]),
+    ('{"name": "mix", "default": 3, "layers": {"a": 2, "a": 4}}', ["its key 'a' is repeated"]),
     ('{"name": "mix", "default": 33, "layers": {}}', ["mix: bit-width 33 does not exist"])])
 def test_files_of_bits_that_cannot_be(text, parts, trained, tiny_cifar10, tmp_path, capsys):
     file = tmp_path / "mix.json"
@@ -519,7 +519,7 @@ def test_the_least_cost_is_that_of_the_cheapest_bit_width():
     model, _ = network(("w4a1", "w1a8", 4))
     costs = Costs(model, 32)
     tried = search.Search(model, ForwardPass(model, torch.device("cpu")), costs,
-                          sorted(models.check_bit_widths(["w4a1", "w1a8", 4])), [], [],
+                          sorted(models.highest_first(["w4a1", "w1a8", 4])), [], [],
                           "weight_bytes")
     assert tried.least_cost() == totals(costs.of(models.BitWidth.of("w1a8")))["weight_bytes"]
 
@@ -529,7 +529,7 @@ def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
     model, _ = network((2, 4))
     costs = Costs(model, 32)
     tried = search.Search(model, ForwardPass(model, torch.device("cpu")), costs,
-                          models.check_bit_widths([2, 4]), [], [], "weight_bytes")
+                          models.highest_first([2, 4]), [], [], "weight_bytes")
     units = [["layers.0.act0", "layers.0.conv0"], ["layers.2.act1", "layers.2.conv1"]]
     assert [unit for unit in tried.units if unit in units] == units
     tried.units = units

@@ -11,7 +11,7 @@ import reference
 from engine.evaluation import evaluate
 from engine.forward_pass import ForwardPass
 from models import MODELS, build, calibrate, quan_ops, set_bit_width
-from models.bit_widths import BITS, BitWidth, check_bit_widths
+from models.bit_widths import BITS, BitWidth, highest_first
 from models.losses import any_precision_backward
 from models.lsq import lsq
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
@@ -168,7 +168,7 @@ def test_quantized_values_are_at_most_2_to_the_bits(bits):
     x = torch.randn(20_000, dtype=torch.float64)
     assert len(quantize_activation(x, bits).unique()) == 2**bits
     # The two outer weight levels take half an interval: at 8 bits a draw may miss some.
-    assert len(quantize_weight(x, bits).unique()) <= 2**bits
+    assert 2**bits - 6 * (bits == 8) <= len(quantize_weight(x, bits).unique()) <= 2**bits
 
 
 def test_convolution_quantizes_its_weight_and_not_its_bias():
@@ -191,6 +191,7 @@ def test_operands_of_tf32_are_exact(bits, monkeypatch):
     torch.nn.init.normal_(conv.weight)
     activation = ActivationQ()
     object.__setattr__(conv, "input_quantizer", activation.quantizer)
+    conv.is_scalable = True
     for layer in (conv, activation):
         layer.switch_bit_width(BitWidth(bits))
     operands = []
@@ -392,13 +393,13 @@ def test_a_quantizer_that_is_put_in_place_has_no_bits_until_it_is_switched():
     ([2, 4, 2], "bit-widths 2,4,2 repeat"), (["4", "w4a4"], "bit-widths 4,4 repeat")])
 def test_wrong_bit_widths(wrong, message):
     with pytest.raises(ValueError, match=message):
-        check_bit_widths(wrong)
+        highest_first(wrong)
 
 
 def test_bit_widths_come_highest_first():
     """By weight bits times activation bits, then by weight bits."""
-    assert check_bit_widths([4, 1, 32, 8]) == (32, 8, 4, 1)
-    widths = check_bit_widths(["w2a4", "w4a2", 8, 3, "w1a8", "w8a1", "w4a32", 32, "4"])
+    assert highest_first([4, 1, 32, 8]) == (32, 8, 4, 1)
+    widths = highest_first(["w2a4", "w4a2", 8, 3, "w1a8", "w8a1", "w4a32", 32, "4"])
     assert list(map(str, widths)) == [
         "32", "w4a32", "8", "4", "3", "w8a1", "w4a2", "w2a4", "w1a8"]
 

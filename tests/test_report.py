@@ -16,8 +16,8 @@ from engine.arguments import merge_args, parse_flags, run_name
 from engine.errors import run_program
 from engine.run_folder import write_metrics
 from models import MODELS
+from runs import compact, tiny
 from runs import run as train
-from runs import tiny
 
 
 def write_run(folder, top1, *flags):
@@ -74,21 +74,22 @@ def test_runs_of_other_code_are_said(runs, tmp_path, capsys):
         path = Path(folder, "config.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), "commit": commit}))
     assert run([*runs, "--output", str(tmp_path / "table")]) == 0
+    out = capsys.readouterr().out
     assert ("note: the runs of any, recursive are of other versions of the code: "
-            f"{runs[0]} of abc, {runs[1]} of abc with local changes\n") in capsys.readouterr().out
+            f"{runs[0]} of abc, {runs[1]} of abc with local changes\n") in out
 
 
 @pytest.mark.pictures
 def test_table_in_the_published_form(runs, tmp_path, capsys):
     assert run([*runs, "--output", str(tmp_path / "out" / "table")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert out.splitlines()[:6] == [
         "svhnq on digits: val top-1 (%) of the last epoch, mean ± standard deviation, "
         "1 to 2 runs a cell", "",
         "| model | 1 | 32 |", "|---|---|---|",
         "| any, recursive | 92.00 ± 1.41 | 98.00 ± 0.00 |", "| any, hard | 81.00 | 98.00 |"]
     assert "| dedicated | 72.00 | 96.00 |" in out
-    assert (tmp_path / "out" / "table.md").read_text() in out
+    assert compact((tmp_path / "out" / "table.md").read_text()) in out
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert len(rows) == 8 and rows[0] == {
@@ -102,7 +103,7 @@ def test_table_in_the_published_form(runs, tmp_path, capsys):
     ("best", "91.00 | 99.00")])
 def test_which_epoch(epoch, row, runs, tmp_path, capsys):
     assert run([runs[0], "--epoch", epoch, "--output", str(tmp_path / "t")]) == 0
-    assert f"| any, recursive | {row} |" in capsys.readouterr().out
+    assert f"| any, recursive | {row} |" in compact(capsys.readouterr().out)
 
 
 def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys):
@@ -110,7 +111,7 @@ def test_what_sets_configurations_apart_is_in_their_names(runs, tmp_path, capsys
     resnet = write_run(tmp_path / "resnet", {1: [40.0], 32: [41.0]}, "--model", "resnet20q",
                        "--epochs", "1")
     assert run([runs[0], slow, resnet, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "| any, recursive, lr 0.001 | 91.00 | 98.00 |" in out
     assert "| any, recursive, lr 0.01 | 50.00 | 60.00 |" in out
     assert "resnet20q on digits" in out and "| any, recursive | 40.00 | 41.00 |" in out
@@ -122,7 +123,7 @@ def test_names_say_what_is_not_the_same_in_all(runs, tmp_path, capsys):
     for name, flags in others.items():
         runs.append(write_run(tmp_path / name, top1, *flags))
     assert run([*runs, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     names = [row.split(" | ")[0] for row in out.splitlines() if row.startswith("| any")]
     assert names == [
         "| any, recursive, optimizer adam", "| any, hard, optimizer adam",
@@ -133,7 +134,7 @@ def test_names_say_what_is_not_the_same_in_all(runs, tmp_path, capsys):
 def row_of(runs, tmp_path, capsys):
     """Return the rows of a report of runs as {name: top-1 at its first bit-width}."""
     assert run([*runs, "--output", str(tmp_path / "t")]) == 0
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in compact(capsys.readouterr().out).splitlines()
             if line.startswith("| any")]
     return {cells[0]: cells[1] for cells in rows}
 
@@ -157,7 +158,7 @@ def test_a_training_among_its_evaluations_has_its_own_row(tmp_path, capsys):
         write_evaluation(tmp_path / f"e{seed}", trained, {1: 70.0, 2: 75.0}, batches=None)
     found = [runs[0], *(str(tmp_path / f"e{seed}") for seed in range(3))]
     assert run([*found, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "| dedicated | 90.00 |" in out
     assert "| dedicated 1-bit, best checkpoint evaluated | 70.00 ± 0.00 | 75.00 ± 0.00 |" in out
 
@@ -198,7 +199,7 @@ def test_other_assignments_of_one_name_are_said(tmp_path, capsys):
              value={"loss": 1.0, "top1": 50.0, "top5": 90.0})
     assert run([*folders, "--output", str(tmp_path / "t")]) == 0
     assert ("note: the runs of dedicated 8-bit have other assignments of bits to layers, as of "
-            f"{folders[0]} and {folders[1]}\n") in capsys.readouterr().out
+            f"{folders[0]} and {folders[1]}\n") in compact(capsys.readouterr().out)
 
 
 def test_an_evaluation_that_does_not_say_its_training_is_apart(tmp_path, capsys):
@@ -225,14 +226,14 @@ def test_evaluations_of_one_network_are_one_run(tmp_path, capsys):
         edit(Path(folder, "config.json"), "trained_with", value={"seed": 3})
     edit(Path(folders[2], "config.json"), "arguments", "seed", value=1)
     assert run([*folders, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "| any, recursive | 70.00 | 80.00 |" in out
     for folder in folders[1:]:
         assert f"left out: {folder} repeats seed 3 of {folders[0]}" in out
     parts = [write_evaluation(tmp_path / name, trained, {bits: top1}, batches=None)
              for name, bits, top1 in (("one", 1, 70.0), ("two", 2, 80.0))]
     assert run([*parts, "--output", str(tmp_path / "t")]) == 0
-    assert "| any, recursive | 70.00 | 80.00 |" in capsys.readouterr().out
+    assert "| any, recursive | 70.00 | 80.00 |" in compact(capsys.readouterr().out)
 
 
 def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
@@ -246,7 +247,7 @@ def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
         edit(config, "checkpoint", value="model_latest.pth.tar")
         edit(config, "trained_with", value={"epochs": 30})
     assert run([*folders, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "| dedicated 1-bit, 3 of 30 epochs | 3.00 | 3.00 |" in out
     assert "| dedicated 1-bit | 30.00 | 30.00 |" in out
 
@@ -263,7 +264,7 @@ def test_a_published_network_is_not_said_to_have_the_default_loss(tmp_path, tiny
 def test_a_run_in_bf16_is_named_so_alone_too(tmp_path, capsys):
     folder = write_run(tmp_path / "low", {4: [50.0]}, "--precision", "bf16")
     assert run([folder, "--output", str(tmp_path / "t")]) == 0
-    assert "| dedicated, bf16 | 50.00 |" in capsys.readouterr().out
+    assert "| dedicated, bf16 | 50.00 |" in compact(capsys.readouterr().out)
     arguments = json.loads((tmp_path / "low" / "config.json").read_text())["arguments"]
     assert run_name(Namespace(**arguments)) == "digits_svhnq_4_bf16_seed0"
     assert run_name(Namespace(**{**arguments, "precision": "fp32"})) == "digits_svhnq_4_seed0"
@@ -289,7 +290,7 @@ def test_unfinished_runs_have_a_row_of_their_own_and_repeated_seeds_none(runs, t
     half = write_run(tmp_path / "half", {1: [10.0], 32: [11.0]}, "--epochs", "2")
     again = write_run(tmp_path / "again", {1: [1.0, 2.0], 32: [3.0, 4.0]}, "--seed", "1")
     assert run([*runs, half, again, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "| any, recursive | 92.00 ± 1.41 | 98.00 ± 0.00 |" in out
     assert "| any, recursive, 1 of 2 epochs | 10.00 | 11.00 |" in out
     assert f"left out: {again} repeats seed 1 of {runs[1]}" in out
@@ -298,7 +299,7 @@ def test_unfinished_runs_have_a_row_of_their_own_and_repeated_seeds_none(runs, t
 def test_evaluations_say_what_they_are_of(runs, tmp_path, capsys):
     folder = write_evaluation(tmp_path / "e", tmp_path / "d32", {1: 20.0})
     assert run([*runs, folder, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "of the last epoch, or the checkpoint that was evaluated," in out
     name = "dedicated 32-bit, best checkpoint evaluated, calibrated on 20 batches"
     assert f"| {name} | 20.00 |" in out
@@ -306,10 +307,10 @@ def test_evaluations_say_what_they_are_of(runs, tmp_path, capsys):
     other = write_evaluation(tmp_path / "e0", tmp_path / "d32", {1: 15.0}, batches=0)
     own = write_evaluation(tmp_path / "own", tmp_path / "d32", {32: 96.0}, batches=0)
     assert run([folder, other, own, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "| dedicated 32-bit, calibrated on 20 batches | 20.00 |" in out
     assert "| dedicated 32-bit, not calibrated | 15.00 |" in out
-    assert "| dedicated, not calibrated |  | 96.00 |" in out
+    assert "| dedicated, not calibrated | | 96.00 |" in out
 
 
 def test_evaluations_of_two_runs_of_one_seed_are_no_repetition(tmp_path, capsys):
@@ -318,14 +319,15 @@ def test_evaluations_of_two_runs_of_one_seed_are_no_repetition(tmp_path, capsys)
     first, second = (write_evaluation(tmp_path / f"{name}_e", tmp_path / name, {1: 20.0})
                      for name in "ab")
     assert run([first, second, "--output", str(tmp_path / "t")]) == 0
-    assert f"left out: {second} is of another checkpoint than {first}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"left out: {second} is of another checkpoint than {first}" in out
 
 
 def test_bit_width_lists_tell_apart_what_nothing_else_does(runs, tmp_path, capsys):
     more = write_run(tmp_path / "more", {1: [45.0, 50.0], 2: [50.0, 55.0], 32: [50.0, 60.0]})
     assert run([runs[0], more, "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
-    assert "| any, recursive (1,32) | 91.00 |  | 98.00 |" in out
+    out = compact(capsys.readouterr().out)
+    assert "| any, recursive (1,32) | 91.00 | | 98.00 |" in out
     assert "| any, recursive (1,2,32) | 50.00 | 55.00 | 60.00 |" in out
 
 
@@ -334,7 +336,7 @@ def test_a_report_s_own_files_are_no_runs(runs, tmp_path, capsys):
     for _ in range(2):
         argv = [*map(str, sorted(tmp_path.iterdir())), "--output", str(tmp_path / "report")]
         assert run(argv) == 0
-    assert "| any, recursive | 92.00" in capsys.readouterr().out
+    assert "| any, recursive | 92.00" in compact(capsys.readouterr().out)
 
 
 def test_what_is_no_run_is_named_beside_the_report_of_those_that_are(runs, tmp_path, capsys):
@@ -342,8 +344,8 @@ def test_what_is_no_run_is_named_beside_the_report_of_those_that_are(runs, tmp_p
     (tmp_path / "notes.txt").write_text("mine")
     wrong = [str(tmp_path / name) for name in ("typo", "container", "notes.txt")]
     assert run([*runs, *wrong, "--output", str(tmp_path / "t")]) == 1
-    out, err = capsys.readouterr()
-    assert "| any, recursive | 92.00" in out and (tmp_path / "t.md").read_text() in out
+    out, err = map(compact, capsys.readouterr())
+    assert "| any, recursive | 92.00" in out and compact((tmp_path / "t.md").read_text()) in out
     assert "error: the report lacks " in err
     assert err.count("\n") == 1 and f"{wrong[0]} does not exist" in err
     for path in wrong[1:]:
@@ -437,7 +439,7 @@ def test_a_damaged_file_is_named(file, content, told, runs, tmp_path, capsys):
     folder = evaluation_folder(tmp_path / "x")
     (folder / file).write_bytes(content)
     assert run([*runs, str(folder), "--output", str(tmp_path / "t")]) == 1
-    out, err = capsys.readouterr()
+    out, err = map(compact, capsys.readouterr())
     assert "| any, recursive | 92.00" in out
     assert f"{folder / file}" in err and told in err and err.count("\n") == 1
 
@@ -455,6 +457,6 @@ def test_names_reach_the_terminal_without_escape_sequences(tmp_path, capsys):
     folder = evaluation_folder(tmp_path / "x", checkpoint="\x1b[31mred.pth.tar")
     edit(folder / "config.json", "arguments", "model", value="m\x1b[2J")
     assert run([str(folder), "--output", str(tmp_path / "t")]) == 0
-    out = capsys.readouterr().out
+    out = compact(capsys.readouterr().out)
     assert "\x1b" not in out and r"m\x1b[2J on digits" in out
     assert report.load_run(folder).evaluation["evaluation"] == r"\x1b[31mred evaluated"

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from engine.forward_pass import ForwardPass
-from models import (build, check_bit_widths, initialize_quantizers, packed, quan_ops, quantizers,
+from models import (build, highest_first, initialize_quantizers, packed, quan_ops, quantizers,
                     set_bit_width)
 from models.float_layers import Classifier
 from models.graph import prepare_low_precision
@@ -279,7 +279,7 @@ def test_initialize_leaves_modes_as_they_are():
     model = build("svhnq", WIDTHS, 3, 1, quantizer="lsq")
     model.layers[1].eval()  # a frozen BatchNorm
     modes = {name: module.training for name, module in model.named_modules()}
-    initialize_quantizers(model, torch.randn(2, 3, 40, 40), check_bit_widths(WIDTHS))
+    initialize_quantizers(model, torch.randn(2, 3, 40, 40), highest_first(WIDTHS))
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert len(set(modes.values())) == 2
 
@@ -388,7 +388,7 @@ def test_initialize_sets_buffers_and_leaves_those_of_batch_norm(monkeypatch):
         DoReFaWeight() if isinstance(layer, QuantizedLayer) else StaticActivation()))
     model = build("svhnq", WIDTHS, 10, quantizer="static")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    initialize_quantizers(model, torch.randn(4, 3, 40, 40), check_bit_widths(WIDTHS))
+    initialize_quantizers(model, torch.randn(4, 3, 40, 40), highest_first(WIDTHS))
     changed = {key.rpartition(".")[2] for key, value in model.state_dict().items()
                if not torch.equal(value, before[key])}
     assert changed == {"most"}
@@ -406,19 +406,19 @@ def bf16_error(layer, x):
 
 
 class Dynamic(DoReFaActivation):
-    """Its step depends on the input, so that `step` cannot say it."""
+    """Its step depends on the input, so that `step_size` cannot say it."""
 
     def integers(self, x, rounding=True):
         scale = x.detach().amax() / (2**self.bits - 1)
         a = clamp(x / scale, 0, 2**self.bits - 1)
         return round_ste(a) if rounding else a, scale
 
-    def step(self):
+    def step_size(self):
         return None
 
 
 class Wider(DoReFaActivation):
-    """Whoever wrote it forgot that `step` says the scale of `integers`."""
+    """Whoever wrote it forgot that `step_size` says the scale of `integers`."""
 
     def integers(self, x, rounding=True):
         integers, scale = super().integers(x / 1.5, rounding)
@@ -428,12 +428,12 @@ class Wider(DoReFaActivation):
 class PerChannel(DoReFaActivation):
     def integers(self, x, rounding=True):
         integers, _ = super().integers(x / self.ranges(), rounding)
-        return integers, self.step()
+        return integers, self.step_size()
 
     def ranges(self):
         return torch.linspace(0.5, 1.5, 8).view(8, 1, 1)
 
-    def step(self):
+    def step_size(self):
         return self.ranges() / (2**self.bits - 1)
 
 
@@ -659,9 +659,9 @@ def test_a_weight_that_pruning_computes_in_low_precision():
 def test_a_learned_clip_of_one_number_has_exact_operands(shape):
     class Clipped(DoReFaActivation):
         def integers(self, x, rounding=True):
-            return super().integers(x / 1.3)[0], self.step()
+            return super().integers(x / 1.3)[0], self.step_size()
 
-        def step(self):
+        def step_size(self):
             return torch.full(shape, 1.3) / (2**self.bits - 1)
 
     torch.manual_seed(0)
@@ -728,7 +728,7 @@ def test_learned_steps_in_bf16(width):
     torch.manual_seed(0)
     model = build("resnet20q", [width], 10, quantizer="lsq").eval()
     images = torch.randn(2, 3, 16, 16)
-    initialize_quantizers(model, images, check_bit_widths([width]))
+    initialize_quantizers(model, images, highest_first([width]))
     forward = ForwardPass(model, torch.device("cpu"), "bf16")
     with torch.no_grad(), forward.autocast():
         assert model(images).isfinite().all()

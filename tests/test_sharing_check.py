@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import models
 from engine import forward_pass
 from engine.forward_pass import ForwardPass
-from models import check_bit_widths, set_bit_width
+from models import highest_first, set_bit_width
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import ActivationQ, Conv2dQ, DoReFaWeight, SwitchableBatchNorm2d
 from models.sharing import no_sharing, shared_computation
@@ -211,7 +211,7 @@ def test_what_sharing_does_not_suit_is_computed_anew(change, forward, monkeypatc
                       {name: parameter.grad for name, parameter in model.named_parameters()}))
     torch.testing.assert_close(*steps, rtol=0, atol=0)
     message, = messages
-    assert message.startswith("note: training computes everything anew at each bit-width: ")
+    assert message.startswith("note: training recomputes everything at each bit-width: ")
 
 
 def test_a_look_in_inference_mode_is_shared(monkeypatch, messages):
@@ -366,7 +366,7 @@ def test_an_optimizer_that_steps_too_early_is_refused():
         refused = pytest.raises(ValueError, match="an optimizer steps within shared_computation")
         with refused if sharing is shared_computation else contextlib.nullcontext():
             with sharing(model, IMAGES):
-                for width in check_bit_widths(WIDTHS):
+                for width in highest_first(WIDTHS):
                     set_bit_width(model, width)
                     forward_loss(model, IMAGES, LABELS)[0].backward()
                     other.step()
@@ -380,5 +380,5 @@ def test_a_run_says_it_in_its_log(tmp_path, monkeypatch, tiny_cifar10):
         self, w + 0.3 * w.detach().std() * torch.randn_like(w)))
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
     log, = (tmp_path / "r").glob("log_*.txt")
-    note = "note: training computes everything anew at each bit-width: with sharing, the gradient"
+    note = "note: training recomputes everything at each bit-width: with sharing, the gradient"
     assert log.read_text().count(note) == 1

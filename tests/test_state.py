@@ -13,7 +13,7 @@ from runs import assert_same, load
 from engine.arguments import merge_args
 from engine.errors import UserError
 from engine.setup import make_optimizer
-from engine.state import TrainingState, copy_to_cpu
+from engine.state import TrainingState, copies
 from models import MODELS, BitWidth
 from models.checkpoint import FileError, read_checkpoint, save_checkpoint
 from utils import WriteError
@@ -68,16 +68,13 @@ def test_a_file_without_weights_is_not_a_checkpoint(content, tmp_path):
 
 def test_tensors_copied_together_are_the_same_apart():
     model = MODELS["resnet4q"]([2, 32], 10, 1).to(memory_format=torch.channels_last)
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
-    weights = model.state_dict()
-    others = {"step": torch.tensor(3.0), "rate": 0.5, "none": torch.zeros(0)}
-    copy_to_cpu([weights, others], "cpu")
-    assert_same(dict(weights), expected)
-    assert_same(others, {"step": torch.tensor(3.0), "rate": 0.5, "none": torch.zeros(0)})
-    for value in weights.values():
+    tensors = [*model.parameters(), torch.tensor(3.0), torch.zeros(0)]
+    copied = copies(tensors)
+    assert_same(copied, [tensor.detach() for tensor in tensors])
+    for value in copied:
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    weights["fc.weight"].zero_()
-    assert model.fc.weight.any()
+    copied[0].zero_()
+    assert tensors[0].any()
 
 
 # ---- what a run takes from a checkpoint
