@@ -22,7 +22,7 @@ from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
 from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dataset_name,
-                              merge_args, number, path_text)
+                              merge_args, number, path_text, source)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import check_classes, open_data
@@ -181,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", type=path_text, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
+    add("source", type=source, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
         "file, a URL, or a published name, as --pretrain of train.py")
     add("--format", choices=files.FORMATS, required=True, help="packed: for this project, bit for "
         "bit; onnx: for ONNX Runtime, OpenVINO and others")

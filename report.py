@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from dataset.data import DATASETS
 from engine.arguments import DEFAULTS, FLAGS, MACHINE, TASK, OneLineParser, path_text
-from engine.bit_search import PATH_FILE
 from engine.errors import UserError, run_program
 from engine.figures import Curve, best_of_each, best_record, save_comparison_figure
 from engine.forward_pass import AUTO
-from engine.run_folder import damaged, metrics_of, parse_json, read_metrics, read_text
+from engine.run_folder import PATH_FILE, damaged, metrics_of, parse_json, read_metrics, read_text
 from models import Assignment, BitWidth, highest_first
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import LATEST, is_finite_number, is_whole
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     """A results folder."""
     folder: str
     commit: str  # of the code, as config.json says it
-    checkpoint: str  # that was evaluated; "" of a training
+    checkpoint: str  # that was evaluated: a digest of its weights, or its path; "" of a training
     kind: tuple[str, str, bool]  # data set, model, whether it is an evaluation
     name: str
     bit_widths: str  # those of training; "all" for dedicated networks
@@ -99,11 +99,12 @@ def load_run(folder: str | Path) -> Run:
     name = "dedicated"
     if len(trained) > 1:
         name = f"any, {arguments['loss']}" if arguments["loss"] else "any"  # a published network
-    evaluation = {"evaluation": "", "calibration": ""}
+    evaluation = {"evaluation": "", "calibration": "", "images": ""}
+    training = trained_with(config, arguments)
     if arguments["evaluate"]:
         if len(trained) == 1 and history[0]["val"].keys() != trained:
             name += f" {flag_text(bit_widths)}-bit"
-        evaluation = evaluation_words(arguments["calibrate"], config["checkpoint"])
+        evaluation = evaluation_words(arguments, config["checkpoint"], training)
         done, of_all = config.get("epoch"), config.get("trained_with", {}).get("epochs")
         is_last = Path(config["checkpoint"]).name == LATEST
         if is_last and is_whole(done) and is_whole(of_all) and done < of_all:
@@ -112,7 +113,6 @@ def load_run(folder: str | Path) -> Run:
         name += f", {history[-1]['epoch']} of {arguments['epochs']} epochs"
     if arguments["precision"] not in (AUTO, "fp32"):
         name += f", {arguments['precision']}"
-    training = trained_with(config, arguments)
     settings = {argument: escaped(setting_words(argument, value))
                 for argument, value in sorted(training.items()) if sets_apart(argument)}
     if not arguments["evaluate"]:
@@ -120,7 +120,9 @@ def load_run(folder: str | Path) -> Run:
     kind = (escaped(arguments["dataset"]), escaped(arguments["model"]), arguments["evaluate"])
     listed = flag_text(bit_widths) if len(bit_widths) > 1 else "all"
     commit = escaped(each_value(config, "commit"))
-    checkpoint = config["checkpoint"] if arguments["evaluate"] else ""
+    checkpoint = ""
+    if arguments["evaluate"]:
+        checkpoint = str(config.get("weights") or config["checkpoint"])  # older ones say no weights
     return Run(str(folder), commit, checkpoint, kind, escaped(name), listed, trained, settings,
                evaluation, list(map(repr, assignments)), training.get("seed", arguments["seed"]),
                arguments["best_by"], history)
@@ -219,15 +221,29 @@ def setting_words(argument: str, value: object) -> str:
     return f"no {name}" if value == [] else f"{name} {flag_text(value)}"
 
 
-def evaluation_words(batches: int | None, checkpoint: str) -> dict[str, str]:
-    """Return in words which checkpoint was evaluated, and how many batches calibrated it."""
+def evaluation_words(arguments: dict, checkpoint: str, training: dict) -> dict[str, str]:
+    """Return in words what was evaluated: which checkpoint, by what batches calibrated, on what.
+
+    training: the arguments of its training, which the words leave out where they are the same.
+    """
+    batches = arguments["calibrate"]
     stem = escaped(Path(checkpoint).name.split(".")[0])
     named = {"model_best": "best checkpoint", "model_latest": "last checkpoint"}
     calibration = ""
     if batches is not None:
         count = "1 batch" if batches == 1 else f"{batches} batches"
         calibration = f"calibrated on {count}" if batches else "not calibrated"
-    return {"evaluation": f"{named.get(stem, stem)} evaluated", "calibration": calibration}
+        if batches and arguments["batch_size"] != training.get("batch_size"):
+            calibration += f" of {arguments['batch_size']}"
+    images = []
+    split = arguments["train_split"]
+    if split != training.get("train_split"):
+        row = DATASETS.get(arguments["dataset"])
+        images.append(f"on {row.val_split.get(split, split) if row else split}")
+    if arguments["image_size"] != training.get("image_size"):
+        images.append(f"at {arguments['image_size']} pixels")
+    return {"evaluation": f"{named.get(stem, stem)} evaluated", "calibration": calibration,
+            "images": escaped(" ".join(images))}
 
 
 def sets_apart(argument: str) -> bool:
@@ -280,7 +296,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
     no_runs = []
     for folder in folders:
         if (os.path.isfile(folder) and folder.endswith(SUFFIXES)
-                or os.path.isfile(os.path.join(folder, PATH_FILE))):
+                or os.path.isfile(os.path.join(folder, PATH_FILE))
+                and not os.path.exists(os.path.join(folder, "config.json"))):
             continue  # results/* of a shell includes our own files, and search.py's folders
         if not os.path.exists(folder):
             no_runs.append(f"{folder} does not exist")
@@ -294,7 +311,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
             no_runs.append(str(error))
             continue
         same = [other for other in runs if other.identity == run.identity
-                and other.history[-1]["val"].keys() & run.history[-1]["val"].keys()]
+                and (other.checkpoint != run.checkpoint
+                     or other.history[-1]["val"].keys() & run.history[-1]["val"].keys())]
         if same and same[0].checkpoint != run.checkpoint:
             left_out.append(f"{folder} is of another checkpoint than {same[0].folder}, and nothing "
                             "else tells them apart: report it alone")
@@ -412,14 +430,15 @@ def main(args: Namespace) -> None:
         which += ", or the checkpoint that was evaluated"
 
     table = markdown(rows, which)
+    if os.path.isdir(args.output):
+        args.output = os.path.join(args.output, "report")
     folder = Path(args.output).parent
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(f"{args.output}.md", table)
     write_csv(f"{args.output}.csv", rows)
-    save_comparison_figure(f"{args.output}.png", curves(runs, rows))
-
     print(table)
+    save_comparison_figure(f"{args.output}.png", curves(runs, rows))
     for reason in left_out:
         print(f"left out: {reason}")
     for reason in differences(runs):

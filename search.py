@@ -21,20 +21,23 @@ from torch.utils.data import Subset
 
 from dataset.data import DATASETS, Samples, get_dataset
 from dataset.loader import fingerprint, make_loader
-from engine.arguments import OneLineParser, dataset_name, number, path_text, run_name
-from engine.bit_search import PATH_FILE, Search, Step
+from engine.arguments import (OneLineParser, dataset_name, number, path_text, run_name,
+                              source)
+from engine.bit_search import Search, Step
 from engine.device import choose_device
+from engine.distributed import world_size
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
 from engine.forward_pass import ForwardPass
 from engine.resume import Checkpoint, resolve
-from engine.run_folder import RunFolder, damaged, log, parse_json, read_text
+from engine.run_folder import PATH_FILE, RunFolder, damaged, log, parse_json, read_text
 from engine.setup import check_classes, make_forward_pass
-from models import Assignment, BitWidth, bit_widths_of, packed, saved_bit_widths
+from models import (Assignment, BitWidth, bit_widths_of, packed, read_assignments,
+                    saved_bit_widths)
 from models.assignment import is_name
 from models.checkpoint import is_finite_number, is_whole, network_of
 from models.cost import Costs, cost_table, totals
-from utils import brief, flag_text, markdown_table, write_json, write_text
+from utils import brief, flag_text, markdown_table, one_line, write_json, write_text
 
 WRITTEN = ("layer_bits.json", "path.md", "path.png")  # in the folder of a search
 FIELDS = {"budget": ("bit_operations", "ops"), "bytes": ("weight_bytes", "bytes")}
@@ -49,6 +52,9 @@ class Budget(NamedTuple):
 
 def main(args: Namespace) -> Path | None:
     """Search, or print what each layer costs; return the folder of the search."""
+    if world_size() > 1:
+        raise UserError(f"a search runs in one process, and WORLD_SIZE is {world_size()}: start it "
+                        "without torchrun")
     device = choose_device(args.device)
     flags = {"evaluate": True, "pretrain": args.source, "data_dir": args.data_dir,
              "dataset": args.dataset}
@@ -73,7 +79,8 @@ def main(args: Namespace) -> Path | None:
     budgets = resolve_budgets(search, getattr(args, field), field)
 
     name = f"{run_name(settings)}_search"
-    with RunFolder(args.results_dir or f"results/{name}", name, in_place=True) as run:
+    folder = Path(args.results_dir or f"results/{name}")
+    with RunFolder(folder, name, in_place=(folder / PATH_FILE).exists()) as run:
         identity = {"checkpoint": packed.digest(checkpoint.content["state_dict"], {}),
                     "data": data, "bit_widths": flag_text(bit_widths), "by": search.by,
                     "images": count, "seed": args.seed}
@@ -100,8 +107,9 @@ def main(args: Namespace) -> Path | None:
         uniform = {width: uniform_step(search, width) for width in bit_widths}
         found = {text: next(step for step in path if step.cost[search.by] <= budget)
                  for text, budget in budgets.items()}
+        assignments = [search.assignment(step.layers, text) for text, step in found.items()]
         write_json(run.path / WRITTEN[0], [
-            search.assignment(step.layers, text).content for text, step in found.items()])
+            each.content for each in with_earlier(assignments, run.path / WRITTEN[0])])
         table = path_table(path, uniform, found)
         write_text(run.path / WRITTEN[1], table)
         draw(run.path / WRITTEN[2], path, uniform, found, search.by, name)
@@ -222,6 +230,18 @@ def read_path(path: Path, identity: dict) -> list[Step]:
     return [step_of(each, path) for each in content["steps"]]
 
 
+def with_earlier(assignments: list[Assignment], path: Path) -> list[Assignment]:
+    """Return assignments after those that a search of other budgets wrote to a path."""
+    if not path.exists():
+        return assignments
+    try:
+        earlier = read_assignments(path)
+    except ValueError as error:
+        raise UserError(f"{one_line(error)}: correct it, or move the file away") from None
+    names = {each.name for each in assignments}
+    return [*(each for each in earlier if each.name not in names), *assignments]
+
+
 def step_of(content: object, path: Path) -> Step:
     """Return the Step of a dict that content_of gave; UserError naming `path` for another one."""
     try:
@@ -302,7 +322,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", type=path_text, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
+    add("source", type=source, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
         "file, a URL, or a published name, as --pretrain of train.py")
     add("--budget", type=budget_list, metavar="B,...", help="bit-operations of the quantized "
         "layers for an image: a number, a share of the highest integer bit-width's such as 25%%, "

@@ -30,13 +30,14 @@ from torch import Tensor
 from dataset.data import Samples
 from dataset.loader import Loader, count_classes, fingerprint
 from engine import published
-from engine.arguments import SCHEDULE, flag_name, names_of, parse_flags, run_name
+from engine.arguments import (FLAGS, MACHINE, SCHEDULE, flag_name, names_of, parse_flags,
+                              run_name)
 from engine.console import Console, fitted
 from engine.cuda_graph import GraphStep
 from engine.device import choose_device, describe
 from engine.distributed import (any_process, broadcast_buffers, broadcast_parameters,
-                                exchange_gradients, local_rank_zero_first, processes, rank,
-                                world_size)
+                                check_same, exchange_gradients, local_rank_zero_first,
+                                processes, rank, world_size)
 from engine.errors import Stopped, StopRequest, run_program
 from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
@@ -47,7 +48,7 @@ from engine.run_folder import RunFolder, log
 from engine.setup import (check_class_names, describe_images, initialize_model, load_pretrained,
                           make_forward_pass, make_model, make_optimizer, make_train_loader,
                           make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
-from engine.state import TrainingState
+from engine.state import TrainingState, seed_generators
 from models import BitWidth, highest_first, layer_table, quantizers
 from models.calibration import without_assignments
 from models.checkpoint import BEST, read_checkpoint, saved_assignments, saved_own_bits
@@ -66,9 +67,12 @@ def main(flags: Namespace) -> Path:
     with processes(device, getattr(flags, "timeout", 600)):
         with local_rank_zero_first():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
+        check_same({**{flag_name(name): flag_text(value) for name, value in vars(args).items()
+                       if FLAGS[name].kind != MACHINE},
+                    "the epoch to go on with": checkpoint and checkpoint.content.get("epoch")})
         args.precision = choose_precision(args.precision, device)
 
-        torch.manual_seed(args.seed)
+        seed_generators(args.seed)
         if args.evaluate:
             return evaluate_checkpoint(args, checkpoint, device)
 
@@ -84,6 +88,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
     defaulted: arguments left to their defaults, which the log names.
     """
     state, forward_pass, train_loader, val_loader = make_run(args, device)
+    check_same({f"the data's {name}": value for name, value in state.data.items()})
     message = load_initial_state(state, args, checkpoint, forward_pass, train_loader)
     in_place = checkpoint is not None and checkpoint.in_place
     hooked = state.check_rebuilt() if rank() == 0 and not in_place else None
@@ -94,6 +99,8 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
         step = GraphStep(step, state.optimizer, args.batch_size, device)
 
     with RunFolder(args.results_dir, run_name(args), in_place, args.save_every) as run:
+        if in_place and rank() == 0:  # now that no other run writes to the folder
+            checkpoint.check_unchanged()
         go_on_without_output(f"training goes on; its log is in {run.path}")
         run.begin(state.epoch, vars(args), state.best)
         if state.epoch < args.epochs or not in_place:  # else this run trains nothing
@@ -197,7 +204,7 @@ def make_run(args: Namespace,
     classes = count_classes(args.dataset, train_set, val_set)
     model = make_model(args, args.bit_width_list, classes).to(device)
     if rank() > 0:
-        torch.manual_seed(args.seed + 1_000_003 * rank())  # same weights as rank 0, other dropout
+        seed_generators(args.seed + 1_000_003 * rank())  # same weights as rank 0, other dropout
     forward_pass = make_forward_pass(args, model, device)
     train_loader = make_train_loader(args, train_set, forward_pass.memory_format, device)
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
@@ -316,8 +323,8 @@ def finish(run: RunFolder, name: str, best_by: str) -> None:
     if rank() > 0:
         return
     if run.history:  # none where a finished run is resumed in another folder
-        save_training_figure(run.path / "accuracy.png", run.history, name, best_by)
         log.info("\n%s\n", best_and_last(run.history, best_by))
+        save_training_figure(run.path / "accuracy.png", run.history, name, best_by)
     log.info(run.contents())
 
 

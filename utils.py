@@ -183,7 +183,7 @@ def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]],
 
     align_right: all columns but the first.
     """
-    lines = [list(map(str, line)) for line in (head, *rows)]
+    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     others = [str.rjust if align_right else str.ljust] * (len(widths) - 1)
     lines = [[align(cell, width) for align, cell, width in zip((str.ljust, *others), line, widths)]

@@ -20,9 +20,9 @@ from pathlib import Path
 from reference_way import ROOT  # first: it adds the project to the path
 
 from engine.arguments import OneLineParser, path_text
-from engine.bit_search import PATH_FILE
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
+from engine.run_folder import PATH_FILE
 from models.assignment import is_name
 from models.bit_widths import BITS, FULL_PRECISION
 from utils import write_json, write_text

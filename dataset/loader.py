@@ -196,6 +196,8 @@ def fingerprint(dataset: Samples) -> dict[str, int | str]:
     labels = [label for _, label in dataset] if is_list else listed_labels(dataset)
     if in_folders:
         found["list of class folders"] = sha256("\n".join(dataset.classes))
+        found["list of files"] = sha256("\n".join(f"{label} {os.path.basename(path)}"
+                                                  for path, label in dataset.samples))
     elif labels is not None:
         labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
         found["list of labels"] = sha256(flag_text(labels))

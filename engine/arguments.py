@@ -105,9 +105,12 @@ def nonempty(text: str) -> str:
 
 
 def path_text(text: str) -> str:
-    """Parse a path: not empty, and no symbolic link to itself."""
+    """Parse a path: not empty, no URL, and no symbolic link to itself; ~ is expanded."""
+    if "://" in nonempty(text):
+        raise ArgumentTypeError(f"{text!r} is a URL: give a path of this machine's files")
+    text = os.path.expanduser(text)
     try:
-        os.stat(nonempty(text))
+        os.stat(text)
     except OSError as error:  # it may be made later
         if error.errno == errno.ELOOP:
             raise ArgumentTypeError(f"{text!r} leads by symbolic links to itself: give another "
@@ -135,7 +138,9 @@ def named_datasets() -> list[str]:
 
 def source(text: str) -> str | None:
     """Parse the source of a checkpoint; published scripts write none as None."""
-    return None if text == "None" else path_text(text)
+    if text == "None":
+        return None
+    return text if "://" in text else path_text(text)
 
 
 class HelpFormatter(argparse.HelpFormatter):

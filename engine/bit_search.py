@@ -13,7 +13,6 @@ from models.cost import Costs, totals
 from utils import progress
 
 NAME = "search"  # of the assignment that is tried
-PATH_FILE = "path.json"  # in the folder of a search
 
 
 class Step(NamedTuple):

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -68,11 +69,18 @@ def processes(device: torch.device, timeout: int) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:  # torch's own errors among them
         text = str(error).lower()
         words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "rendezvous")
-        if not isinstance(error, dist.DistError) and not any(word in text for word in words):
+        is_known = is_of_distributed(error) and any(word in text for word in words)
+        if not isinstance(error, dist.DistError) and not is_known:
             raise
         raise ProcessError(f"process {rank()} of {world_size()} lost the others "
                            f"({text.splitlines()[0][:200]}): see the first error above, and start "
                            "them with torchrun") from None
+
+
+def is_of_distributed(error: Exception) -> bool:
+    """Return whether torch.distributed raised an error, and not a user's own code."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("torch.distributed")
 
 
 class Downloads:
@@ -109,6 +117,17 @@ def local_rank_zero_first() -> Iterator[None]:
             raise ProcessError(f"process {index} failed: see its error above")
     if not first:
         yield
+
+
+def check_same(values: dict[str, object]) -> None:
+    """Raise ProcessError naming the first of some values that is not the same in all processes."""
+    first, *others = gather({name: str(value) for name, value in values.items()})
+    for index, own in enumerate(others, start=1):
+        for name in {**first, **own}:
+            if first.get(name) != own.get(name):
+                raise ProcessError(f"{name} is {first.get(name)} in process 0, and {own.get(name)} "
+                                   f"in process {index}: start all with the same command, on the "
+                                   "same data, and with a results folder that all see")
 
 
 def gather(value: T) -> list[T]:

@@ -142,7 +142,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return (f"out of memory ({one_line(error)}): lower --batch-size or --width, or for a large "
                 "data set --train-fraction")
-    if "DataLoader worker" in str(error):
+    if str(error).startswith("DataLoader worker"):  # else it is an error of what a worker calls
         return f"{one_line(error)}: it may have run out of memory, lower --workers"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         if type(error).__name__ == "Unsupported":

@@ -59,6 +59,7 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         raise UserError(f"--save-calibrated {args.save_calibrated} exists: remove it, or give "
                         "another name")
 
+    weights = packed.digest(content["state_dict"], {})
     assignments = given_assignments(args)
     model, added = network_of(content, path, bit_widths)
     added |= add_assignments(model, assignments, args)
@@ -100,14 +101,15 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         add_costs(results, model, DATASETS[args.dataset].image_size)
         if rank() == 0:
             own = {name: value for name, value in vars(args).items() if is_of_evaluation(name)}
-            run.write_config(own, device, checkpoint=str(path), epoch=content.get("epoch"),
+            run.write_config(own, device, checkpoint=str(path), weights=weights,
+                             epoch=content.get("epoch"),
                              trained_bit_widths=plain(trained),
                              trained_with=without_secrets(content.get("arguments") or {}),
                              assignments=[each.content for each in wanted
                                           if isinstance(each, Assignment)])
             write_json(run.path / "evaluation.json", results)
-            save_evaluation_figure(run.path / "accuracy.png", results, name, trained)
             log.info("\n%s\n", evaluation_table(results, trained))
+            save_evaluation_figure(run.path / "accuracy.png", results, name, trained)
             if args.save_calibrated:
                 save_calibrated(args, checkpoint, model, added)
             log.info(run.contents())

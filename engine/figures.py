@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which needs a display
 from matplotlib.ticker import MaxNLocator
@@ -14,6 +14,7 @@ from engine.metrics import best_key
 from models import Assignment, BitWidth, Width
 from utils import replacing
 
+rcParams["text.usetex"] = False  # names of runs are no TeX, whatever a user's matplotlibrc says
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"  # with the colors, so that those who confuse them can tell points apart
 LINES = ("-", "--", ":")
@@ -162,7 +163,7 @@ def save_comparison_figure(path: str | Path, panels: Sequence[tuple[str, Sequenc
     for row, (title, curves), labels in zip(rows, panels, names):
         values = [mean for curve in curves for mean in curve.mean.values()]
         floor = common_floor(values)
-        row.suptitle(title)
+        row.suptitle(literal(title))
         axes = row.subplots(1, 1 if floor is None else 2, squeeze=False)[0]
         widths = sorted({bits for curve in curves for bits in curve.mean})
         for axis in axes:
@@ -183,7 +184,7 @@ def plot_curves(axis: Axes, widths: list[BitWidth], curves: Sequence[Curve],
     for index, (curve, label) in enumerate(zip(curves, labels)):
         style = index // len(COLORS)  # each color comes again with another marker and line
         plot_by_width(axis, widths, curve.mean, curve.trained, curve.spread,
-                      offset=step * (index - (len(curves) - 1) / 2), label=label,
+                      offset=step * (index - (len(curves) - 1) / 2), label=literal(label),
                       color=COLORS[index % len(COLORS)],
                       marker=MARKERS[(index + style) % len(MARKERS)],
                       linestyle=LINES[style % len(LINES)] if curve.joined else "none")
@@ -218,11 +219,16 @@ def new_figure(columns: int, title: str | None = None,
                width: float = 6) -> tuple[Figure, Sequence[Axes]]:
     """Return a figure and its axes, side by side, each `width` inches wide."""
     figure = Figure(figsize=(width * columns, 4.5), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title and literal(title), fontsize="medium")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.3)
     return figure, axes
+
+
+def literal(text: str) -> str:
+    """Return text in which Matplotlib sees no mathematics between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def plot_by_width(axis: Axes, widths: list[BitWidth], top1: dict[BitWidth, float],

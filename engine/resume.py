@@ -1,4 +1,5 @@
 """What a run takes from a checkpoint, to resume and to evaluate."""
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ class Checkpoint:
     def __init__(self, path: Path, in_place: bool = False, flags: Namespace | None = None):
         self.path = path
         self.in_place = in_place
+        self.stamp = stamp_of(path)
         self.content = read_checkpoint(path)
         check_field(path, "epoch", self.content.get("epoch"), is_epoch,
                     "a number of epochs done")
@@ -53,6 +55,12 @@ class Checkpoint:
                 name = published.DATASET.get(self.network["name"], DEFAULTS["dataset"])
             if name in DATASETS:
                 self.arguments["dataset"] = name
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where another process has written the file since it was read."""
+        if stamp_of(self.path) != self.stamp:
+            raise UserError(f"{self.path} was written by another run while this one began: let "
+                            "that end, and give the command again")
 
     def check_network(self, saved: dict) -> None:
         """Raise FileError where the arguments are of another network than the one it holds."""
@@ -104,6 +112,15 @@ class Checkpoint:
                 f"{dataset} in dataset/data.py says {row.image_size}: correct the row")
 
 
+def stamp_of(path: str | Path) -> tuple[int, int] | None:
+    """Return what a file that replaces another one does not have in common with it."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def normalization(fields: dict) -> str:
     """Return mean and standard deviation as a message says them."""
     return " and ".join(f"{field} {', '.join(f'{value:.4g}' for value in fields[field])}"
@@ -121,13 +138,15 @@ def resolve(flags: Namespace) -> tuple[Namespace, Checkpoint | None]:
     if given.evaluate:
         return resolve_evaluation(flags, given)
     latest = Path(given.results_dir or "", "ckpt", LATEST)
-    own = latest.resolve()
-    resumed = given.resume and Path(given.resume).resolve() in (own, own.parent, own.parent.parent)
+    own = [path.resolve() for path in (latest, latest.parent, latest.parent.parent)]
+    resumed = given.resume and Path(given.resume).resolve() in own
     if given.results_dir and latest.exists() and not resumed:
         return resolve_same_command(flags, Checkpoint(latest, in_place=True))
     if not given.resume:
         return merge_args(flags), None
     path = published.find_checkpoint(given.resume, LATEST, BEST)
+    if len(path.parts) < 3:  # as within ckpt/
+        path = path.absolute()
     folder = path.parent.parent
     latest = path.with_name(LATEST)
     # A run resumed from an older checkpoint than its folder's latest gets a folder of its own.
@@ -234,8 +253,10 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if saved.get("precision") == "tf32":
         saved["precision"] = AUTO  # fp32, which is finer, where the device has no TF32
     saved.setdefault("loss", None)  # of a published network, which does not say it
-    network = {name: saved[name] for name in names_of(NETWORK) if name in saved}
-    changed = differences(network, vars(flags))
+    fixed = {name: saved[name] for name in (*names_of(NETWORK), "loss") if name in saved}
+    if fixed.get("loss", "") is None:
+        del fixed["loss"]
+    changed = differences(fixed, vars(flags))
     if changed:
         raise UsageError(f"{path} holds another network: {changed}; leave these flags out")
     trained = saved_bit_widths(checkpoint.content["state_dict"])

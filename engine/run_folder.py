@@ -31,6 +31,7 @@ log = logging.getLogger("any_precision")  # to stdout, and log_<hostname>.txt in
 log.setLevel(logging.INFO)
 log.propagate = False
 ANOTHER = "choose another folder with --results-dir"
+PATH_FILE = "path.json"  # in the folder of a search
 
 
 class LogFile(logging.FileHandler):
@@ -61,6 +62,7 @@ class RunFolder:
 
     def __init__(self, folder: str | Path | None, name: str, in_place: bool = False,
                  save_every: float | None = None):
+        self.in_place = in_place
         self.save_every = save_every
         self.last_save = time.monotonic()
         self.has_noted = False  # that a checkpoint does not hold all
@@ -74,7 +76,7 @@ class RunFolder:
     def open(self, results_dir: str | Path | None, name: str, in_place: bool) -> Path:
         """Create and lock the folder, and open its log; return its path."""
         folder = Path(results_dir or f"results/{name}")
-        outputs = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl")
+        outputs = ("ckpt/*.pth.tar", "evaluation.json", "metrics.jsonl", PATH_FILE)
         must_be_free = results_dir and not in_place
         if must_be_free and any(
                 path.stat().st_size for pattern in outputs for path in folder.glob(pattern)):
@@ -125,7 +127,10 @@ class RunFolder:
 
     def command_to_resume(self) -> str:
         """Return the command that goes on with this run, for a shell."""
-        return shlex.join([sys.executable, sys.argv[0], "--resume", str(self.path.resolve())])
+        start = [sys.executable]
+        if world_size() > 1:  # of one machine; on several the user knows how
+            start = ["torchrun", "--standalone", "--nproc-per-node", str(world_size())]
+        return shlex.join([*start, sys.argv[0], "--resume", str(self.path.resolve())])
 
     def contents(self) -> str:
         """Return a line that names what is in the folder."""
@@ -149,7 +154,7 @@ class RunFolder:
         first = {}
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError,
                                  RecursionError):  # a resumed run's
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text()) if self.in_place else {}
             first["first_command"] = before.get("first_command") or before["command"]
             was = {name: before.get(name) for name in where}
             earlier = before.get("earlier", [])
@@ -172,11 +177,19 @@ class RunFolder:
         if rank() == 0:
             records = read_metrics(self.metrics_file) if self.metrics_file.exists() else []
             self.history = [record for record in records if record["epoch"] <= epoch]
+            epochs = [record["epoch"] for record in self.history]
+            missing = sorted({*range(epochs[0], epoch + 1)}.difference(epochs)) if epochs else []
+            if missing:
+                raise UserError(f"{self.metrics_file} lacks epoch {missing[0]}: bring it back, or "
+                                f"go on with --resume {self.path} --results-dir ANOTHER")
             keys = [best_key(record["val"], arguments["best_by"]) for record in self.history]
             if best > max(keys, default=(-math.inf, -math.inf)):
                 raise UserError(f"{self.metrics_file} lacks the best epoch, whose checkpoint is "
                                 f"kept: bring it back, or go on with --resume {self.path} "
                                 "--results-dir ANOTHER")
+            if len(records) > len(self.history):
+                log.info(f"epoch {epoch + 1} and what follows is trained again: dropped from "
+                         f"{self.metrics_file.name}")
             write_metrics(self.metrics_file, self.history)
             self.writer = open_event_file(self.path / "summary", epoch, without_secrets(arguments))
 
@@ -216,7 +229,7 @@ def open_event_file(folder: Path, epoch: int, arguments: dict) -> object | None:
     """Return a new EventFile; None, with a line in the log, where tensorboardX is missing."""
     try:
         from engine.event_file import EventFile
-    except ImportError as error:
+    except Exception as error:  # as where its protobuf does not fit
         log.info(f"no curves for TensorBoard ({one_line(error)}): pip install tensorboardX")
         return None
     return EventFile(folder, epoch, arguments)

@@ -1,10 +1,12 @@
 """The state of a run, as checkpoints hold it: saved and restored as a whole."""
 import math
+import random
 from collections import defaultdict
 from functools import partial
 from numbers import Real
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from models.checkpoint import (BEST, LATEST, FileError, check_field, check_layer
                                is_count, is_dense, is_finite_number, is_named_values, is_whole,
                                load_weights, network_content, rebuilt, save_checkpoint,
                                saved_own_bits, take)
-from models.graph import named_attributes
+from models.graph import generator_state, named_attributes
 from utils import brief, escaped, one_line
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -135,9 +137,7 @@ class TrainingState:
             "state_dict": weights, "optimizer": optimizer,
             "arguments": self.arguments, "num_samples": self.num_samples,
             "metrics": self.metrics.state_dict(),
-            "random_states": gather({
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None})}
+            "random_states": gather(random_states(self.device))}
         if rank() == 0:
             for name in (BEST, LATEST) if best else (LATEST,):
                 save_checkpoint(folder / "ckpt" / name, content)
@@ -189,12 +189,35 @@ class TrainingState:
         if rank() >= len(states):  # an additional process keeps its own
             return
         try:
-            torch.set_rng_state(states[rank()]["torch"])
-            if self.device.type == "cuda" and states[rank()]["cuda"] is not None:
-                torch.cuda.set_rng_state(states[rank()]["cuda"], self.device)
-        except (RuntimeError, TypeError) as error:
+            set_random_states(states[rank()], self.device)
+        except (RuntimeError, TypeError, ValueError) as error:
             raise FileError(f"{path}: its random_states are not valid ({one_line(error)}): the "
                             "file may be damaged") from None
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the random generators of Python, NumPy and torch, for what a network may draw from."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, object]:
+    """Return the states of the random generators of Python, NumPy and torch, for a checkpoint."""
+    kind, keys, *rest = numpy.random.get_state()
+    return {"torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
+
+
+def set_random_states(states: dict[str, object], device: torch.device) -> None:
+    """Set what random_states returned; an older checkpoint lacks those of Python and NumPy."""
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "python" in states:
+        random.setstate(states["python"])
+        numpy.random.set_state(states["numpy"])
 
 
 def is_epoch(value: object) -> bool:
@@ -237,23 +260,33 @@ def data_difference(saved: dict | None, own: dict | None) -> str:
 
 
 def attributes_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, object]:
-    """Return the numbers and tensors that are Python attributes of a model's modules.
+    """Return what modules of a model hold and no checkpoint does: numbers, texts and tensors.
 
-    At one bit-width, the tensors copied, also those that a dict or list holds. Names that begin
-    with an underscore are left out.
+    They are Python attributes, also those that a dict or list holds, states of random generators,
+    and buffers that are not persistent, at one bit-width; tensors are copied. Names that begin with
+    an underscore, and `training`, are left out.
     """
     set_bit_width(model, bit_widths[0])
-    found = {}
+    saved = model.state_dict().keys()
+    found = {name: buffer.detach().clone() for name, buffer in model.named_buffers()
+             if name not in saved}
     for path, value in named_attributes(model):
         parts = {path: value}
         if isinstance(value, dict):
             parts = {f"{path}[{key!r}]": part for key, part in value.items()}
         elif isinstance(value, (list, tuple)):
             parts = {f"{path}[{place}]": part for place, part in enumerate(value)}
-        if not path.rpartition(".")[2].startswith("_"):
-            found |= {path: part.detach().clone() if torch.is_tensor(part) else part
-                      for path, part in parts.items()
-                      if torch.is_tensor(part) or type(part) in (int, float)}
+        attribute = path.rpartition(".")[2]
+        if attribute.startswith("_") or attribute == "training":
+            continue
+        for part_path, part in parts.items():
+            state = generator_state(part)
+            if torch.is_tensor(part):
+                found[part_path] = part.detach().clone()
+            elif state is not None:
+                found[part_path] = state
+            elif part is None or isinstance(part, (bool, int, float, str)):
+                found[part_path] = part
     return found
 
 

@@ -243,18 +243,29 @@ def other_modes() -> Iterator[None]:
 
 def random_states(network: nn.Module) -> list[str]:
     """Return what changes where Python, NumPy or torch draws a number, or a network's generator."""
-    found = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
-    for value in tree_leaves([value for _, value in named_attributes(network)]):
-        if isinstance(value, random.Random):
-            found.append(value.getstate())
-        elif isinstance(value, numpy.random.RandomState):
-            found.append(value.get_state())
-        elif isinstance(value, numpy.random.Generator):
-            found.append(value.bit_generator.state)
-        elif isinstance(value, torch.Generator):
-            found.append(value.get_state())
+    values = tree_leaves([value for _, value in named_attributes(network)])
+    own = filter(None, map(generator_state, values))
+    return [state_text(random.getstate()), state_text(numpy.random.get_state()),
+            state_text(torch.get_rng_state()), *own]
+
+
+def generator_state(value: object) -> str | None:
+    """Return the state of a random generator of Python, NumPy or torch; None of anything else."""
+    if isinstance(value, random.Random):
+        return state_text(value.getstate())
+    if isinstance(value, numpy.random.RandomState):
+        return state_text(value.get_state())
+    if isinstance(value, numpy.random.Generator):
+        return state_text(value.bit_generator.state)
+    if isinstance(value, torch.Generator):
+        return state_text(value.get_state())
+    return None
+
+
+def state_text(state: object) -> str:
+    """Return all of a random generator's state as a text."""
     with numpy.printoptions(threshold=sys.maxsize):
-        return [str(state.tolist() if torch.is_tensor(state) else state) for state in found]
+        return str(state.tolist() if torch.is_tensor(state) else state)
 
 
 def callers(node: fx.Node) -> list[str]:

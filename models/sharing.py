@@ -154,7 +154,7 @@ def forbidding_bit_width(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.quantizer.preparing = False
+            vars(layer.quantizer).pop("preparing", None)
 
 
 class SharedStem:

@@ -247,6 +247,7 @@ BAD_ARGUMENTS = [
     (["--resume="], "--resume: '' is empty", "an unset shell variable"),
     (["--pretrain", ""], "--pretrain: '' is empty", "an unset shell variable"),
     (["--results-dir", " "], "--results-dir: ' ' is empty", "an unset shell variable"),
+    (["--results-dir", "s3://bucket/x"], "'s3://bucket/x' is a URL", "give a path"),
     (["--data-dir", ""], "--data-dir: '' is empty", "an unset shell variable"),
     (["--train_split", ""], "'' is empty", "an unset shell variable"),
     (["--evaluate", "--pretrain", "x", "--calibrate", "1", "--save-calibrated", ""],
@@ -266,6 +267,14 @@ BAD_ARGUMENTS = [
     (["--evaluate", "--pretrain", "x", "--bit_width_list", "12"], "bit-width '12'",
      "choose from 1 to 8 and 32"),
 ]
+
+
+def test_a_home_is_known_after_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = parse_flags(["--results-dir=~/runs", "--pretrain=~/x", "--data-dir=~"])
+    assert (args.results_dir, args.pretrain, args.data_dir) == (
+        "/home/someone/runs", "/home/someone/x", "/home/someone")
+    assert parse_flags(["--pretrain", "https://x.org/~a"]).pretrain == "https://x.org/~a"
 
 
 @pytest.mark.parametrize("argv, value, allowed", BAD_ARGUMENTS,

@@ -246,7 +246,21 @@ def test_an_evaluation_s_configuration_is_as_its_command_said(trained, tiny_cifa
     found = report.load_run(folder)
     assert (found.name, found.bit_widths) == ("any, recursive", "2,32")
     assert found.evaluation == {"evaluation": "best checkpoint evaluated",
-                                "calibration": "calibrated on 1 batch"}
+                                "calibration": "calibrated on 1 batch", "images": ""}
+
+
+def test_an_evaluation_does_not_rename_a_loss(trained, tiny_cifar10, tmp_path, capsys):
+    assert run(["--evaluate", "--pretrain", trained, "--loss", "hard", "--data-dir", tiny_cifar10,
+                "--results-dir", tmp_path / "e"]) == 2
+    assert_one_line(capsys, "holds another network: --loss is recursive, not hard")
+
+
+def test_no_list_of_calibrated_bit_widths(trained, tiny_cifar10, tmp_path):
+    torch.save({**load(trained), "calibrated": None}, tmp_path / "x")
+    assert run(["--evaluate", "--pretrain", tmp_path / "x", "--data-dir", tiny_cifar10,
+                "--bit_width_list", 3, "--calibrate", 0, "--save-calibrated", tmp_path / "y",
+                "--results-dir", tmp_path / "e"]) == 0
+    assert torch.load(tmp_path / "y", weights_only=True)["calibrated"] == [3]
 
 
 def test_calibration_takes_all_batches_where_there_are_fewer(trained, tiny_cifar10, tmp_path,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.run
 from process_checks import DIGITS
-from runs import ROOT, accuracies, assert_same, load, run
+from runs import ROOT, accuracies, assert_same, load, run, tiny
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
@@ -126,7 +126,7 @@ def test_the_network_is_initialized_before_its_batch_norms_are_synchronized(monk
         called.append("synchronized")
         raise Ended
 
-    state = Namespace(model=None, check_rebuilt=lambda: called.append("compared"))
+    state = Namespace(model=None, data={}, check_rebuilt=lambda: called.append("compared"))
     monkeypatch.setattr(train, "make_run", lambda *args: (state, None, None, None))
     monkeypatch.setattr(train, "load_initial_state", lambda *args: called.append("initialized"))
     monkeypatch.setattr(train, "world_size", lambda: 2)
@@ -157,6 +157,41 @@ def test_evaluation_counts_every_image_once(found):
     for bits, values in alone.items():
         assert found["results"][bits]["top1"] == pytest.approx(values["top1"], rel=1e-12)
         assert found["results"][bits] == pytest.approx(values, rel=1e-5)
+
+
+# ---- processes that are not of one run
+
+def test_a_value_that_differs_between_processes_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, {**value, "--lr": "0.1"}])
+    with pytest.raises(distributed.ProcessError, match="^--lr is 0.001 in process 0, and 0.1 in "):
+        distributed.check_same({"--seed": 0, "--lr": 0.001})
+    distributed.check_same({"--lr": 0.1})
+
+
+def test_flags_and_data_of_processes_are_compared(tmp_path, tiny_cifar10, monkeypatch):
+    compared = []
+    monkeypatch.setattr(train, "check_same", lambda values: compared.append(values))
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    flags, data = compared
+    assert flags["--lr"] == "0.001" and flags["--loss"] == "recursive"
+    assert "--workers" not in flags and "--device" not in flags
+    assert data["the data's number of images"] == 20
+
+
+def test_an_error_of_a_user_s_code_is_no_lost_connection(monkeypatch, tmp_path):
+    """Whatever its words are."""
+    def failing(*args):
+        raise ValueError("the skip connection has 8 channels, not 16")
+
+    store = distributed.dist.HashStore()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *args, **kwargs: iter([[store]]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="skip connection"), distributed.processes(CPU, 1):
+        failing()
+    with pytest.raises(distributed.ProcessError, match="lost the others"), (
+            distributed.processes(CPU, 1)):
+        next(distributed.dist.distributed_c10d.rendezvous("x://"))
 
 
 # ---- waiting for downloads

@@ -101,6 +101,14 @@ def test_equal_values_get_no_axis_of_less_than_a_point(drawn):
     assert top - bottom >= 4 and bottom < 10 < top
 
 
+def test_names_are_no_mathematics(tmp_path):
+    curve = Curve("cost$_$5", ANY, {}, set(ANY), joined=True)
+    save_comparison_figure(tmp_path / "x.png", [("x$_$", [curve])])
+    save_evaluation_figure(tmp_path / "y.png", {bits: {"top1": top1} for bits, top1 in ANY.items()},
+                           "cost$_$5", list(ANY))
+    assert (tmp_path / "x.png").stat().st_size and (tmp_path / "y.png").stat().st_size
+
+
 def test_training_figure(drawn):
     save_training_figure("x", history_of([28, 80, 90, 96, 97, 98, 97.5, 98, 98.2, 98.1]), "run")
     by_width, by_epoch = drawn[0].axes

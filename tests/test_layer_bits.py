@@ -568,6 +568,28 @@ def test_searches_that_cannot_be(argv, code, part, tiny_cifar10, tmp_path, capsy
 def test_a_search_needs_two_bit_widths(trained, tiny_cifar10, capsys):
     assert searched(trained, "--data-dir", tiny_cifar10, "--budget", "50%") == 1
     assert_one_line(capsys, "was trained at 2,32 bits: a search needs two bit-widths of 1 to 8")
+    assert searched(trained, "--data-dir", tiny_cifar10, "--cost") == 0
+    assert "| layers.0.conv0 " in capsys.readouterr().out
+
+
+def test_a_search_has_a_folder_of_its_own(trained, tiny_cifar10, tmp_path, capsys, monkeypatch):
+    path, *_ = checkpoint(tmp_path)
+    common = [path, "--data-dir", tiny_cifar10, "--device", "cpu", "--images", 6, "--results-dir"]
+    before = snapshot(trained)
+    assert searched(*common, trained, "--budget", "50%") == 1
+    assert_one_line(capsys, f"{trained} holds a run already")
+    assert snapshot(trained) == before
+    assert searched(*common, tmp_path / "s", "--budget", "50%") == 0
+    assert searched(*common, tmp_path / "s", "--budget", "90%") == 0
+    assert [each["name"] for each in read(tmp_path / "s", "layer_bits.json")] == [
+        "ops-50pct", "ops-90pct"]
+    capsys.readouterr()
+    assert run(["--evaluate", "--pretrain", path, "--data-dir", tiny_cifar10, "--results-dir",
+                tmp_path / "s"]) == 1
+    assert_one_line(capsys, f"{tmp_path / 's'} holds a run already")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert searched(*common, tmp_path / "s", "--budget", "50%") == 1
+    assert_one_line(capsys, "a search runs in one process, and WORLD_SIZE is 2")
 
 
 def test_the_table_of_costs(tmp_path, tiny_cifar10, capsys):

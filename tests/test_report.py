@@ -236,6 +236,32 @@ def test_evaluations_of_one_network_are_one_run(tmp_path, capsys):
     assert "| any, recursive | 70.00 | 80.00 |" in compact(capsys.readouterr().out)
 
 
+def test_evaluations_of_other_weights_or_images_are_apart(tmp_path, capsys):
+    trained = tmp_path / "a"
+    write_run(trained, {1: [90.0], 2: [90.0]})
+    names = ("one", "weights", "split", "size", "batch")
+    folders = {name: write_evaluation(tmp_path / name, trained, {1: 70.0}, batches=2)
+               for name in names}
+    arguments = json.loads((trained / "config.json").read_text())["arguments"]
+    for name, folder in folders.items():
+        config = Path(folder, "config.json")
+        edit(config, "trained_with", value={**arguments, "train_split": "train_auto_quan"})
+        edit(config, "arguments", "train_split", value="train_auto_quan")
+        edit(config, "weights", value="other" if name == "weights" else "own")
+    edit(Path(folders["weights"], "evaluation.json"), "2", value={
+        "loss": 1.0, "top1": 60.0, "top5": 99.0})
+    edit(Path(folders["weights"], "config.json"), "arguments", "bit_width_list", value=[1, 2])
+    edit(Path(folders["split"], "config.json"), "arguments", "train_split", value="train")
+    edit(Path(folders["size"], "config.json"), "arguments", "image_size", value=64)
+    edit(Path(folders["batch"], "config.json"), "arguments", "batch_size", value=5)
+    assert run([*folders.values(), "--output", str(tmp_path / "t")]) == 0
+    out = compact(capsys.readouterr().out)
+    for name in ("calibrated on 2 batches, on val", "calibrated on 2 batches, at 64 pixels",
+                 "calibrated on 2 batches of 5"):
+        assert f"| any, recursive, {name} | 70.00 |" in out
+    assert f"left out: {folders['weights']} is of another checkpoint than {folders['one']}" in out
+
+
 def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
     folders = []
     for name, done in (("a", 3), ("b", 30)):

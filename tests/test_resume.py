@@ -3,11 +3,14 @@ import itertools
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import sys
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from runs import assert_one_line, assert_same, load, run, snapshot, tiny
@@ -243,8 +246,8 @@ def test_an_optimizer_whose_state_no_checkpoint_would_hold(tmp_path, tiny_cifar1
 
 
 @pytest.mark.parametrize("initial", [
-    lambda: 1.0, lambda: torch.tensor([1.0, math.nan]),
-    lambda: {"2": torch.ones(())}], ids=["number", "tensor", "dict"])
+    lambda: 1.0, lambda: torch.tensor([1.0, math.nan]), lambda: {"2": torch.ones(())},
+    lambda: False, torch.Generator], ids=["number", "tensor", "dict", "flag", "generator"])
 def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_cifar10,
                                                        monkeypatch):
     init, forward = ActivationQ.__init__, ActivationQ.forward
@@ -256,6 +259,10 @@ def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_c
     def warming(self, x):
         if isinstance(self.temperature, dict):
             self.temperature["2"] = self.temperature["2"] + self.training
+        elif isinstance(self.temperature, torch.Generator):
+            torch.rand(1, generator=self.temperature)
+        elif isinstance(self.temperature, bool):
+            self.temperature = True
         else:
             self.temperature = self.temperature + self.training
         return forward(self, x)
@@ -270,6 +277,23 @@ def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_c
     assert not notes[0] and len(notes[1]) == 1
     line, = notes[1]
     assert ".temperature" in line and "changed in training, and no checkpoint" in line
+
+
+def test_a_buffer_that_no_checkpoint_holds_is_named(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    init, forward = ActivationQ.__init__, ActivationQ.forward
+
+    def with_mean(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def averaging(self, x):
+        self.mean += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(ActivationQ, "__init__", with_mean)
+    monkeypatch.setattr(ActivationQ, "forward", averaging)
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    assert re.search(r"note: .*\bmean, .* changed in training", capsys.readouterr().out)
 
 
 def test_groups_that_are_not_of_the_network(tmp_path, tiny_cifar10, monkeypatch, capsys):
@@ -510,10 +534,10 @@ def midway(tmp_path_factory, tiny_cifar10):
 
 @pytest.mark.parametrize("when", ["begun", "midway"])
 @pytest.mark.parametrize("change, told", [
-    (another_pixel(0), "its first image is another, its first image to validate on"),
-    (another_pixel(10), "its middle image is another, its"),
-    (another_pixel(19), "its last image is another, its"),
-    (another_label, "its list of labels is another, its first label was 0 and is 7, "),
+    (another_pixel(0), "its first image differs, its first image to validate on"),
+    (another_pixel(10), "its middle image differs, its"),
+    (another_pixel(19), "its last image differs, its"),
+    (another_label, "its list of labels differs, its first label was 0 and is 7, "),
     (fewer, "its number of images was 20 and is 19, ")])
 def test_other_data_are_refused(when, change, told, change_data, request, capsys):
     folder = request.getfixturevalue(when)
@@ -614,6 +638,85 @@ def test_a_run_remembers_the_code_of_its_first_part(copied, monkeypatch, capsys)
     assert [part["commit"] for part in after["earlier"]] == [before["commit"]]
     assert f"note: the code was {before['commit']} and is other" in capsys.readouterr().out
     assert report.load_run(copied).commit == f"{before['commit']}, then other"
+
+
+def test_the_command_of_a_run_that_never_was_is_forgotten(tmp_path, tiny_cifar10):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text(json.dumps({"command": ["other"], "commit": "x"}))
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert "first_command" not in config and "earlier" not in config
+
+
+def test_another_run_that_saves_while_this_one_begins(copied, monkeypatch, capsys):
+    """As where a scheduler starts a run again while its first part is being stopped."""
+    def slow(*args):
+        found = make_run(*args)
+        path = copied / "ckpt" / "model_latest.pth.tar"
+        shutil.copy(path, path.with_name("new"))
+        path.with_name("new").replace(path)
+        return found
+
+    make_run = train.make_run
+    monkeypatch.setattr(train, "make_run", slow)
+    before = (copied / "metrics.jsonl").read_bytes()
+    assert run(["--resume", copied, "--epochs", 4]) == 1
+    assert_one_line(capsys, "model_latest.pth.tar was written by another run while this one began")
+    assert (copied / "metrics.jsonl").read_bytes() == before
+    monkeypatch.setattr(train, "make_run", make_run)
+    assert run(["--resume", copied, "--epochs", 4]) == 0
+
+
+def test_metrics_that_lack_an_epoch(copied, capsys):
+    file = copied / "metrics.jsonl"
+    first, _, last = file.read_text().splitlines(keepends=True)
+    file.write_text(first + last)
+    assert run(["--resume", copied, "--epochs", 4]) == 1
+    assert_one_line(capsys, f"{file} lacks epoch 2: bring it back", "--results-dir ANOTHER")
+    assert file.read_text() == first + last
+
+
+def test_metrics_of_epochs_that_are_trained_again_are_dropped_aloud(copied, capsys):
+    (copied / "ckpt" / "model_latest.pth.tar").unlink()
+    content = load(copied, "model_best")
+    content["epoch"] = 2
+    torch.save(content, copied / "ckpt" / "model_best.pth.tar")
+    assert run(["--resume", copied, "--epochs", 3]) == 0
+    assert "epoch 3 and what follows is trained again: dropped from metrics" in (
+        capsys.readouterr().out)
+
+
+def test_a_link_to_the_checkpoints_is_of_the_same_run(copied, tmp_path):
+    shutil.move(copied / "ckpt", tmp_path / "disk")
+    (copied / "ckpt").symlink_to(tmp_path / "disk")
+    assert run(["--resume", copied, "--results-dir", copied, "--epochs", 4]) == 0
+    assert load(copied)["epoch"] == 4
+
+
+def test_a_run_goes_on_from_within_its_folder(copied, monkeypatch):
+    monkeypatch.chdir(copied / "ckpt")
+    assert run(["--resume", "model_latest.pth.tar", "--epochs", 4]) == 0
+    assert load(copied)["epoch"] == 4
+
+
+def test_several_processes_are_in_the_command_to_go_on(monkeypatch, tmp_path):
+    with run_folder.RunFolder(tmp_path, "r") as folder:
+        monkeypatch.setattr(run_folder, "world_size", lambda: 2)
+        assert folder.command_to_resume().startswith("torchrun --standalone --nproc-per-node 2 ")
+
+
+def test_numbers_of_python_and_numpy_are_seeded_and_saved(tmp_path, tiny_cifar10, monkeypatch):
+    forward = ActivationQ.forward
+
+    def noisy(self, x):
+        return forward(self, x + self.training * (random.random() + numpy.random.rand()) / 10)
+
+    monkeypatch.setattr(ActivationQ, "forward", noisy)
+    random.seed(5)
+    whole = assert_resumes(tiny(tiny_cifar10, tmp_path), tmp_path, monkeypatch)
+    random.seed(6)
+    assert run(tiny(tiny_cifar10, tmp_path / "again")) == 0
+    assert_same_run(tmp_path / "again", whole)
 
 
 def test_metrics_that_lack_the_best_epoch(copied, tmp_path, capsys):
