@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from reference_way import ROOT  # first: it adds the project to the path
+from scipy import stats
 
 from engine.arguments import OneLineParser, path_text
 from engine.errors import UserError, run_program
@@ -30,6 +31,7 @@ from utils import write_json, write_text
 UNIFORM = {f"all-{bits}": bits for bits in BITS if bits != FULL_PRECISION}  # names of assignments
 OPTIONS_FILE = "options.json"
 LINES = {"log": math.log, "linear": float}
+SIGNIFICANT = 0.05
 
 
 def name_of(source):
@@ -108,6 +110,7 @@ def summary(networks):
                      for network, each in zip(networks, values)]
             row[f"{line}_gain"] = statistics.mean(gains)
             row[f"{line}_error"] = spread(gains) / math.sqrt(len(gains))
+            row[f"{line}_p"] = float(stats.ttest_1samp(gains, 0).pvalue) if gains[1:] else math.nan
         found[name] = row
     return dict(sorted(found.items(), key=lambda item: item[1]["bit_operations"]))
 
@@ -125,7 +128,7 @@ def with_error(text, error):
 def table(rows, count):
     """Return a Markdown table of a summary of `count` networks."""
     several = f"s; mean ± standard deviation, gain ± standard error, over {count} networks; "
-    several += "**bold**: beyond two standard errors"
+    several += f"**bold**: p < {SIGNIFICANT} in a paired t-test"
     lines = [f"val top-1 (%) of searched bits per layer and of uniform bit-width{several}"
              if count > 1 else "val top-1 (%) of one network", "",
              "| bits | Mbit-ops | weight bytes | top-1 | gain, log line | gain, linear line |",
@@ -140,7 +143,7 @@ def table(rows, count):
                 continue
             error = row[f"{line}_error"]
             text = with_error(f"{gain:+.2f}", error)
-            cells.append(f"**{text}**" if abs(gain) > 2 * error else text)
+            cells.append(f"**{text}**" if row[f"{line}_p"] < SIGNIFICANT else text)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
