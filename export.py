@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch.utils.data import Subset
 
-from dataset.data import Samples, described, row_of
+from dataset.data import Samples, images_of, row_of
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
@@ -89,7 +89,7 @@ def image_description(checkpoint: Checkpoint, dataset: str | None = None) -> dic
         raise UserError(f"{checkpoint.path} does not say of what images its network is: give "
                         "--dataset")
     row_of(name, images.get("size"))
-    return {**described(name), "class_names": None, **images, "dataset": name}
+    return {**images_of(name), "class_names": None, **images, "dataset": name}
 
 
 def run_arguments(checkpoint: Checkpoint) -> dict:

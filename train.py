@@ -185,9 +185,9 @@ def train_one_epoch(state: TrainingState, loader: Loader, step: Callable, consol
         metrics.seconds += time.perf_counter() - began
         console.step(state.epoch, metrics)
         if log_point or world_size() == 1:
-            asked, due = any_process([stop.signal is not None, run.save_is_due()])
+            asked, due = any_process([stop.received is not None, run.save_is_due()])
             if asked:
-                raise Stopped(stop.signal)
+                raise Stopped(stop.received)
             if due:
                 broadcast_buffers(model)
                 run.save(state)

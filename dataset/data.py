@@ -182,7 +182,7 @@ def row_of(name: str, image_size: int | None = None) -> DataSet:
     return DATASETS[name]
 
 
-def described(name: str) -> dict:
+def images_of(name: str) -> dict:
     """Return a description of a data set's images, as checkpoints hold it."""
     row = DATASETS[name]
     return {"dataset": name, "size": row.image_size, "transforms": text_of(row.eval),

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.float_layers import BatchNorm2d, Classifier
-from models.graph import trace_layers
+from models.graph import is_hooked, trace_layers
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 # run(images (N, 3, H, W) float32, bits) -> logits (N, classes), of an exported file.
@@ -52,9 +52,7 @@ def operations_of(model: nn.Module, bits: Width | int | str) -> list[Operation]:
     except Exception as error:  # any that the network's own code raises
         raise ValueError(f"the network cannot be traced ({type(error).__name__}: {error}): its "
                          "forward must not depend on values of tensors") from None
-    if has_hooks(model):
-        raise ValueError(f"the network ({type(model).__name__}) has hooks, which an exported file "
-                         "does not hold: remove them, or take the packed format")
+    check_hooks(model, "the network")
     for node in graph.find_nodes(op="call_method", target="type_as"):  # all are float32
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
@@ -82,10 +80,8 @@ def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
     if node.op in ("placeholder", "output"):
         return {"placeholder": "input", "output": "output"}[node.op]
     if node.op == "call_module":
-        kind = MODULES.get(type(layer)) if "forward" not in vars(layer) else None
-        if has_hooks(layer):
-            raise ValueError(f"layer {name} ({type(layer).__name__}) has hooks, which an exported "
-                             "file does not hold: remove them, or take the packed format")
+        kind = MODULES.get(type(layer))
+        check_hooks(layer, f"layer {name}")
         whole = True
         if isinstance(layer, nn.AdaptiveAvgPool2d):
             whole = layer.output_size in (1, (1, 1))
@@ -112,9 +108,12 @@ def kind_of(node: fx.Node, layer: nn.Module | None, name: str) -> str:
     return kind
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Return whether something else runs where a layer is called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+def check_hooks(layer: nn.Module, name: str) -> None:
+    """Raise ValueError where a call of a layer runs something else than its class says."""
+    if is_hooked(layer):
+        raise ValueError(f"{name} ({type(layer).__name__}) has a hook or a forward of its own, "
+                         "which an exported file does not hold: remove it, or take the packed "
+                         "format")
 
 
 def is_spatial_mean(node: fx.Node) -> bool:

@@ -156,7 +156,7 @@ class Writer:
             found = requantization(integers, gain * value.step / step, shift / step,
                                    2**activation.layer.bits - 1, value.highest)
         if not found:
-            weight = self.float_weight(operation, integers, gain)
+            weight = self.scaled_int8_weight(operation, integers, gain)
             return Value(self.node("Conv", value.tensor, weight, self.constant(shift), **settings))
 
         weight = self.node("DequantizeLinear",
@@ -171,7 +171,7 @@ class Writer:
     def halved_convolution(self, operation: Operation, value: Value, integers: numpy.ndarray,
                            gain: numpy.ndarray, shift: numpy.ndarray, settings: dict) -> Value:
         """Write a convolution whose odd integers, up to 255, are 2 k + 1 with k in int8."""
-        weight = self.float_weight(operation, integers // 2, 2 * gain)
+        weight = self.scaled_int8_weight(operation, integers // 2, 2 * gain)
         y = self.node("Conv", value.tensor, weight, self.constant(shift), **settings)
         channels = 1 if settings["group"] == 1 else len(integers)
         ones = self.constant(numpy.ones((channels, *integers.shape[1:])), numpy.int8)
@@ -181,8 +181,8 @@ class Writer:
 
     # ---- integer weights
 
-    def float_weight(self, operation: Operation, integers: numpy.ndarray,
-                     scale: numpy.ndarray) -> str:
+    def scaled_int8_weight(self, operation: Operation, integers: numpy.ndarray,
+                           scale: numpy.ndarray) -> str:
         """Write integers, in int8, times a scale per channel; return the name of the product.
 
         This is DequantizeLinear in other words, which ONNX Runtime computes when it loads the file.

@@ -31,12 +31,12 @@ class UsageError(UserError):
 
 
 class StopRequest:
-    """A context that records the first SIGTERM, Ctrl-C, SIGHUP or SIGUSR1 in `signal`.
+    """A context that records the first SIGTERM, Ctrl-C, SIGHUP or SIGUSR1 as `received`.
 
     A second SIGTERM or Ctrl-C acts at once, but not in a process of torchrun, which passes on
     signals that may have reached the process already. SIGHUP stays ignored where it was, by nohup.
     """
-    signal = None
+    received = None
 
     def __enter__(self):
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -47,7 +47,7 @@ class StopRequest:
 
     def remember(self, number: int, frame: FrameType | None) -> None:
         """Record a signal; let another one like it act, where people send them."""
-        self.signal = self.signal or number
+        self.received = self.received or number
         if number in (signal.SIGTERM, signal.SIGINT) and "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, self.handlers[number])
 

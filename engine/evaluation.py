@@ -42,8 +42,8 @@ def evaluate(forward_pass: ForwardPass, loader: Iterable[tuple[Tensor, Tensor]],
     with progress(loader, what) as batches:
         for images, labels in batches:
             metrics.add(forward_pass.evaluate(images, labels, bit_widths), labels)
-            if stop and stop.signal and world_size() == 1:
-                raise Stopped(stop.signal)
+            if stop and stop.received and world_size() == 1:
+                raise Stopped(stop.received)
     metrics.check_finite(what)
     return metrics.averages()
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dataset.data import DATASETS, described
+from dataset.data import DATASETS, images_of
 from dataset.folder import is_folder
 from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
@@ -88,7 +88,7 @@ class Checkpoint:
                                           and self.network["name"] in published.DATASET)
         if saved:
             return saved
-        return described(name) if is_known and name in DATASETS and not is_folder(name) else {}
+        return images_of(name) if is_known and name in DATASETS and not is_folder(name) else {}
 
     def follow_normalization(self, dataset: str) -> None:
         """Normalize images of folder:PATH as those that the network was trained on.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from dataset.data import DATASETS, Samples, described, get_dataset
+from dataset.data import DATASETS, Samples, images_of, get_dataset
 from dataset.loader import Loader, count_classes, make_loader, without_subset
 from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError
@@ -49,7 +49,7 @@ def describe_images(name: str, dataset: Samples) -> dict:
         names = None
     else:  # those of folders may be no UTF-8, which files in JSON could not hold
         names = [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
-    return {**described(name), "class_names": names}
+    return {**images_of(name), "class_names": names}
 
 
 def check_class_names(content: dict, path: str | Path, images: dict) -> None:

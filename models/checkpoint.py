@@ -30,6 +30,7 @@ from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
 from models.float_layers import BatchNorm2d
+from models.graph import is_hooked
 from utils import (WriteError, brief, escaped, keeping_random_states, one_line, replacing,
                    writing)
 
@@ -131,10 +132,6 @@ def layer_text(layer: nn.Module | None) -> str:
     own = [part for part in layer.extra_repr().split(", ")
            if not part.startswith(("momentum=", "p=", "inplace="))]
     return f"{kind.__module__}.{kind.__qualname__}({', '.join(own)})"
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def check_images_to_save(images: dict | None, path: str | Path) -> None:

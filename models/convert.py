@@ -199,9 +199,9 @@ def check_layers(network: nn.Module, keep: Sequence[str]) -> None:
         if kept and others:
             raise ValueError(f"keep has {kept[0]} and not {others[0]}, which is the same module: "
                              "keep both, or give each its own")
-        if type(layer) in (nn.BatchNorm2d, nn.ReLU, nn.ReLU6) and not kept and (
-                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-                or layer._backward_pre_hooks):
+        has_hooks = (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                     or layer._backward_pre_hooks)
+        if type(layer) in (nn.BatchNorm2d, nn.ReLU, nn.ReLU6) and not kept and has_hooks:
             raise ValueError(f"layer {names[0]} has hooks, and is replaced: add them to the "
                              "converted network instead")
         if type(layer) in REPLACED and not kept and "forward" in vars(layer):

@@ -356,6 +356,11 @@ def aliases(node: fx.Node, modules: dict[str, nn.Module]) -> set[fx.Node]:
     return found - {node}
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether a call of a layer runs something else than its class says."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
 def has_attribute(network: nn.Module, name: str) -> bool:
     """Return whether a module has an attribute of a name with dots, such as a function `relu`."""
     owner, _, last = name.rpartition(".")

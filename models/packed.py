@@ -190,7 +190,7 @@ def save(model: nn.Module, bit_widths: Iterable[Width | int | str],
                 torch.tensor([column.grid for column in columns.values()], dtype=torch.int16),
                 *codes[name][1:])
             weight = codes[name].low.view(layers[name].weight.shape)
-            check_is(name, layers[name], quantizer, weight, [*stored, *assignments])
+            check_equals_layer(name, layers[name], quantizer, weight, [*stored, *assignments])
             tensors[f"{name}.weight"] = weight
             tensors.update({f"{name}.quantizer.{key}": value
                             for key, value in quantizer.state_dict().items()})
@@ -275,7 +275,7 @@ def columns_of(name: str, layer: QuantizedLayer,
     return columns
 
 
-def check_is(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
+def check_equals_layer(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
              stored: list[Width]) -> None:
     """Raise ValueError unless the packed weights equal the layer's own, bit for bit."""
     for width in stored:
