@@ -164,7 +164,7 @@ EDITS = {
     "a subclass": (lambda model, _: of_class(model.layers[0].conv0, GainedConv),
                    "layer layers.0.conv0 (GainedConv) has no place"),
     "a layer's forward": (lambda model, _: gained(model.layers[1].conv1, 2),
-                          "layer layers.1.conv1 (Conv2dQ) has no place"),
+                          "layer layers.1.conv1 (Conv2dQ) has a hook or a forward"),
     "the class's forward": (lambda _, monkeypatch: edited_class(monkeypatch, Conv2dQ),
                             "layer layers.0.conv0 (Conv2dQ) does not compute what its type says"),
     "the stem's forward": (lambda _, monkeypatch: edited_class(monkeypatch, nn.Conv2d),

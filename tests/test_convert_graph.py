@@ -161,7 +161,7 @@ class Aliased(nn.Module):
 @pytest.mark.parametrize("alias", [
     nn.Identity(), lambda x: x.view(x.shape).contiguous(), lambda x: x.mul_(0.5)])
 def test_an_input_that_is_changed_in_place_under_another_name_is_refused(alias):
-    with pytest.raises(ValueError, match="relu changes bn in place, which is read behind it as"):
+    with pytest.raises(ValueError, match="relu changes bn in place, which is read later as"):
         convert(Aliased(alias), [2, 32])
     convert(Aliased(torch.clone), [2, 32])
 
