@@ -190,7 +190,7 @@ class TrainingState:
             return
         try:
             set_random_states(states[rank()], self.device)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise FileError(f"{path}: its random_states are not valid ({one_line(error)}): the "
                             "file may be damaged") from None
 

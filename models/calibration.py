@@ -131,9 +131,9 @@ def copies_quantizers(model: nn.Module) -> bool:
                if isinstance(layer, QuantizedLayer | ActivationQ))
 
 
-def has_state_per_width(quantizer: nn.Module) -> bool:
-    """Return whether a quantizer has state per bit-width."""
-    return any(ENTRY.fullmatch(key) for key in quantizer.state_dict(prefix="."))
+def has_state_per_width(module: nn.Module) -> bool:
+    """Return whether a layer or quantizer has state per bit-width."""
+    return any(ENTRY.fullmatch(key) for key in module.state_dict(prefix="."))
 
 
 def check_layers(model: nn.Module, assignment: Assignment) -> None:

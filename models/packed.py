@@ -217,7 +217,7 @@ def stored_bit_widths(model: nn.Module, bit_widths: list[BitWidth],
         if not width.is_integer:
             raise ValueError(f"{width} bits is not stored in a packed file, which holds integers: "
                              "choose from 1 to 8, and keep the checkpoint for 32")
-    if any(has_state_per_width(layer.quantizer) for layer in quantized_layers(model).values()):
+    if any(has_state_per_width(layer) for layer in quantized_layers(model).values()):
         return bit_widths
     return stored
 
@@ -265,7 +265,7 @@ class Column:
 def columns_of(name: str, layer: QuantizedLayer,
                stored: list[Width]) -> dict[str, Column]:
     """Return {key: Column} of a layer, one per stored bit-width, or one per number of bits."""
-    per_width = has_state_per_width(layer.quantizer)
+    per_width = has_state_per_width(layer)
     columns = {}
     for width in stored:
         layer.switch_bit_width(width.of_layer(name))

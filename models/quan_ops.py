@@ -215,7 +215,7 @@ class QuantizedLayer:
         self.quantizer = DoReFaWeight()
         self.shared = None  # what quantizer.prepare gives, while shared_computation runs
         self.input_quantizer = None  # an ActivationQuantizer, where link_inputs finds it
-        self.is_scalable = False  # until find_scalable has compared both forms
+        self.is_scalable = type(self) is Conv2dQ  # find_scalable finds it out of others
         self.switch_bit_width(BitWidth(FULL_PRECISION))
 
     @property

@@ -160,7 +160,6 @@ class Operands(TorchDispatchMode):
 def test_operands_in_16_bits_are_the_integers(bits):
     torch.manual_seed(0)
     conv = Conv2dQ(16, 8, 3, bias=False)
-    conv.is_scalable = True
     conv.switch_bit_width(BitWidth(bits))
     n = 2**bits - 1
     x = quantize_activation(1.5 * torch.rand(2, 16, 8, 8), bits)
@@ -180,7 +179,6 @@ def test_operands_in_16_bits_are_the_integers(bits):
 def test_integer_operands_give_the_same_values_and_gradients(bits, bias, monkeypatch):
     torch.manual_seed(0)
     conv = Conv2dQ(3, 4, 3, bias=bias).double()
-    conv.is_scalable = True
     x = quantize_activation(torch.rand(2, 3, 8, 8, dtype=torch.float64), bits).requires_grad_()
     conv.switch_bit_width(BitWidth(bits))
     upstream = torch.randn(2, 4, 6, 6, dtype=torch.float64)
@@ -203,7 +201,6 @@ def test_low_precision_costs_the_quantizer_nothing(bits, rounded, error, monkeyp
     """A convolution of rounded operands is exact with integers, and not on the published grid."""
     torch.manual_seed(0)
     conv = Conv2dQ(64, 8, 3, bias=False).double()
-    conv.is_scalable = True
     conv.switch_bit_width(BitWidth(bits))
     x = quantize_activation(torch.rand(4, 64, 10, 10, dtype=torch.float64), bits)
     exact = conv(x)

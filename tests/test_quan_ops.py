@@ -191,7 +191,6 @@ def test_operands_of_tf32_are_exact(bits, monkeypatch):
     torch.nn.init.normal_(conv.weight)
     activation = ActivationQ()
     object.__setattr__(conv, "input_quantizer", activation.quantizer)
-    conv.is_scalable = True
     for layer in (conv, activation):
         layer.switch_bit_width(BitWidth(bits))
     operands = []
