@@ -724,7 +724,7 @@ def test_labels_that_are_no_classes_are_refused(label, in_memory, monkeypatch):
 def test_images_of_more_than_8_bits_are_refused(mode, in_memory, monkeypatch):
     dataset = own_row(monkeypatch, [(Image.new(mode, (40, 40)), 0)] * 4, in_memory=in_memory)
     with pytest.raises(DataError, match=f"images of mode {mode}, whose values"):
-        make_loader(dataset, "own", torch.device("cpu"), 4, train=False)
+        list(make_loader(dataset, "own", torch.device("cpu"), 4, train=False))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

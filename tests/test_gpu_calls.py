@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT
+from runs import ROOT, compact
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
@@ -62,7 +62,9 @@ def test_the_commands_and_tables_of_a_call(name, tiny, tmp_path, monkeypatch, ca
     assert gpu_calls.run_call(name, options(tmp_path, *tiny), CUDA)
     out = capsys.readouterr().out
     table = (tmp_path / name / "table.md").read_text()
-    assert out.endswith(f"\n{table}\n") and f"| {'process'} | outcome |" in table
+    assert out.endswith(f"\n{table}\n")
+    table = compact(table)
+    assert "| process | outcome |" in table
     least = {"first": 7, "second": 2, "third": 8}[name]
     assert table.count(" | ok |") == len(seen) >= least
     assert len(list((tmp_path / name).glob("*.log"))) == len(seen)
@@ -83,9 +85,9 @@ def test_tables_of_steps_and_accuracy(tmp_path):
             (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         call.add_accuracy("digits", ["1.0"] * 5, {"tf32": ["run0", "run1"], "none": ["absent"]})
     steps, accuracy = call.tables
-    assert steps.splitlines()[-1] == (
+    assert compact(steps).splitlines()[-1] == (
         "| svhnq | 128 | tf32, CUDA graph | 20.00 | 2.00 | 1.5 | 4.50 |")
-    assert accuracy.splitlines()[-1] == "| tf32 | 2 | 2 | 97.50 ± 0.71 |  |  |  |  |"
+    assert compact(accuracy).splitlines()[-1] == "| tf32 | 2 | 2 | 97.50 ± 0.71 | | | | |"
     figures = (tmp_path / "first" / "figures.jsonl").read_text().splitlines()
     assert [json.loads(line)["ms"] for line in figures] == [90, 20]
     assert len(list((tmp_path / "first").glob("*.metrics.jsonl"))) == 2

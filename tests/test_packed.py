@@ -557,5 +557,5 @@ def test_layers_that_share_a_weight_and_layers_of_two_names(tmp_path):
     tensors, _ = packed.read(tmp_path / "net")
     assert torch.equal(tensors["other.weight"], tensors["fc.weight"])
     model.again = model.layers[3]
-    with pytest.raises(ValueError, match="layer again is another one, too"):
+    with pytest.raises(ValueError, match="layer again is a module that has another name, too"):
         packed.save(model, [2], tmp_path / "other", about())
