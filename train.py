@@ -30,8 +30,7 @@ from torch import Tensor
 from dataset.data import Samples
 from dataset.loader import Loader, count_classes, fingerprint
 from engine import published
-from engine.arguments import (FLAGS, MACHINE, SCHEDULE, flag_name, names_of, parse_flags,
-                              run_name)
+from engine.arguments import MACHINE, SCHEDULE, flag_name, names_of, parse_flags, run_name
 from engine.console import Console, fitted
 from engine.cuda_graph import GraphStep
 from engine.device import choose_device, describe
@@ -67,9 +66,10 @@ def main(flags: Namespace) -> Path:
     with processes(device, getattr(flags, "timeout", 600)):
         with local_rank_zero_first():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
-        check_same({**{flag_name(name): flag_text(value) for name, value in vars(args).items()
-                       if FLAGS[name].kind != MACHINE},
-                    "the epoch to go on with": checkpoint and checkpoint.content.get("epoch")})
+        own = {flag_name(name): flag_text(value) for name, value in vars(args).items()
+               if name not in names_of(MACHINE)}
+        epoch = checkpoint and checkpoint.content.get("epoch")
+        check_same({**own, "the epoch to go on with": epoch})
         args.precision = choose_precision(args.precision, device)
 
         seed_generators(args.seed)
@@ -198,7 +198,7 @@ def train_one_epoch(state: TrainingState, loader: Loader, step: Callable, consol
 
 
 def make_run(args: Namespace,
-            device: torch.device) -> tuple[TrainingState, ForwardPass, Loader, Loader]:
+             device: torch.device) -> tuple[TrainingState, ForwardPass, Loader, Loader]:
     """Return a new TrainingState, its ForwardPass, and the loaders to train and to validate."""
     train_set, val_set = open_data(args)
     classes = count_classes(args.dataset, train_set, val_set)

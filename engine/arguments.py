@@ -136,11 +136,14 @@ def named_datasets() -> list[str]:
     return [name for name in DATASETS if not is_folder(name)]
 
 
-def source(text: str) -> str | None:
-    """Parse the source of a checkpoint; published scripts write none as None."""
-    if text == "None":
-        return None
+def source(text: str) -> str:
+    """Parse the source of a checkpoint: a path, a URL or a published name."""
     return text if "://" in text else path_text(text)
+
+
+def source_or_none(text: str) -> str | None:
+    """Parse the source of a checkpoint; published scripts write none as None."""
+    return None if text == "None" else source(text)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -255,10 +258,11 @@ def add_training(add: Callable[..., None]) -> None:
 
 def add_running(add: Callable[..., None]) -> None:
     """Declare the flags of the task and the machine."""
-    add("--pretrain", kind=RUN, type=source, help="load these weights first: a checkpoint, a "
-        "folder with model_best.pth.tar, a URL, a published name, the float network's state dict "
-        "for torchvision:NAME, or with --evaluate a packed file")
-    add("--resume", kind=TASK, type=source,
+    add("--pretrain", kind=RUN, type=source_or_none,
+        help="load these weights first: a checkpoint, a folder with model_best.pth.tar, a URL, a "
+        "published name, the float network's state dict for torchvision:NAME, or with --evaluate a "
+        "packed file")
+    add("--resume", kind=TASK, type=source_or_none,
         help="resume a run: its results folder, or a checkpoint")
     add("--evaluate", kind=TASK, action="store_true", help="do not train: print the accuracy of "
         "--pretrain (or --resume) at every bit-width of the list; default: all that it has")

@@ -13,7 +13,8 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, set_bit_width
-from models.graph import keeping_attributes, named_attributes, prepare_low_precision
+from models.graph import (keeping_attributes, named_attributes, prepare_low_precision,
+                          zero_parameters)
 from models.losses import any_precision_backward, forward_loss
 from models.sharing import no_sharing, prepare_weights, shared_computation
 from utils import keeping_random_states, one_line
@@ -173,20 +174,14 @@ class ForwardPass:
         try:
             with keeping_random_states(devices), undoing(self.model):
                 try:
-                    fill_zeros(self.model)
+                    with torch.no_grad():
+                        for _, parameter in zero_parameters(self.model):
+                            parameter.normal_(std=0.1)
                     return step(sharing), None
                 except Exception as error:  # a refusal, or one of the network's own code
                     return None, error
         finally:
             options.allow_tf32, options.benchmark, options.deterministic = before
-
-
-@torch.no_grad()
-def fill_zeros(model: nn.Module) -> None:
-    """Draw the parameters that are 0, such as a new head's, which let no gradient through."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not (parameter.is_inference() or parameter.any()):
-            parameter.normal_(std=0.1)
 
 
 @contextlib.contextmanager

@@ -253,9 +253,8 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if saved.get("precision") == "tf32":
         saved["precision"] = AUTO  # fp32, which is finer, where the device has no TF32
     saved.setdefault("loss", None)  # of a published network, which does not say it
-    fixed = {name: saved[name] for name in (*names_of(NETWORK), "loss") if name in saved}
-    if fixed.get("loss", "") is None:
-        del fixed["loss"]
+    fixed = {name: saved[name] for name in (*names_of(NETWORK), "loss")
+             if saved.get(name) is not None}
     changed = differences(fixed, vars(flags))
     if changed:
         raise UsageError(f"{path} holds another network: {changed}; leave these flags out")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from dataset.data import DATASETS, Samples, images_of, get_dataset
+from dataset.data import DATASETS, Samples, get_dataset, images_of
 from dataset.loader import Loader, count_classes, make_loader, without_subset
 from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError

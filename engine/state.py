@@ -14,10 +14,10 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth, quantizers, set_bit_width
-from models.checkpoint import (BEST, LATEST, FileError, check_field, check_layers, find_hooked,
-                               is_count, is_dense, is_finite_number, is_named_values, is_whole,
-                               load_weights, network_content, rebuilt, save_checkpoint,
-                               saved_own_bits, take)
+from models.checkpoint import (BEST, LATEST, FileError, check_field, check_same_layers,
+                               find_hooked, is_count, is_dense, is_finite_number,
+                               is_named_values, is_whole, load_weights, network_content, rebuilt,
+                               save_checkpoint, saved_own_bits, take)
 from models.graph import generator_state, named_attributes
 from utils import brief, escaped, one_line
 
@@ -80,7 +80,7 @@ class TrainingState:
                    "state_dict": weights}
         try:
             again = rebuilt(content, "a checkpoint of this run")
-            check_layers(self.model, again)
+            check_same_layers(self.model, again)
         except ValueError as error:
             raise UserError(str(error)) from None
         return find_hooked(self.model, again)

@@ -86,7 +86,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "state_dict": model.state_dict(), "calibrated": getattr(model, "calibrated", [])}
     check_images_to_save(content["images"], path)
     again = rebuilt(content, path)
-    check_layers(model, again)
+    check_same_layers(model, again)
     hooked = find_hooked(model, again)
     if hooked:
         raise ValueError(f"{hooked} has a hook or a forward of its own, which no file holds: "
@@ -101,7 +101,7 @@ def rebuilt(content: dict, path: str | Path) -> nn.Module:
     return model
 
 
-def check_layers(model: nn.Module, again: nn.Module) -> None:
+def check_same_layers(model: nn.Module, again: nn.Module) -> None:
     """Raise ValueError naming a layer that is another one in the network that was built again.
 
     Compared are a layer's class and what it prints of itself, but for what training alone uses.

@@ -127,14 +127,9 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
 
 
 def fill_zeros(network: nn.Module, model: AnyPrecisionNetwork) -> None:
-    """Draw, for both networks alike, the parameters that are 0, such as those of a new head.
-
-    No difference would show that they multiply by 0.
-    """
+    """Draw, for both networks alike, the parameters that are 0, which would hide a difference."""
     drawn = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        if not parameter.is_floating_point() or parameter.any():
-            continue
+    for name, parameter in graphs.zero_parameters(network):
         value = 0.1 * torch.randn(parameter.shape, generator=drawn)
         owner, _, own_name = name.rpartition(".")
         layer = model.network.get_submodule(owner)

@@ -61,6 +61,16 @@ def named_attributes(model: nn.Module) -> Iterator[tuple[str, object]]:
             yield f"{name}.{attribute}".strip("."), value
 
 
+def zero_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield names and parameters that are 0, such as a new head's.
+
+    They hide what stands before them: no output depends on it, and no gradient reaches it.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not (parameter.is_inference() or parameter.any()):
+            yield name, parameter
+
+
 @contextlib.contextmanager
 def keeping_attributes(model: nn.Module) -> Iterator[None]:
     """Restore on exit the attributes of a model's modules, and what dicts and lists of them hold.

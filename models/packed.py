@@ -276,7 +276,7 @@ def columns_of(name: str, layer: QuantizedLayer,
 
 
 def check_equals_layer(name: str, layer: QuantizedLayer, quantizer: PackedWeight, weight: Tensor,
-             stored: list[Width]) -> None:
+                       stored: list[Width]) -> None:
     """Raise ValueError unless the packed weights equal the layer's own, bit for bit."""
     for width in stored:
         layer.switch_bit_width(width.of_layer(name))

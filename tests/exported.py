@@ -165,6 +165,11 @@ EDITS = {
                    "layer layers.0.conv0 (GainedConv) has no place"),
     "a layer's forward": (lambda model, _: gained(model.layers[1].conv1, 2),
                           "layer layers.1.conv1 (Conv2dQ) has a hook or a forward"),
+    "the network's forward": (lambda model, _: gained(model, 2),
+                              "the network (ResNet20) has a hook or a forward"),
+    "a hook of the network": (
+        lambda model, _: model.register_forward_hook(lambda network, inputs, y: 2 * y),
+        "the network (ResNet20) has a hook or a forward"),
     "the class's forward": (lambda _, monkeypatch: edited_class(monkeypatch, Conv2dQ),
                             "layer layers.0.conv0 (Conv2dQ) does not compute what its type says"),
     "the stem's forward": (lambda _, monkeypatch: edited_class(monkeypatch, nn.Conv2d),

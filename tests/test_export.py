@@ -134,6 +134,12 @@ def test_wrong_arguments(argv, code, parts, arguments, tmp_path, capsys, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_source_that_is_called_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_export("None", "--format", "packed", "--output", "net") == 1
+    assert_one_line(capsys, "checkpoint None does not exist")
+
+
 def test_an_output_that_is_a_folder(arguments, tmp_path, capsys):
     for folder in (tmp_path, "..", "/", "."):
         assert run_export(*arguments, "--format", "packed", "--output", folder) == 2

@@ -239,7 +239,7 @@ def test_evaluations_of_one_network_are_one_run(tmp_path, capsys):
 def test_evaluations_of_other_weights_or_images_are_apart(tmp_path, capsys):
     trained = tmp_path / "a"
     write_run(trained, {1: [90.0], 2: [90.0]})
-    names = ("one", "weights", "split", "size", "batch")
+    names = ("one", "weights", "apart", "split", "size", "batch")
     folders = {name: write_evaluation(tmp_path / name, trained, {1: 70.0}, batches=2)
                for name in names}
     arguments = json.loads((trained / "config.json").read_text())["arguments"]
@@ -247,10 +247,13 @@ def test_evaluations_of_other_weights_or_images_are_apart(tmp_path, capsys):
         config = Path(folder, "config.json")
         edit(config, "trained_with", value={**arguments, "train_split": "train_auto_quan"})
         edit(config, "arguments", "train_split", value="train_auto_quan")
-        edit(config, "weights", value="other" if name == "weights" else "own")
+        edit(config, "weights", value="other" if name in ("weights", "apart") else "own")
     edit(Path(folders["weights"], "evaluation.json"), "2", value={
         "loss": 1.0, "top1": 60.0, "top5": 99.0})
     edit(Path(folders["weights"], "config.json"), "arguments", "bit_width_list", value=[1, 2])
+    Path(folders["apart"], "evaluation.json").write_text(
+        '{"2": {"loss": 1.0, "top1": 60.0, "top5": 99.0}}')  # at no bit-width of the first
+    edit(Path(folders["apart"], "config.json"), "arguments", "bit_width_list", value=[2])
     edit(Path(folders["split"], "config.json"), "arguments", "train_split", value="train")
     edit(Path(folders["size"], "config.json"), "arguments", "image_size", value=64)
     edit(Path(folders["batch"], "config.json"), "arguments", "batch_size", value=5)
@@ -259,7 +262,8 @@ def test_evaluations_of_other_weights_or_images_are_apart(tmp_path, capsys):
     for name in ("calibrated on 2 batches, on val", "calibrated on 2 batches, at 64 pixels",
                  "calibrated on 2 batches of 5"):
         assert f"| any, recursive, {name} | 70.00 |" in out
-    assert f"left out: {folders['weights']} is of another checkpoint than {folders['one']}" in out
+    for name in ("weights", "apart"):
+        assert f"left out: {folders[name]} is of another checkpoint than {folders['one']}" in out
 
 
 def test_evaluations_of_unfinished_runs_are_apart(tmp_path, capsys):
