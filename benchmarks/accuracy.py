@@ -31,7 +31,7 @@ from engine.arguments import OneLineParser, number
 from engine.errors import run_program
 from engine.run_folder import read_metrics
 from models.losses import NEXT_TARGET
-from utils import write_text
+from utils import markdown_table, write_text
 
 FALSE_ALARMS = 0.05  # of the test, where both ways are equally accurate
 EPOCHS = 5  # the last, in which the weights barely move
@@ -85,9 +85,9 @@ def means(runs, epochs):
 
 def row(name, values, sign=""):
     """Return a row of the table: mean ± standard error per bit-width over the seeds."""
-    cells = [f"{statistics.mean(seeds):{sign}.2f} ± "
-             f"{stats.sem(seeds) if len(seeds) > 1 else math.nan:.2f}" for seeds in values.values()]
-    return f"| {name} | {' | '.join(cells)} |"
+    return [name, *(f"{statistics.mean(seeds):{sign}.2f} ± "
+                    f"{stats.sem(seeds) if len(seeds) > 1 else math.nan:.2f}"
+                    for seeds in values.values())]
 
 
 def main(options):
@@ -109,17 +109,17 @@ def main(options):
             pool.shutdown(cancel_futures=True)
             raise
     widths = list(runs["default"][0])
-    print(f"| {options.loss}, {options.seeds} seeds | {' | '.join(widths)} |")
-    print("|---" * (len(widths) + 1) + "|")
+    rows = []
     for epochs, which in ((1, "last epoch"), (EPOCHS, "mean of the last five")):
         values = {way: means(runs[way], epochs) for way in ways}
         for way, flags in ways.items():
-            print(row(" ".join([f"{which}, {way}", *flags.split()]), values[way]))
+            rows.append(row(" ".join([f"{which}, {way}", *flags.split()]), values[way]))
         reference, default = values.values()
         differences = {
             bits: [ours - theirs for ours, theirs in zip(default[bits], reference[bits])]
             for bits in widths}
-        print(row(f"{which}, default less reference", differences, "+"))
+        rows.append(row(f"{which}, default less reference", differences, "+"))
+    print(markdown_table([f"{options.loss}, {options.seeds} seeds", *widths], rows))
     if options.seeds > 1:
         print(f"\n{paired_test(differences)}")
     return differences

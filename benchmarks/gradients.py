@@ -25,6 +25,7 @@ from engine.arguments import OneLineParser, number
 from engine.errors import UserError, run_program
 from engine.forward_pass import ForwardPass
 from models.losses import NEXT_TARGET
+from utils import markdown_table
 
 CPU = torch.device("cpu")
 
@@ -64,9 +65,9 @@ def main(options: argparse.Namespace) -> dict[str, list[float]]:
     count = len(distances["default from reference"])
     print(f"{model.spec['model']} on {name} at {widths} bits, {options.loss} loss, {count} batches "
           f"of at most {options.batch_size}, torch {torch.__version__}\n")
-    print("| relative distance of gradients | median | largest |\n|---|---|---|")
-    for what, values in distances.items():
-        print(f"| {what} | {statistics.median(values):.2g} | {max(values):.2g} |")
+    rows = [[what, f"{statistics.median(values):.2g}", f"{max(values):.2g}"]
+            for what, values in distances.items()]
+    print(markdown_table(["relative distance of gradients", "median", "largest"], rows))
     return distances
 
 

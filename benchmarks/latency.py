@@ -25,6 +25,7 @@ from engine.errors import UserError, run_program
 from models import DEFAULT_WIDTH, MODELS, build
 from models.bit_widths import FULL_PRECISION
 from models.quan_ops import QuantizedLayer
+from utils import markdown_table
 
 IMAGE_SIZE = 40
 CALIBRATION = 16  # images; what is measured does not depend on their number
@@ -73,12 +74,13 @@ def main(options):
         batch = numpy.resize(images, (options.batch_size, *images.shape[1:]))
         times = benchmark.measure([each.make(1) for each in found], batch, 1)
 
-    print("| | bits | ms | times as fast as float32 |\n|---|---|---|---|")
+    lines = []
     for runtime in ("OpenVINO", "ONNX Runtime"):
         rows = [(each, ms) for each, ms in zip(found, times) if runtime in each.name]
         float_ms, = (ms for each, ms in rows if each.name == f"{runtime} float32")
         for each, ms in rows:
-            print(f"| {each.name} | {each.bits} | {ms:.1f} | {float_ms / ms:.2f} |")
+            lines.append([each.name, each.bits, f"{ms:.1f}", f"{float_ms / ms:.2f}"])
+    print(markdown_table(["", "bits", "ms", "times as fast as float32"], lines))
     print(f"\n{options.model}, {IMAGE_SIZE} x {IMAGE_SIZE} pixels, batch {options.batch_size}, one "
           f"thread; {describe(torch.device('cpu'))}, Python {platform.python_version()}, torch "
           f"{torch.__version__}{benchmark.versions()}")

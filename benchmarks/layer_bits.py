@@ -26,7 +26,7 @@ from engine.figures import COLORS, legend_below, new_figure, save_figure
 from engine.run_folder import PATH_FILE
 from models.assignment import is_name
 from models.bit_widths import BITS, FULL_PRECISION
-from utils import write_json, write_text
+from utils import markdown_table, write_json, write_text
 
 UNIFORM = {f"all-{bits}": bits for bits in BITS if bits != FULL_PRECISION}  # names of assignments
 OPTIONS_FILE = "options.json"
@@ -129,12 +129,11 @@ def table(rows, count):
     """Return a Markdown table of a summary of `count` networks."""
     several = f"s; mean ± standard deviation, gain ± standard error, over {count} networks; "
     several += f"**bold**: p < {SIGNIFICANT} in a paired t-test"
-    lines = [f"val top-1 (%) of searched bits per layer and of uniform bit-width{several}"
-             if count > 1 else "val top-1 (%) of one network", "",
-             "| bits | Mbit-ops | weight bytes | top-1 | gain, log line | gain, linear line |",
-             "|" + "---|" * 6]
+    title = (f"val top-1 (%) of searched bits per layer and of uniform bit-width{several}"
+             if count > 1 else "val top-1 (%) of one network")
+    lines = []
     for name, row in rows.items():
-        cells = [f"{row['bit_operations'] / 1e6:,.2f}", f"{row['weight_bytes']:,.0f}",
+        cells = [name, f"{row['bit_operations'] / 1e6:,.2f}", f"{row['weight_bytes']:,.0f}",
                  with_error(f"{row['top1']:.2f}", row["spread"])]
         for line in LINES:
             gain = row.get(f"{line}_gain")
@@ -144,8 +143,9 @@ def table(rows, count):
             error = row[f"{line}_error"]
             text = with_error(f"{gain:+.2f}", error)
             cells.append(f"**{text}**" if row[f"{line}_p"] < SIGNIFICANT else text)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    head = ["bits", "Mbit-ops", "weight bytes", "top-1", "gain, log line", "gain, linear line"]
+    return f"{title}\n\n{markdown_table(head, lines)}\n"
 
 
 def draw(path, rows):

@@ -23,7 +23,7 @@ from engine.resume import Checkpoint
 from engine.setup import open_data
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import LATEST, find_file, network_of
-from utils import mean_and_deviation, progress, write_json
+from utils import markdown_table, mean_and_deviation, progress, write_json
 
 
 def measure(path):
@@ -60,11 +60,11 @@ def main(options):
               flush=True)
         results.append(found)
 
-    print(f"\n| top-1 (%) on {results[0]['images']} images | mean ± standard deviation |")
-    print("|---|---|")
-    for name in results[0]["top1"]:
-        values = [found["top1"][name] for found in results if name in found["top1"]]
-        print(f"| {name} | {mean_and_deviation(values)} |")
+    rows = [[name, mean_and_deviation([found["top1"][name] for found in results
+                                       if name in found["top1"]])]
+            for name in results[0]["top1"]]
+    head = [f"top-1 (%) on {results[0]['images']} images", "mean ± standard deviation"]
+    print(f"\n{markdown_table(head, rows)}")
     notes = dict.fromkeys(note for found in results for note in found["notes"])
     print("; ".join(["", *dict.fromkeys(found["versions"] for found in results), *notes])[2:])
 

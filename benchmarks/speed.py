@@ -35,7 +35,7 @@ from engine.device import choose_device, describe
 from engine.errors import run_program
 from engine.forward_pass import PRECISIONS
 from models import BITS, highest_first
-from utils import flag_text
+from utils import flag_text, markdown_table
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 SETTINGS = {"svhnq": ("svhn", 64), "resnet20q": ("cifar10", 128), "resnet50q": ("imagenet", 64)}
@@ -192,10 +192,9 @@ def table(options, title, columns, firsts=None):
     print(f"\n{title}: {options.model}, {options.dataset}, batch {options.batch_size}; "
           f"{describe(choose_device(options.device))}; torch {torch.__version__}; "
           f"median of {options.repeats}\n")
-    print(f"| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for first, *values in zip(firsts or names(options), *columns.values()):
-        cells = [f"{value:.{decimals(value)}f}" for value in values]
-        print(f"| {first} | {' | '.join(cells)} |", flush=True)
+    rows = [[first, *(f"{value:.{decimals(value)}f}" for value in values)]
+            for first, *values in zip(firsts or names(options), *columns.values())]
+    print(markdown_table(["", *columns], rows), flush=True)
     return columns
 
 

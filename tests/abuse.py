@@ -59,6 +59,7 @@ from engine.errors import run_program  # noqa: E402
 from engine.setup import make_train_loader, make_val_loader, open_data  # noqa: E402
 from models import packed  # noqa: E402
 from models.checkpoint import read_checkpoint  # noqa: E402
+from utils import markdown_table  # noqa: E402
 
 NOWHERE = "http://127.0.0.1:9/"  # refuses at once
 LIMIT = 180  # seconds of a case, after which it counts as hanging
@@ -830,13 +831,14 @@ def choose(count, kinds):
 
 def summary(rows, seed):
     """Return a table of counts per kind, and each mishandled case with the command to repeat it."""
-    lines = ["| kind | cases | refused | passed | mishandled |", "|---|---|---|---|---|"]
+    counts = []
     for kind in KINDS:
         own = [row for row in rows if row[0] == kind]
         passed = sum(row[3] == 0 for row in own)
         bad = sum(row[4] is not None for row in own)
         if own:
-            lines.append(f"| {kind} | {len(own)} | {len(own) - passed} | {passed} | {bad} |")
+            counts.append([kind, len(own), len(own) - passed, passed, bad])
+    lines = [markdown_table(["kind", "cases", "refused", "passed", "mishandled"], counts)]
     for kind, number, what, _, problem, _ in rows:
         if problem:
             lines.append(f"{problem}\n    {what}\n    python tests/abuse.py --seed {seed} "
