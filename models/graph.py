@@ -190,10 +190,10 @@ def trace_float(network: nn.Module) -> fx.Graph:
     twin_network = copy.deepcopy(network).train(False)
     other = ModeTracer().trace(twin_network)
     tried = copy.deepcopy(network).train(True)
-    before = random_states(tried)
+    before = random_texts(tried)
     with other_modes():  # so that a context that sets one shows
         ModeTracer().trace(tried)
-    if random_states(tried) != before:  # such as stochastic depth, whose graph is another each time
+    if random_texts(tried) != before:  # such as stochastic depth, whose graph is another each time
         raise ValueError("its forward draws numbers in Python")
     for name, value in named_attributes(tried):
         if any(isinstance(part, fx.Proxy) for part in tree_leaves(value)):
@@ -251,7 +251,7 @@ def other_modes() -> Iterator[None]:
             torch.set_autocast_enabled(name, enabled)
 
 
-def random_states(network: nn.Module) -> list[str]:
+def random_texts(network: nn.Module) -> list[str]:
     """Return what changes where Python, NumPy or torch draws a number, or a network's generator."""
     values = tree_leaves([value for _, value in named_attributes(network)])
     own = filter(None, map(generator_state, values))
