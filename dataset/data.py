@@ -1,4 +1,4 @@
-"""The data sets: a row each in DATASETS, and a folder each in data_paths."""
+"""The data sets: a row each in DATASETS, and their folders in data_paths."""
 import contextlib
 import gzip
 import os
@@ -22,8 +22,6 @@ from utils import one_line, replacing, unwinding_signals
 
 Samples = Dataset | list  # of (PIL image, label)
 
-data_paths = {name: f"data/{name}" for name in (
-    "digits", "fashion-mnist", "cifar10", "cifar100", "mnist", "svhn", "imagenet")}
 HALF = (0.5,) * 3
 FASHION_MNIST_COPY = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 
@@ -169,6 +167,7 @@ DATASETS = {
         shapes={"train": (73_257, 32, 32), "test": (26_032, 32, 32), "extra": (531_131, 32, 32)}),
     "imagenet": imagenet_row(open_image_folder),
 }
+data_paths = {name: f"data/{name}" for name in DATASETS}  # of any other row too, unless named here
 
 
 def row_of(name: str, image_size: int | None = None) -> DataSet:
@@ -250,14 +249,17 @@ def root_of(name: str, data_dir: str | Path | None = None) -> str:
     """Return the folder of a data set: of folder:PATH the PATH, whatever data_dir is."""
     if is_folder(name):
         return name.removeprefix(PREFIX)
-    return data_paths[name] if data_dir is None else os.path.join(data_dir, name)
+    if data_dir is None:
+        return data_paths.get(name, f"data/{name}")
+    return os.path.join(data_dir, name)
 
 
 def get_dataset(name: str, split: str, transform: Callable | None = None,
                 data_dir: str | Path | None = None) -> Samples:
     """Return a split of a data set of DATASETS, as (transform(PIL image), label) samples.
 
-    transform: None returns the PIL images. data_dir: reads data_dir/name; None: data_paths[name].
+    transform: None returns the PIL images. data_dir: reads data_dir/name; None: data_paths[name],
+    by default data/name.
     Raises DataError where the data cannot be read or downloaded, and ValueError for a split that
     the data set does not have.
     """

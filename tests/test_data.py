@@ -168,7 +168,6 @@ def test_svhn_joins_train_and_extra_and_counts_ten_as_zero(tmp_path, monkeypatch
 
 
 def test_held_out_splits_of_ones_own_row_share_no_image(monkeypatch):
-    monkeypatch.setitem(data_paths, "own", "own")
     splits = {"other": "test", "full": "test", "full_auto_quan": "held_auto_quan"}
     opened = []
 
@@ -188,7 +187,6 @@ def test_a_held_out_split_of_class_folders_has_their_classes_and_labels(tmp_path
         for number in range(20):
             Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
     splits = {"train": "test", "train_auto_quan": "val_auto_quan"}
-    monkeypatch.setitem(data_paths, "own", str(tmp_path))
     monkeypatch.setitem(DATASETS, "own", DataSet(
         open=lambda root, split: datasets.ImageFolder(tmp_path), val_split=splits,
         num_classes=None))
@@ -208,7 +206,6 @@ def test_the_name_of_a_split_is_opened_as_it_is(monkeypatch):
         return [(Image.new("RGB", (40, 40)), 0)]
 
     monkeypatch.setitem(DATASETS, "own", DataSet(open=note, val_split={"train_full": "test_b"}))
-    monkeypatch.setitem(data_paths, "own", "own")
     for split in ("train_full", "test_b"):
         assert len(get_dataset("own", split)) == 1
     assert opened == ["train_full", "test_b"]
@@ -274,6 +271,12 @@ def test_data_paths_say_where_data_lives(tmp_path, monkeypatch):
     tiny_data.cifar10(tmp_path, monkeypatch)
     monkeypatch.setitem(data_paths, "cifar10", str(tmp_path / "cifar10"))
     assert len(get_dataset("cifar10", "test")) == 6
+    roots = []
+    monkeypatch.setitem(DATASETS, "own", DataSet(
+        open=lambda root, split: roots.append(root) or [(Image.new("RGB", (40, 40)), 0)],
+        val_split={"train": "test"}))
+    get_dataset("own", "train")
+    assert roots == ["data/own"]
 
 
 # ---- downloads and broken files
@@ -680,7 +683,6 @@ def own_row(monkeypatch, samples, **more):
     monkeypatch.setitem(DATASETS, "own", DATASETS["digits"]._replace(
         open=lambda root, split: samples, **{
             "val_split": {"train": "val"}, "num_classes": None, "shapes": {}, **more}))
-    monkeypatch.setitem(data_paths, "own", "own")
     return get_dataset("own", "train")
 
 
@@ -796,7 +798,6 @@ def test_labels_are_those_after_a_target_transform(monkeypatch):
     row = DATASETS["digits"]._replace(num_classes=2, shapes={}, open=lambda root, split: Letters(
         (Image.new("RGB", (40, 40)), label) for label in (0, 1)))
     monkeypatch.setitem(DATASETS, "own", row)
-    monkeypatch.setitem(data_paths, "own", "own")
     assert len(get_dataset("own", "train")) == 2
 
 
