@@ -17,19 +17,19 @@ import numpy
 import torch
 from torch.utils.data import Subset
 
-from dataset.data import Samples, images_of, row_of
+from dataset.data import DATASETS, Samples, add_folder, images_of
 from dataset.loader import make_loader
 from deploy import check, files, runtimes
 from engine import published
-from engine.arguments import (FLAGS, MACHINE, OneLineParser, bit_width_list, dataset_name,
-                              merge_args, number, path_text, source)
+from engine.arguments import (FLAGS, MACHINE, OneLineParser, add_source, bit_width_list,
+                              merge_args, number, path_text)
 from engine.errors import UserError, run_program
 from engine.resume import Checkpoint
 from engine.setup import check_classes, open_data
 from models.assignment import is_name
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import BEST, network_of
-from utils import WriteError, flag_text, one_line, printable, progress, unwinding_signals
+from utils import WriteError, flag_text, one_line, progress, unwinding_signals
 
 IMAGES = 500  # for a benchmark's accuracy, without --check
 CALIBRATION = 300  # training images for the runtimes' own quantization
@@ -41,9 +41,9 @@ def main(args: Namespace) -> None:
     checkpoint = Checkpoint(published.find_checkpoint(args.source, BEST))
     model, _ = network_of(checkpoint.content, checkpoint.path)
     about = image_description(checkpoint, args.dataset)
-    settings = data_settings(checkpoint, about, args.dataset, args.data_dir)
     images = labels = None
     if args.check or args.benchmark:
+        settings = data_settings(checkpoint, about, args.dataset, args.data_dir)
         train_set, val_set = open_data(settings, train=args.benchmark)
         check_classes(model, checkpoint.content, checkpoint.path, settings.dataset, val_set)
         images, labels = read_images(val_set, settings, args.check or IMAGES)
@@ -88,8 +88,9 @@ def image_description(checkpoint: Checkpoint, dataset: str | None = None) -> dic
     if not name:
         raise UserError(f"{checkpoint.path} does not say of what images its network is: give "
                         "--dataset")
-    row_of(name, images.get("size"))
-    return {**images_of(name), "class_names": None, **images, "dataset": name}
+    add_folder(name, images.get("size"))
+    row = images_of(name) if name in DATASETS else {}  # of a loop of one's own, it may have none
+    return {**row, "class_names": None, **images, "dataset": name}
 
 
 def run_arguments(checkpoint: Checkpoint) -> dict:
@@ -181,8 +182,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", type=source, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
-        "file, a URL, or a published name, as --pretrain of train.py")
+    add_source(parser, "check")
     add("--format", choices=files.FORMATS, required=True, help="packed: for this project, bit for "
         "bit; onnx: for ONNX Runtime, OpenVINO and others")
     add("--bits", type=bits_or_any, metavar="K,...", help="bit-widths of 1 to 8, and names of "
@@ -197,15 +197,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "in ONNX Runtime if it is of onnx; how it does in OpenVINO is only reported")
     add("--benchmark", action="store_true", help="also measure speed and accuracy against "
         "float32 and the int8 that the runtimes' own tools make of it after training")
-    add("--dataset", type=dataset_name, metavar="NAME", help="data set to check on; "
-        "default: that of the checkpoint")
-    add("--data-dir", type=path_text,
-        help="folder that holds the data sets' folders; default: data")
     args = parser.parse_args(argv)
     args.output = Path(args.output)
     if args.output.is_dir() or not args.output.name:
         parser.error(f"--output {args.output} is a folder: name a file in it")
-    if str(args.output) != printable(str(args.output)):
+    try:
+        str(args.output).encode()
+    except UnicodeEncodeError:
         parser.error(f"--output {args.output} is not UTF-8, as the formats' libraries need it: "
                      "give another name, or go into that folder first")
     if args.input == "uint8" and args.format == "packed":

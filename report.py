@@ -25,7 +25,7 @@ from engine.run_folder import PATH_FILE, damaged, metrics_of, parse_json, read_m
 from models import Assignment, BitWidth, highest_first
 from models.bit_widths import FULL_PRECISION
 from models.checkpoint import LATEST, is_finite_number, is_whole
-from utils import (escaped, flag_text, markdown_table, mean_and_deviation, one_line, printable,
+from utils import (escaped, flag_text, markdown_table, mean_and_deviation, one_line,
                    replacing, write_text, writing)
 
 EPOCHS = {  # --epoch: (name in the table, function of a run to values per bit-width)
@@ -254,7 +254,7 @@ def sets_apart(argument: str) -> bool:
     return flag.kind not in (MACHINE, TASK) or argument == "start_epoch"
 
 
-def names_of(runs: list[Run]) -> list[str]:
+def configuration_names(runs: list[Run]) -> list[str]:
     """Return the runs' names, each with the settings that are not the same in all of its kind.
 
     What an evaluation is of also distinguishes it from trainings on the same data. Runs of one name
@@ -331,13 +331,13 @@ def differences(runs: list[Run]) -> list[str]:
     """Return a line for each configuration whose runs differ in code, or in their assignments."""
     lines = []
     rows = defaultdict(list)
-    for run, name in zip(runs, names_of(runs)):
+    for run, name in zip(runs, configuration_names(runs)):
         rows[run.kind, name].append(run)
     for (_, name), members in rows.items():
         commits = {run.commit: run.folder for run in reversed(members)}
         if len(commits) > 1:
             of = [f"{folder} of {commit}" for commit, folder in reversed(commits.items())]
-            lines.append(f"the runs of {name} are of other versions of the code: {', '.join(of)}")
+            lines.append(f"the runs of {name} used different versions of the code: {', '.join(of)}")
         first = members[0]
         other = next((run for run in members if run.assignments != first.assignments), None)
         if other:
@@ -352,7 +352,7 @@ def table_rows(runs: list[Run],
     return [{"dataset": run.kind[0], "model": run.kind[1], "configuration": name,
              "seed": run.seed, "bits": bits, "top1": values["top1"], "top5": values["top5"],
              "loss": values["loss"], "results": run.folder}
-            for run, name in zip(runs, names_of(runs))
+            for run, name in zip(runs, configuration_names(runs))
             for bits, values in sorted(values_of(run).items())]
 
 
@@ -396,7 +396,7 @@ def curves(runs: list[Run], rows: list[dict]) -> list[tuple[str, list[Curve]]]:
                    if (title_of(row), row["configuration"]) == (title, name)]
             folders = [row["results"] for row in own]
             found.append(Curve(
-                printable(name), {bits: statistics.mean(top1) for bits, top1 in cells.items()},
+                name, {bits: statistics.mean(top1) for bits, top1 in cells.items()},
                 {bits: statistics.stdev(top1) for bits, top1 in cells.items() if len(top1) > 1},
                 frozenset().union(*(trained[folder] for folder in folders)),
                 joined=len(set(folders)) < len(folders)))

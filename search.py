@@ -21,8 +21,7 @@ from torch.utils.data import Subset
 
 from dataset.data import DATASETS, Samples, get_dataset
 from dataset.loader import fingerprint, make_loader
-from engine.arguments import (OneLineParser, dataset_name, number, path_text, run_name,
-                              source)
+from engine.arguments import OneLineParser, add_source, number, path_text, run_name
 from engine.bit_search import Search, Step
 from engine.device import choose_device
 from engine.distributed import world_size
@@ -39,7 +38,7 @@ from models.checkpoint import is_finite_number, is_whole, network_of
 from models.cost import Costs, cost_table, totals
 from utils import brief, flag_text, markdown_table, one_line, write_json, write_text
 
-WRITTEN = ("layer_bits.json", "path.md", "path.png")  # in the folder of a search
+ASSIGNMENTS_FILE, TABLE_FILE, FIGURE_FILE = "layer_bits.json", "path.md", "path.png"
 FIELDS = {"budget": ("bit_operations", "ops"), "bytes": ("weight_bytes", "bytes")}
 
 
@@ -89,7 +88,7 @@ def main(args: Namespace) -> Path | None:
         if damage is not None:
             raise damaged(run.path / PATH_FILE, f"step {damage}", path[damage].unit,
                           "one that follows from the step before it")
-        for file in WRITTEN:
+        for file in (ASSIGNMENTS_FILE, TABLE_FILE, FIGURE_FILE):
             if not path and (run.path / file).exists():
                 raise UserError(f"{run.path / file} is not of a search that could go on: choose "
                                 "another folder with --results-dir")
@@ -104,19 +103,7 @@ def main(args: Namespace) -> Path | None:
             log.info(line_of(len(steps) - 1, steps[-1]))
 
         search.descend(path, min(budgets.values()), save)
-        uniform = {width: uniform_step(search, width) for width in bit_widths}
-        found = {text: next(step for step in path if step.cost[search.by] <= budget)
-                 for text, budget in budgets.items()}
-        assignments = [search.assignment(step.layers, text) for text, step in found.items()]
-        write_json(run.path / WRITTEN[0], [
-            each.content for each in with_earlier(assignments, run.path / WRITTEN[0])])
-        table = path_table(path, uniform, found)
-        write_text(run.path / WRITTEN[1], table)
-        draw(run.path / WRITTEN[2], path, uniform, found, search.by, name)
-        for text, step in found.items():
-            log.info(f"{text}: step {path.index(step)}, {step.cost['bit_operations'] / 1e6:,.1f} "
-                     f"Mbit-ops, {step.cost['weight_bytes']:,} bytes, divergence "
-                     f"{step.divergence:.4f}")
+        write_results(run.path, search, path, budgets, name)
         log.info(run.contents())
         return run.path
 
@@ -178,10 +165,15 @@ def resolve_budgets(search: Search, budgets: list[Budget], flag: str) -> dict[st
         elif budget.is_fraction:
             value = value * highest
         if value < least:
-            raise UserError(f"--{flag} {budget.text} is {value:,.0f}, and all layers at "
-                            f"{search.bit_widths[0]} bits take {least:,}: give more")
-        found[f"{prefix}-{budget.text.replace('%', 'pct').replace('.', '_')}"] = math.floor(value)
+            raise UserError(f"--{flag} {budget.text} is {value:,.0f}, and all layers at their "
+                            f"cheapest take {least:,}: give more")
+        found[name_of(prefix, budget.text)] = math.floor(value)
     return found
+
+
+def name_of(prefix: str, budget: str) -> str:
+    """Return the name of the assignment that a search finds for a budget."""
+    return f"{prefix}-{budget.replace('%', 'pct').replace('.', '_')}"
 
 
 def uniform_step(search: Search, width: BitWidth) -> Step:
@@ -205,6 +197,26 @@ def print_costs(costs: Costs, bit_width: BitWidth | str) -> None:
 
 
 # ---- the path in files
+
+def write_results(folder: Path, search: Search, path: list[Step], budgets: dict[str, int],
+                  title: str) -> None:
+    """Write the assignments of each budget, the table and the figure of a path; log what was found.
+
+    budgets: {name of an assignment: cost that it may have}.
+    """
+    uniform = {width: uniform_step(search, width) for width in search.bit_widths}
+    found = {name: next(step for step in path if step.cost[search.by] <= budget)
+             for name, budget in budgets.items()}
+    assignments = [search.assignment(step.layers, name) for name, step in found.items()]
+    write_json(folder / ASSIGNMENTS_FILE, [
+        each.content for each in with_earlier(assignments, folder / ASSIGNMENTS_FILE)])
+    write_text(folder / TABLE_FILE, path_table(path, uniform, found))
+    draw(folder / FIGURE_FILE, path, uniform, found, search.by, title)
+    for name, step in found.items():
+        log.info(f"{name}: step {path.index(step)}, {step.cost['bit_operations'] / 1e6:,.1f} "
+                 f"Mbit-ops, {step.cost['weight_bytes']:,} bytes, divergence "
+                 f"{step.divergence:.4f}")
+
 
 def content_of(step: Step) -> dict:
     """Return a Step as path.json holds it."""
@@ -322,8 +334,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", type=source, metavar="SOURCE", help="a results folder, a checkpoint, a packed "
-        "file, a URL, or a published name, as --pretrain of train.py")
+    add_source(parser, "search")
     add("--budget", type=budget_list, metavar="B,...", help="bit-operations of the quantized "
         "layers for an image: a number, a share of the highest integer bit-width's such as 25%%, "
         "or those of a bit-width such as 4bit")
@@ -335,10 +346,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed that draws the images")
     add("--results-dir", type=path_text, help="folder of the search; the same command goes on with "
         "what is there; default: results/NAME_search, named after the run")
-    add("--dataset", type=dataset_name, metavar="NAME", help="data set to search on; default: that "
-        "of the checkpoint")
-    add("--data-dir", type=path_text,
-        help="folder that holds the data sets' folders; default: data")
     add("--device", default="auto", help="auto (GPU with the most free memory), cpu, cuda, cuda:i")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.budget, args.bytes, args.cost))) != 1:
@@ -354,7 +361,7 @@ def budget_list(text: str) -> list[Budget]:
 def parse_budget(text: str) -> Budget:
     """Parse a number, a share such as 25%, or a bit-width such as 4bit or w2a4bit."""
     try:
-        if not is_name(f"bytes-{text.replace('%', 'pct').replace('.', '_')}"):
+        if not is_name(name_of("bytes", text)):
             raise ValueError
         width = re.fullmatch(r"(\w+)bits?", text)
         if width:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from dataset.data import Samples
 from dataset.loader import Loader, count_classes, fingerprint
-from engine import published
-from engine.arguments import MACHINE, SCHEDULE, flag_name, names_of, parse_flags, run_name
+from engine.arguments import (DEFAULTS, MACHINE, SCHEDULE, arguments_of, flag_name, parse_flags,
+                              run_name)
 from engine.console import Console, fitted
 from engine.cuda_graph import GraphStep
 from engine.device import choose_device, describe
@@ -42,15 +42,13 @@ from engine.evaluation import evaluate, evaluate_checkpoint
 from engine.figures import best_and_last, save_training_figure
 from engine.forward_pass import ForwardPass, choose_precision
 from engine.output import go_on_without_output
-from engine.resume import Checkpoint, refuse_packed, resolve
+from engine.resume import Checkpoint, resolve, start_from
 from engine.run_folder import RunFolder, log
-from engine.setup import (check_class_names, describe_images, initialize_model, load_pretrained,
+from engine.setup import (check_class_names, describe_images, initialize_model,
                           make_forward_pass, make_model, make_optimizer, make_train_loader,
                           make_val_loader, open_data, parameter_groups, synchronize_batch_norm)
 from engine.state import TrainingState, seed_generators
-from models import BitWidth, highest_first, layer_table, quantizers
-from models.calibration import without_assignments
-from models.checkpoint import BEST, read_checkpoint, saved_assignments, saved_own_bits
+from models import BitWidth, highest_first, layer_table
 from models.converted import AnyPrecisionNetwork
 from utils import flag_text, without_secrets, write_text
 
@@ -60,14 +58,15 @@ TO_VALIDATE = " to validate on"  # ends what a run's data says of its validation
 
 def main(flags: Namespace) -> Path:
     """Train or evaluate by the flags of parse_flags; return the results folder."""
-    device = choose_device(getattr(flags, "device", "auto"))
+    given = Namespace(**{**DEFAULTS, **vars(flags)})
+    device = choose_device(given.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for helper threads, such as one that pins memory
-    with processes(device, getattr(flags, "timeout", 600)):
+    with processes(device, given.timeout):
         with local_rank_zero_first():  # the first may have to download the checkpoint
             args, checkpoint = resolve(flags)
         own = {flag_name(name): flag_text(value) for name, value in vars(args).items()
-               if name not in names_of(MACHINE)}
+               if name not in arguments_of(MACHINE)}
         epoch = checkpoint and checkpoint.content.get("epoch")
         check_same({**own, "the epoch to go on with": epoch})
         args.precision = choose_precision(args.precision, device)
@@ -77,7 +76,7 @@ def main(flags: Namespace) -> Path:
             return evaluate_checkpoint(args, checkpoint, device)
 
         unused = ["lr_decay"] if args.schedule == "cosine" else []
-        defaulted = [name for name in names_of(SCHEDULE) if name not in (*vars(flags), *unused)]
+        defaulted = [name for name in arguments_of(SCHEDULE) if name not in (*vars(flags), *unused)]
         return train(args, checkpoint, device, () if checkpoint else defaulted)
 
 
@@ -147,7 +146,7 @@ def train(args: Namespace, checkpoint: Checkpoint | None, device: torch.device,
 def take_step(state: TrainingState, forward_pass: ForwardPass, loss: str, images: Tensor,
               labels: Tensor, bit_widths: Sequence[BitWidth],
               loss_scale: float) -> dict[BitWidth, tuple[Tensor, Tensor]]:
-    """Train on a batch; return what forward_pass.backward does."""
+    """Train on a batch; return what forward_pass.backward returns."""
     state.optimizer.zero_grad()
     results = forward_pass.backward(images, labels, bit_widths, loss, loss_scale)
     exchange_gradients(state.model.parameters())
@@ -238,16 +237,7 @@ def load_initial_state(state: TrainingState, args: Namespace, checkpoint: Checkp
             state.best = (-math.inf, -math.inf)
             state.best_prec1 = -math.inf
     elif args.pretrain:
-        with local_rank_zero_first():
-            path = published.find_checkpoint(args.pretrain, BEST)
-        content = read_checkpoint(path)
-        refuse_packed(content, path, "train")
-        saved = (content.get("network") or {}).get("assignments", [])
-        own_bits = saved_own_bits(content, path) or {}
-        state.check_own_bits({**quantizers.own_bits_of(state.model), **own_bits}, path)
-        weights = without_assignments(content["state_dict"],
-                                      map(str, saved_assignments(saved, path)))
-        message, quantizers_are_new = load_pretrained(state.model, path, weights)
+        message, quantizers_are_new = start_from(state, args.pretrain)
 
     if quantizers_are_new:
         initialize_model(state.model, forward_pass, train_loader, state.bit_widths)
@@ -267,7 +257,7 @@ def log_run_info(args: Namespace, device: torch.device, state: TrainingState, ru
     if args.lr_decay:
         schedule = f"/ 10 after {flag_text(args.lr_decay)}"
     log.info(fitted(
-        f"epochs {args.epochs}, steps an epoch {steps_per_epoch}, batch size {args.batch_size}, "
+        f"epochs {args.epochs}, steps per epoch {steps_per_epoch}, batch size {args.batch_size}, "
         f"{args.optimizer}, lr {args.lr:g} ({schedule}), weight decay {args.weight_decay:g}, "
         f"width {args.width}, quantizer {args.quantizer}, precision {args.precision}, "
         f"seed {args.seed}"))

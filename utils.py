@@ -43,7 +43,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` once it is written, so never by a part of it.
+    """Yield a temporary path that replaces `path` once it is written whole.
 
     Raises WriteError where it cannot be written.
     """
@@ -133,11 +133,6 @@ def without_secrets(value: object) -> object:
     return re.sub(r"""(https?://[^?#\s'"]*[?#])[^\s'"]*[^\s'",;:)]""", r"\1***", text)
 
 
-def printable(text: str) -> str:
-    """Return text with what is not Unicode, as in other paths, as escape sequences."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def escaped(text: str) -> str:
     """Return text with control characters, and what is not Unicode, as escape sequences.
 
@@ -155,16 +150,17 @@ def brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def one_line(error: BaseException | str, is_whole: bool = False) -> str:
+def one_line(error: BaseException | str, whole: bool = False) -> str:
     """Return an error's message in one line, escaped, or its type where it has none.
 
-    is_whole: of an error of ours, which is a line, but for what names of files hold.
+    whole: keep all of it, as of our own errors, which have further lines only where a file's name
+    has a line break.
     """
     text = str(error).strip() or type(error).__name__
     lines = text.splitlines()
     if "in DataLoader worker process" in lines[0]:  # with the worker's traceback
         return escaped(lines[-1].split(": ", 1)[-1])
-    if is_whole:
+    if whole:
         return escaped(text)
     return escaped(" ".join(lines) if lines[0].endswith(":") else lines[0])
 

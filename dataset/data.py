@@ -170,15 +170,14 @@ DATASETS = {
 data_paths = {name: f"data/{name}" for name in DATASETS}  # of any other row too, unless named here
 
 
-def row_of(name: str, image_size: int | None = None) -> DataSet:
-    """Return a data set's row; that of folder:PATH is made, and from then on in DATASETS.
+def add_folder(name: str, image_size: int | None = None) -> None:
+    """Add the row of folder:PATH to DATASETS; of any other name do nothing.
 
-    image_size: of a folder's images, in pixels; None: ImageNet's.
+    image_size: in pixels; None: ImageNet's.
     """
     if is_folder(name):
         size = image_size or DATASETS["imagenet"].image_size
         DATASETS[name] = imagenet_row(open_folder, size)
-    return DATASETS[name]
 
 
 def images_of(name: str) -> dict:

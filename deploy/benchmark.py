@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deploy import files, onnx_file, runtimes
 from engine.device import describe
-from engine.figures import new_figure, save_figure
+from engine.figures import legend_beside, new_figure, save_figure
 from models import load, set_bit_width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from utils import WriteError, markdown_table, one_line, write_json, write_text
@@ -278,6 +278,6 @@ def draw(path: str, rows: list[dict]) -> None:
         for row in points if name.startswith(("file", "packed")) else ():
             axis.annotate(f"{row['bits']} bits", (row[column], row["top1"]),
                           textcoords="offset points", xytext=(5, 5))
-    axis.set(xlabel="milliseconds an image", ylabel="top-1 (%)", xscale="log")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set(xlabel="milliseconds per image", ylabel="top-1 (%)", xscale="log")
+    legend_beside(axis)
     save_figure(figure, path)

@@ -160,7 +160,6 @@ def write(stem: str, results: dict[str, Results], source: str) -> None:
         text += f"\n{name}:\n\n{table(found)}"
     write_text(f"{stem}.md", text)
     write_json(f"{stem}.json", {"file": source, "results": {
-        name: {"falls_short": shortfall(found), "bit_widths": {
-            str(bits): values for bits, values in found.items()}}
+        name: {"falls_short": shortfall(found), "bit_widths": found}
         for name, found in results.items()}})
     print(f"{text}\nwritten to {stem}.md and {stem}.json")

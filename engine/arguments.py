@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from dataset.data import DATASETS, row_of
+from dataset.data import DATASETS, add_folder
 from dataset.folder import PREFIX, is_folder
 from engine.distributed import rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import AUTO, PRECISIONS
+from engine.setup import OPTIMIZERS
 from models import DEFAULT_WIDTH, MODELS, QUANTIZERS, highest_first, zoo
 from models.losses import NEXT_TARGET
 from utils import brief, flag_text, one_line, without_secrets
@@ -40,8 +41,8 @@ NAME_LENGTH = 40  # characters of a folder's name in that of a run
 FLAGS: dict[str, Flag] = {}  # by argument, as add() declares them
 
 
-def names_of(*kinds: str) -> list[str]:
-    """Return the names of the arguments of these kinds."""
+def arguments_of(*kinds: str) -> list[str]:
+    """Return the names of the arguments of these kinds of flags."""
     return [name for name, flag in FLAGS.items() if flag.kind in kinds]
 
 
@@ -172,6 +173,20 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, text if rank() == 0 else None)
 
 
+def add_source(parser: OneLineParser, purpose: str) -> None:
+    """Add SOURCE, the checkpoint of a program that reads one, and --dataset and --data-dir.
+
+    purpose: what the program does on the data set, for the help.
+    """
+    parser.add_argument("source", type=source, metavar="SOURCE", help="a results folder, a "
+                        "checkpoint, a packed file, a URL, or a published name, as --pretrain of "
+                        "train.py")
+    parser.add_argument("--dataset", type=dataset_name, metavar="NAME", help=f"data set to "
+                        f"{purpose} on; default: that of the checkpoint")
+    parser.add_argument("--data-dir", type=path_text, help="folder that holds the data sets' "
+                        "folders; default: data")
+
+
 def make_parser(description: str | None = None) -> OneLineParser:
     """Return the parser of all flags of train.py, and declare them in FLAGS."""
     parser = OneLineParser(description)
@@ -233,7 +248,7 @@ def add_training(add: Callable[..., None]) -> None:
     add("--batch-size", kind=SCHEDULE, evaluated=True, type=number(int, 1), default=128,
         help="images per step, over all processes")
     add("--optimizer", kind=SCHEDULE, default="adam",
-        **choice(("adam", "adamw", "sgd"), " (momentum 0.9)"))
+        **choice(OPTIMIZERS, " (momentum 0.9)"))
     add("--lr", kind=SCHEDULE, type=number(float, 0, 1e30, above=True), default=0.001,
         help="learning rate; that of lsq's ranges is ten times it")
     add("--schedule", kind=RUN, default="step",
@@ -371,9 +386,10 @@ def merge_args(flags: Namespace, saved: dict | None = None) -> Namespace:
     if not is_folder(args.dataset) and args.dataset not in DATASETS:  # of other code
         raise UsageError(f"--dataset {args.dataset} does not exist: choose from "
                          f"{', '.join(named_datasets())}, or add its row to dataset/data.py")
-    row = row_of(args.dataset, args.image_size)
+    add_folder(args.dataset, args.image_size)
+    row = DATASETS[args.dataset]
     if getattr(flags, "image_size", None) and not is_folder(args.dataset):
-        raise UsageError(f"--image-size {args.image_size} is of --dataset {PREFIX}PATH, and "
+        raise UsageError(f"--image-size {args.image_size} applies to --dataset {PREFIX}PATH, and "
                          f"{args.dataset} has a size of its own: leave it out")
     args.image_size = row.image_size if is_folder(args.dataset) else None
     args.train_split = args.train_split or next(iter(row.val_split))
@@ -400,7 +416,7 @@ def check_settings(args: Namespace) -> None:
                          f"{size}: choose --model {others}")
     if zoo.is_torchvision(args.model) and (args.width != 1 or args.all_conv):
         flag = "--all-conv" if args.all_conv else f"--width {args.width}"
-        raise UsageError(f"{flag} is of {', '.join(MODELS)}: leave it out with --model "
+        raise UsageError(f"{flag} applies to {', '.join(MODELS)}: leave it out with --model "
                          f"{args.model}")
     if args.precision not in (AUTO, *PRECISIONS):  # an older run's
         raise UsageError(f"--precision {args.precision} does not exist: choose from "
@@ -420,7 +436,7 @@ def check_settings(args: Namespace) -> None:
         raise UsageError(f"--loss {args.loss} does not exist: choose from "
                          f"{', '.join(NEXT_TARGET)}, or add it to models/losses.py")
     if args.cuda_graph and count > 1:
-        raise UsageError(f"--cuda-graph is of one process, and these are {count}: give "
+        raise UsageError(f"--cuda-graph takes one process, and there are {count}: give "
                          "--no-cuda-graph")
     if args.cuda_graph and (args.widths_per_step or math.inf) < len(args.bit_width_list):
         raise UsageError(f"--widths-per-step {args.widths_per_step} draws other bit-widths at each "
@@ -443,7 +459,7 @@ def flag_name(name: str) -> str:
 
 
 def run_name(args: Namespace) -> str:
-    """Return a run's name: data, model, bit-widths, loss if known, what is not by default, seed."""
+    """Return a run's name: data, model, bit-widths, loss if known, the method's flags, seed."""
     dataset = args.dataset
     if is_folder(dataset):
         path = os.path.abspath(dataset.removeprefix(PREFIX))

@@ -115,7 +115,7 @@ class Search:
                     break
         return found
 
-    def totals(self, layers: dict[str, BitWidth]) -> dict[str, int]:
+    def costs_of(self, layers: dict[str, BitWidth]) -> dict[str, int]:
         """Return all costs of an assignment."""
         assignment = self.assignment(layers)
         add_assignment(self.model, assignment)
@@ -123,13 +123,13 @@ class Search:
 
     def cost(self, layers: dict[str, BitWidth]) -> int:
         """Return the cost of an assignment by which the search goes."""
-        return self.totals(layers)[self.by]
+        return self.costs_of(layers)[self.by]
 
     def find_damage(self, path: list[Step]) -> int | None:
         """Return the first of a path's steps that does not follow from the one before it."""
         for place, step in enumerate(path):
             before = path[place - 1] if place else None
-            if not self.follows(step, before) or step.cost != self.totals(step.layers):
+            if not self.follows(step, before) or step.cost != self.costs_of(step.layers):
                 return place
         return None
 

@@ -94,10 +94,10 @@ def outcome(main: Callable[[Namespace], object],
     except (Stopped, UsageError) as error:  # the same in all processes
         message = str(error)
         if not isinstance(error, Stopped):
-            message = f"error: {one_line(error, is_whole=True)}"
+            message = f"error: {one_line(error, whole=True)}"
         return error.exit_code, message if rank() == 0 else None
     except (UserError, FileError, StatisticsError, DataError, ProcessError, WriteError) as error:
-        return 1, f"error: {one_line(error, is_whole=True)}"
+        return 1, f"error: {one_line(error, whole=True)}"
     except OSError as error:
         if error.errno in NO_SPACE:
             error = WriteError(error.filename or "a file", error)
@@ -147,13 +147,12 @@ def explain(error: Exception) -> str:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         if type(error).__name__ == "Unsupported":
             return (f"--compile cannot follow {user_code(error)} ({one_line(error)}): write it "
-                    "otherwise, leave --compile out, or where a run goes on, pass --no-compile")
+                    "otherwise, or pass --no-compile")
         if "RecompileLimit" in type(error).__name__:
             return ("--compile compiles again and again, as where code reads a Python "
-                    "number that changes: make it a tensor, leave --compile out, or where a run "
-                    "goes on, pass --no-compile")
-        return (f"--compile needs a compiler that works here ({one_line(error)}): leave it out, or "
-                "where a run goes on, pass --no-compile")
+                    "number that changes: make it a tensor, or pass --no-compile")
+        return (f"--compile needs a compiler that works here ({one_line(error)}): pass "
+                "--no-compile")
     raise error
 
 

@@ -64,9 +64,9 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
     model, added = network_of(content, path, bit_widths)
     added |= add_assignments(model, assignments, args)
     if args.calibrate is not None and not added:
-        raise UsageError(f"--calibrate {args.calibrate} is of bit-widths that {path} does not have,"
-                         f" and it has {flag_text([*args.bit_width_list, *assignments])}: leave it "
-                         "out, or give others")
+        raise UsageError(f"--calibrate {args.calibrate} adds bit-widths that {path} lacks, and it "
+                         f"has {flag_text([*args.bit_width_list, *assignments])}: leave it out, or "
+                         "give others")
     train_set, val_set = open_data(args, train=bool(args.calibrate))
     check_classes(model, content, path, args.dataset, val_set)
     model.to(device)

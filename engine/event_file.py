@@ -8,7 +8,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import custom_scalars, scalar, text
 
-from utils import WriteError, flag_text, markdown_table, printable, writing
+from utils import WriteError, escaped, flag_text, markdown_table, writing
 
 LAYOUT = {  # TensorBoard's custom scalars: charts of all tags that begin so
     name: {part: ["Multiline", [f"{part}_{tag}_"]] for part in ("val", "train")}
@@ -29,7 +29,7 @@ class EventFile:
             folder.mkdir(exist_ok=True)
             self.events = EventsWriter(str(folder / "events"))
             self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-            table = text("arguments", printable(markdown(arguments)))
+            table = text("arguments", markdown(arguments))
             for summary in (custom_scalars(LAYOUT), table):
                 self.add(Event(step=purge_step, summary=summary))
             self.events.flush()
@@ -64,5 +64,5 @@ class EventFile:
 
 def markdown(arguments: dict) -> str:
     """Return arguments as a Markdown table."""
-    texts = {name: flag_text(value).replace("|", r"\|") for name, value in arguments.items()}
+    texts = {name: escaped(flag_text(value)) for name, value in arguments.items()}
     return markdown_table(["argument", "value"], sorted(texts.items()))

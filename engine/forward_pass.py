@@ -13,9 +13,9 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, set_bit_width
-from models.graph import (keeping_attributes, named_attributes, prepare_low_precision,
-                          zero_parameters)
+from models.graph import keeping_attributes, named_attributes, zero_parameters
 from models.losses import any_precision_backward, forward_loss
+from models.low_precision import prepare_low_precision
 from models.sharing import no_sharing, prepare_weights, shared_computation
 from utils import keeping_random_states, one_line
 
@@ -28,25 +28,25 @@ TOLERANCE = 1e-3  # of tensors that are equal but for rounding, relative to thei
 LEAST = 0.1  # of the norm of all tensors, below which the norm of one may be rounding
 
 
+def has_low_precision(device: torch.device) -> bool:
+    """Return whether a device computes TF32 and bf16 in hardware."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def choose_precision(precision: str, device: torch.device) -> str:
     """Return a precision of PRECISIONS: what AUTO is on the devices of all processes, or itself."""
     if precision != AUTO:
         return precision
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    lacking, = any_process([not has_tf32])
+    lacking, = any_process([not has_low_precision(device)])
     return "fp32" if lacking else "tf32"
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise UserError where the device cannot compute in `precision`."""
-    choice = "fp32, or bf16, which is slow on most CPUs"
-    is_missing = precision == "tf32"
-    if device.type == "cuda":
-        choice = "fp32"
-        is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
-        is_missing = precision != "fp32" and not is_recent
-    if is_missing:
-        raise UserError(f"--precision {precision} is not in the hardware of {device}: choose "
+    """Raise UserError where the device cannot compute in `precision`; CPUs emulate bf16."""
+    is_slow = device.type == "cpu" and precision == "bf16"
+    if precision != "fp32" and not is_slow and not has_low_precision(device):
+        choice = "fp32" if device.type == "cuda" else "fp32, or bf16, which is slow on most CPUs"
+        raise UserError(f"{device} has no hardware for --precision {precision}: choose "
                         f"{choice} (a resumed run keeps its own: go on where it began, or begin "
                         "anew from it with --pretrain)")
 
@@ -111,13 +111,13 @@ class ForwardPass:
     def backward(self, images: Tensor, labels: Tensor, bit_widths: Iterable[BitWidth | int | str],
                  loss: str, loss_scale: float = 1.0) -> dict[BitWidth, tuple[Tensor, Tensor]]:
         """Call models.losses.any_precision_backward with this forward pass."""
-        def gradients(sharing: Callable) -> dict[str, Tensor | None]:
-            any_precision_backward(self.model, images[:CHECKED].clone(), labels[:CHECKED],
-                                   bit_widths, loss, sharing=sharing)
-            return {f"the gradient of {name}": parameter.grad
-                    for name, parameter in self.model.named_parameters()}
-
         if self.shared and TRAINING not in self.suits:
+            def gradients(sharing: Callable) -> dict[str, Tensor | None]:
+                any_precision_backward(self.model, images[:CHECKED].clone(), labels[:CHECKED],
+                                       bit_widths, loss, sharing=sharing)
+                return {f"the gradient of {name}": parameter.grad
+                        for name, parameter in self.model.named_parameters()}
+
             reason = self.find_unsuitable(gradients)
             unsuitable, = any_process([bool(reason)])
             self.note(TRAINING, unsuitable, reason or "another process found a difference")
@@ -127,12 +127,13 @@ class ForwardPass:
     def evaluate(self, images: Tensor, labels: Tensor,
                  bit_widths: Iterable[Width]) -> dict[Width, tuple[Tensor, Tensor]]:
         """Return {bit-width: (loss, logits (N, classes))}; within torch.no_grad()."""
-        def logits(sharing: Callable) -> dict[str, Tensor]:
-            results = evaluate_batch(self.model, images[:CHECKED].clone(), labels[:CHECKED],
-                                     bit_widths, forward_loss, sharing)
-            return {f"the output at {width}-bit": found for width, (_, found) in results.items()}
-
         if self.shared and EVALUATION not in self.suits:
+            def logits(sharing: Callable) -> dict[str, Tensor]:
+                results = evaluate_batch(self.model, images[:CHECKED].clone(), labels[:CHECKED],
+                                         bit_widths, forward_loss, sharing)
+                return {f"the output at {width}-bit": found
+                        for width, (_, found) in results.items()}
+
             reason = self.find_unsuitable(logits)
             self.note(EVALUATION, bool(reason), reason)
         return evaluate_batch(self.model, images, labels, bit_widths, self,

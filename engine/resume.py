@@ -8,13 +8,17 @@ from dataset.data import DATASETS, images_of
 from dataset.folder import is_folder
 from engine import published
 from engine.arguments import (DEFAULTS, FLAGS, MACHINE, NETWORK, SCHEDULE, TASK,
-                              check_saved, flag_name, merge_args, names_of)
+                              arguments_of, check_saved, flag_name, merge_args)
+from engine.distributed import local_rank_zero_first
 from engine.errors import UsageError, UserError
 from engine.forward_pass import AUTO
-from engine.state import is_epoch
+from engine.setup import load_pretrained
+from engine.state import TrainingState, is_epoch
 from models import BitWidth, saved_bit_widths
+from models.calibration import without_assignments
 from models.checkpoint import (BEST, LATEST, FileError, check_field, is_count, network_spec,
-                               old_spec, read_checkpoint)
+                               old_spec, read_checkpoint, saved_assignments, saved_own_bits)
+from models.quantizers import own_bits_of
 from utils import brief, escaped, flag_text, without_secrets
 
 
@@ -35,7 +39,7 @@ class Checkpoint:
                     "a number of epochs done")
         is_published = not self.content.get("network")
         if is_published:
-            given = {name: getattr(flags, name) for name in names_of(NETWORK)
+            given = {name: getattr(flags, name) for name in arguments_of(NETWORK)
                      if name != "width" and flags and name in flags}
             self.content["network"] = old_spec(self.content, path, given)
         self.network = network_spec(self.content, path)
@@ -64,7 +68,7 @@ class Checkpoint:
 
     def check_network(self, saved: dict) -> None:
         """Raise FileError where the arguments are of another network than the one it holds."""
-        for name in names_of(NETWORK):
+        for name in arguments_of(NETWORK):
             own = self.arguments[name]
             value = saved.get(name)
             if value is not None and value != own:
@@ -93,7 +97,8 @@ class Checkpoint:
     def follow_normalization(self, dataset: str) -> None:
         """Normalize images of folder:PATH as those that the network was trained on.
 
-        Raises UserError for another data set whose row says otherwise.
+        Changes the folder's row in DATASETS. Raises UserError for another data set whose row says
+        otherwise.
         """
         images = self.images(dataset)
         saved = {field: tuple(images[field]) for field in ("mean", "std") if images.get(field)}
@@ -172,7 +177,7 @@ def resolve_resumed(flags: Namespace, source: str | Path,
                             "with --pretrain")
     saved = checkpoint.arguments
     own_arguments = checkpoint.content.get("arguments") or {}
-    missing = [flag_name(name) for name in ("train_split", "loss", *names_of(SCHEDULE))
+    missing = [flag_name(name) for name in ("train_split", "loss", *arguments_of(SCHEDULE))
                if name not in {**own_arguments, **given}]
     if missing:
         raise UsageError(f"--resume {source} does not say how it was trained: give "
@@ -190,7 +195,7 @@ def resolve_resumed(flags: Namespace, source: str | Path,
     if changed:
         raise UsageError(f"--resume {source}: cannot change on resume: {changed}: leave that out, "
                          "or start a new run from it with --pretrain")
-    not_resumed = {"results_dir", "device", *names_of(TASK)} - {"resume", "start_epoch"}
+    not_resumed = {"results_dir", "device", *arguments_of(TASK)} - {"resume", "start_epoch"}
     saved = {name: value for name, value in saved.items()
              if name in DEFAULTS and name not in not_resumed}
     if checkpoint.in_place:  # the run keeps its folder, and what it was begun from
@@ -226,7 +231,7 @@ def resolve_same_command(flags: Namespace, checkpoint: Checkpoint) -> tuple[Name
 
 def differences(saved: dict, ours: dict, free: Sequence[str] = ()) -> str:
     """Return what would change a saved run, as a message; the arguments `free` may differ."""
-    machine = names_of(MACHINE)
+    machine = arguments_of(MACHINE)
     saved = without_secrets(saved)
     ours = without_secrets(ours)
     return "; ".join(
@@ -253,7 +258,7 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
     if saved.get("precision") == "tf32":
         saved["precision"] = AUTO  # fp32, which is finer, where the device has no TF32
     saved.setdefault("loss", None)  # of a published network, which does not say it
-    fixed = {name: saved[name] for name in (*names_of(NETWORK), "loss")
+    fixed = {name: saved[name] for name in (*arguments_of(NETWORK), "loss")
              if saved.get(name) is not None}
     changed = differences(fixed, vars(flags))
     if changed:
@@ -280,3 +285,16 @@ def resolve_evaluation(flags: Namespace, given: Namespace) -> tuple[Namespace, C
                          f"{flag_text(trained)}, or pass --calibrate N")
     checkpoint.follow_normalization(args.dataset)
     return args, checkpoint
+
+
+def start_from(state: TrainingState, source: str) -> tuple[str, bool]:
+    """Load the weights of --pretrain into a new run; return what load_pretrained does."""
+    with local_rank_zero_first():  # the first may have to download it
+        path = published.find_checkpoint(source, BEST)
+    content = read_checkpoint(path)
+    refuse_packed(content, path, "train")
+    own_bits = saved_own_bits(content, path) or {}
+    state.check_own_bits({**own_bits_of(state.model), **own_bits}, path)
+    saved = (content.get("network") or {}).get("assignments", [])
+    names = map(str, saved_assignments(saved, path))
+    return load_pretrained(state.model, path, without_assignments(content["state_dict"], names))

@@ -215,9 +215,9 @@ class RunFolder:
         unsaved = state.unsaved()
         if unsaved and not self.has_noted:
             self.has_noted = True
-            log.info(f"note: {', '.join(unsaved[:3])}{', ...' * (len(unsaved) > 3)} changed in "
-                     "training, and no checkpoint holds it: a resumed run begins it anew; make it "
-                     "a buffer, if it is state")
+            log.info(f"note: training changed {', '.join(unsaved[:3])}"
+                     f"{', ...' * (len(unsaved) > 3)}, which no checkpoint holds: a resumed run "
+                     "starts it afresh; make it a buffer, if it is state")
 
     def save_is_due(self) -> bool:
         """Return whether `save_every` minutes have passed since the last save; rank 0 decides."""

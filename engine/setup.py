@@ -2,6 +2,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ from models.calibration import ENTRY, copies_quantizers
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 from models.quan_ops import Quantizer
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
+              "sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 
 def open_data(args: Namespace, train: bool = True) -> list[Samples | None]:
@@ -91,8 +96,9 @@ def make_train_loader(args: Namespace, dataset: Samples, memory_format: torch.me
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
         count = max(1, round(args.train_fraction * len(dataset)))
         dataset = Subset(dataset, order[:count].tolist())
-    return make_loader(dataset, args.dataset, device, args.batch_size, True, args.seed, rank(),
-                       world_size(), args.workers, memory_format)
+    return make_loader(dataset, args.dataset, device, args.batch_size, train=True, seed=args.seed,
+                       rank=rank(), world_size=world_size(), workers=args.workers,
+                       memory_format=memory_format)
 
 
 def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memory_format,
@@ -101,8 +107,9 @@ def make_val_loader(args: Namespace, dataset: Samples, memory_format: torch.memo
     batch_size = images_per_process(args)
     if DATASETS[args.dataset].in_memory and not args.compile:  # compiled batches have one size
         batch_size *= 4  # without a backward pass there is room
-    return make_loader(dataset, args.dataset, device, batch_size, False, args.seed, rank(),
-                       world_size(), args.workers, memory_format)
+    return make_loader(dataset, args.dataset, device, batch_size, train=False, seed=args.seed,
+                       rank=rank(), world_size=world_size(), workers=args.workers,
+                       memory_format=memory_format)
 
 
 def images_per_process(args: Namespace) -> int:
@@ -226,13 +233,8 @@ def make_optimizer(args: Namespace,
 
     Each group has its learning rate before any schedule as "initial_lr".
     """
-    kwargs = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, **kwargs)
-    elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, **kwargs)
-    else:
-        optimizer = torch.optim.SGD(parameters, momentum=0.9, **kwargs)
+    optimizer = OPTIMIZERS[args.optimizer](
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

@@ -48,26 +48,7 @@ class TrainingState:
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
         self.attributes = attributes_of(model, bit_widths)
-        has_own_state = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
-        for name, value in vars(optimizer).items():
-            if isinstance(value, torch.optim.Optimizer) and not has_own_state:
-                raise UserError(f"the optimizer {type(optimizer).__name__} holds another one, "
-                                f"{name}, and its state_dict does not have the state of that, so a "
-                                "run could not be resumed: give it a state_dict and "
-                                "load_state_dict that do")
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        grouped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        if not grouped <= names.keys():
-            raise UserError("parameter_groups in engine/setup.py has a parameter that is not of "
-                            "the network, whose checkpoints would lack it: make it one")
-        for group in optimizer.param_groups:  # torch's own key, compared on resume
-            group["param_names"] = [names[parameter] for parameter in group["params"]]
-        left = [name for parameter, name in names.items()
-                if parameter.requires_grad and parameter not in grouped]
-        if left:
-            raise UserError(f"parameter_groups in engine/setup.py leaves out {left[0]}, which "
-                            "would not be trained: set its requires_grad to False, or give it a "
-                            "group")
+        check_optimizer(optimizer, model)
 
     def check_rebuilt(self) -> str | None:
         """Raise UserError where a checkpoint's network would be another one than this.
@@ -152,7 +133,7 @@ class TrainingState:
         check_field(path, "data", content.get("data"), is_fingerprint, "a fingerprint of data")
         changed = data_difference(content.get("data"), self.data)
         if changed:
-            raise UserError(f"{path} is of a run on other data: {changed}; resume on the same "
+            raise UserError(f"{path} was trained on other data: {changed}; resume on the same "
                             "data, or start a new run from it with --pretrain")
         own_bits = saved_own_bits(content, path)
         if own_bits is not None:
@@ -338,6 +319,32 @@ KEPT = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
 AMSGRAD = "max_exp_avg_sq"  # which Adam keeps, too, where a group says amsgrad
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise UserError for an optimizer whose state no checkpoint would hold, or whose groups are
+    not the network's parameters; and name the parameters of each group.
+    """
+    has_own_state = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
+    for name, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer) and not has_own_state:
+            raise UserError(f"the optimizer {type(optimizer).__name__} holds another one, "
+                            f"{name}, and its state_dict does not have the state of that, so a "
+                            "run could not be resumed: give it a state_dict and "
+                            "load_state_dict that do")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    grouped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if not grouped <= names.keys():
+        raise UserError("parameter_groups in engine/setup.py has a parameter that is not of "
+                        "the network, whose checkpoints would lack it: make it one")
+    left = [name for parameter, name in names.items()
+            if parameter.requires_grad and parameter not in grouped]
+    if left:
+        raise UserError(f"parameter_groups in engine/setup.py leaves out {left[0]}, which "
+                        "would not be trained: set its requires_grad to False, or give it a "
+                        "group")
+    for group in optimizer.param_groups:  # torch's own key, compared on resume
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path,
                    published: bool = False) -> None:
     """Load an optimizer's state; raises UserError for another optimizer, network or grouping.
@@ -346,13 +353,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
     FileError for a field that is missing or of another type.
     """
     saved = take(path, state, "param_groups", are_groups, "a list of groups", OPTIMIZER)
-    values = take(path, state, "state", is_state, "a dict of dicts", OPTIMIZER)
+    moments = take(path, state, "state", is_state, "a dict of dicts", OPTIMIZER)
     difference = group_difference(saved, optimizer.param_groups, published)
     if difference is None:
         groups = [{**{name: value for name, value in own.items()  # equal, or of this run
                       if name in before or name in OF_THIS_RUN}, "params": before["params"]}
                   for before, own in zip(saved, optimizer.param_groups)]
-        difference = state_difference(optimizer, saved, values, path)
+        difference = state_difference(optimizer, saved, moments, path)
     if difference is None:
         defaults = sorted(optimizer.defaults)  # loading may add some
         optimizer.load_state_dict({**state, "param_groups": groups})

@@ -110,9 +110,10 @@ def check_same_layers(model: nn.Module, again: nn.Module) -> None:
     for name in {**layers, **others}:
         here, there = layer_text(layers.get(name)), layer_text(others.get(name))
         if here != there:
-            raise ValueError(f"layer {name or 'of the network'} is {here}, and {there} in the "
-                             "network that is built for its checkpoints: change it where it is "
-                             "built, in models.MODELS or models.QUANTIZERS")
+            layer = f"layer {name}" if name else "the network"
+            raise ValueError(f"{layer} is {here}, and {there} in the network that is built for its "
+                             "checkpoints: change it where it is built, in models.MODELS or "
+                             "models.QUANTIZERS")
 
 
 def find_hooked(model: nn.Module, again: nn.Module) -> str | None:

@@ -83,10 +83,10 @@ class Costs:
                           for activation in self.inputs.get(name, ())), default=FULL_PRECISION)
         floats = 0 if layer.bias is None else layer.bias.numel()
         if bits != FULL_PRECISION:
-            if name not in self.scales:
+            if (name, bits) not in self.scales:
                 with torch.no_grad():
-                    self.scales[name] = layer.integer_weight()[1].numel()
-            floats += self.scales[name]
+                    self.scales[name, bits] = layer.integer_weight()[1].numel()
+            floats += self.scales[name, bits]
         weight_bytes = -(-bits * layer.weight.numel() // 8) + FLOAT_BYTES * floats
         return LayerCost(name, is_quantized, macs, bits, input_bits, weight_bytes)
 

@@ -15,8 +15,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from models.float_layers import BatchNorm2d, Classifier
-from models.quan_ops import (ActivationQ, QuantizedLayer, SwitchableBatchNorm2d,
-                             find_scalable)
+from models.quan_ops import ActivationQ, QuantizedLayer, SwitchableBatchNorm2d
 
 RELU = {nn.ReLU: nn.ReLU, functional.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
         nn.ReLU6: nn.ReLU6, functional.relu6: nn.ReLU6}  # and torch.relu and torch.relu_, by name
@@ -86,29 +85,6 @@ def keeping_attributes(model: nn.Module) -> Iterator[None]:
         for own, before in attributes + contents:
             own.clear()
             own.update(before) if isinstance(own, dict) else own.extend(before)
-
-
-def prepare_low_precision(model: nn.Module) -> None:
-    """Find out where operands in bf16 or TF32 can be exact integers; call it once before a loop.
-
-    Layers of which that is not known compute with the weight itself, which is rounded then.
-    """
-    link_inputs(model)
-    find_scalable(model)
-
-
-def link_inputs(model: nn.Module) -> None:
-    """Set each quantized layer's input_quantizer, where torch.fx finds a single one.
-
-    It makes operands of low precision exact; without it they are rounded as any others.
-    """
-    try:
-        sources = input_activations(model, trace_layers(model))
-    except Exception:  # of torch.fx, or of the network's own code
-        return
-    for layer, activations in sources.items():
-        quantizer = activations.pop().quantizer if len(activations) == 1 else None
-        object.__setattr__(layer, "input_quantizer", quantizer)  # it is no submodule of the layer
 
 
 def input_activations(model: nn.Module,

@@ -33,7 +33,7 @@ NEXT_TARGET = {
 def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy -sum(p log q), averaged over the batch, and logits (N, classes).
 
-    An evaluation calls it, too: what is for training alone asks model.training.
+    It is also called in evaluation: guard what is for training alone by `if model.training`.
 
     target: labels (N,) int64, or probabilities p (N, classes).
     """

@@ -4,7 +4,6 @@ Source: Yu et al., AAAI 2021 (arXiv 1911.07346), whose quantizers are DoReFa-Net
 Where the published code departs from the paper, this follows the code: 32-bit activations are ReLU,
 and 32-bit weights also pass through tanh.
 """
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from models.assignment import Assignment, Width
 from models.bit_widths import BITS, FULL_PRECISION, BitWidth, highest_first
 from models.float_layers import BatchNorm2d, without_autocast
-from utils import keeping_random_states
 
 # ---- quantizers: a change here reaches training, evaluation, low precision and export
 
@@ -394,76 +392,6 @@ class NearestMultiple(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-@torch.no_grad()
-def find_scalable(model: nn.Module) -> None:
-    """Set is_scalable of a model's layers, by copies of them with random parameters.
-
-    It is False where integers, with their scale applied to the output, give another output than the
-    weight does, as where quantized_weight was edited, or a convolution pads with ones; and where
-    that is not known, as of what is neither a convolution nor linear.
-    """
-    widths = [width for width in bit_widths_of(model) or map(BitWidth, BITS)
-              if width.weights != FULL_PRECISION]
-    drawn = torch.Generator().manual_seed(0)
-    for layer in model.modules():
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        twin = copy_of(layer).to("cpu", torch.float32)
-        twin.input_quantizer = None  # which has another bit-width
-        twin.is_scalable = True  # so that it tries both forms
-        for parameter in twin.parameters():
-            if parameter.is_floating_point():
-                parameter.normal_(generator=drawn)
-        x = inputs_of(twin, drawn)
-        layer.is_scalable = x is not None and all(
-            is_scalable(twin.train(training), width, x)
-            for training in (True, False) for width in widths)
-
-
-def is_scalable(layer: nn.Module, width: BitWidth, x: Tensor) -> bool:
-    """Return whether a layer has the same output in both forms of `apply_quantized`.
-
-    A layer that does not run on x is not known to have.
-    """
-    layer.switch_bit_width(width)
-    if layer.bits == FULL_PRECISION:
-        return True
-    outputs = []
-    for is_low in (True, False):
-        own = copy.deepcopy(layer)  # as a quantizer may count
-        own.rounds_operands = lambda x, is_low=is_low: is_low
-        try:
-            with keeping_random_states():  # which a quantizer may draw from
-                outputs.append(own.forward(x))  # without hooks
-        except Exception:  # such as of more inputs
-            return False
-    found, expected = outputs
-    return bool((found - expected).norm() <= 1e-4 * expected.norm())
-
-
-def inputs_of(layer: nn.Module, drawn: torch.Generator) -> Tensor | None:
-    """Return random inputs of a convolution or a linear layer; None of other layers."""
-    if hasattr(layer, "in_features"):
-        return torch.rand(2, layer.in_features, generator=drawn)
-    if hasattr(layer, "in_channels"):
-        sizes = [2 * dilation * size for size, dilation in zip(layer.kernel_size, layer.dilation)]
-        return torch.rand(2, layer.in_channels, *sizes, generator=drawn)
-    return None
-
-
-def copy_of(layer: nn.Module) -> nn.Module:
-    """Return a copy of a layer, whose weight is a parameter where a hook computes it."""
-    computed = vars(layer).pop("weight", None)  # which has a graph, and so cannot be copied
-    try:
-        twin = copy.deepcopy(layer)
-    finally:
-        if computed is not None:
-            layer.weight = computed
-    if computed is not None:
-        twin.weight = nn.Parameter(computed.detach().clone())
-    return twin
 
 
 def low_precision(x: Tensor) -> bool:

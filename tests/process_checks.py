@@ -39,7 +39,7 @@ STEPS = 3
 DIGITS = ["--dataset", "digits", "--model", "svhnq", "--width", "1", "--bit_width_list", "2,32",
           "--train-fraction", "0.08", "--batch-size", "16", "--epochs", "3", "--optimizer", "adam",
           "--lr", "0.001", "--lr_decay", "2", "--weight-decay", "0", "--workers", "0",
-          "--device", "cpu", "--save-every", "1e-9", "--print-freq", "2"]  # 8 steps an epoch
+          "--device", "cpu", "--save-every", "1e-9", "--print-freq", "2"]  # 8 steps per epoch
 IMAGENET = ["--dataset", "imagenet", "--model", "bottlenecks", "--width", "1", "--bit_width_list",
             "2,32", "--epochs", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
 

@@ -66,7 +66,7 @@ def wait(process):
 
 
 def tiny(data_dir, results_dir, *more):
-    """Return arguments of a training of a second: 20 CIFAR images, 3 steps an epoch, 3 epochs.
+    """Return arguments of a training of a second: 20 CIFAR images, 3 steps per epoch, 3 epochs.
 
     Of ResNet4, which conftest.py adds to the networks that train.py knows.
     """

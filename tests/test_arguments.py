@@ -353,7 +353,7 @@ def test_restarts_need_a_results_folder(monkeypatch, capsys):
 
 def test_a_precision_that_is_not_there(capsys, tmp_path):
     assert run(["--precision", "tf32", "--device", "cpu", "--results-dir", tmp_path / "r"]) == 1
-    assert_one_line(capsys, "--precision tf32 is not in the hardware of cpu", "choose fp32")
+    assert_one_line(capsys, "cpu has no hardware for --precision tf32", "choose fp32")
     assert not (tmp_path / "r").exists()
 
 

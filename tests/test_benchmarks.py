@@ -245,7 +245,8 @@ def test_gains_of_bits_per_layer_by_hand():
     text = layer_bits.table(rows, 2)
     assert "| mix | 0.00 | 8 | 87.50 ± 2.12 | +2.00 ± 1.00 | +3.67 ± 1.00 |" in compact(text)
     text = layer_bits.table(layer_bits.summary([network(86), network(86.02, 1)]), 2)
-    assert "| **+1.01 ± 0.01** | **+2.68 ± 0.01** |" in compact(text)  # t = 101, 268 at 1 degree of freedom
+    # t = 101 and 268 at one degree of freedom
+    assert "| **+1.01 ± 0.01** | **+2.68 ± 0.01** |" in compact(text)
     assert "nan" not in layer_bits.table(layer_bits.summary([network(86)]), 1)
     with pytest.raises(layer_bits.UserError, match="5 bit-operations are not between"):
         layer_bits.on_line(network(86), 5, float)

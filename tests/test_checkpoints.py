@@ -482,7 +482,7 @@ def bad_evaluations(trained):
         "unwritable folder": ([*evaluate, "--results-dir", "/proc/x"], 1, "cannot be written"),
         "unwritable file": ([*evaluate, "--bit_width_list", "2,3", "--calibrate", 1,
                              "--save-calibrated", "/proc/x/y"], 1, "/proc/x"),
-        "nothing to calibrate": ([*evaluate, "--calibrate", 1], 2, "--calibrate 1 is of bit-widths "
+        "nothing to calibrate": ([*evaluate, "--calibrate", 1], 2, "--calibrate 1 adds bit-widths "
                                  "that "),
         "a folder with a run": ([*evaluate, "--results-dir", trained], 1, "holds a run already"),
     }

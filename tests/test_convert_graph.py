@@ -18,7 +18,7 @@ import models
 from models import (MODELS, Assignment, add_assignment, convert, layer_table, load, packed,
                     quan_ops, set_bit_width, zoo)
 from models.bit_widths import BitWidth
-from models import graph as graphs
+from models import low_precision
 from models.cost import Costs
 from models.losses import any_precision_backward
 from models.sharing import no_sharing, shared_computation
@@ -404,7 +404,7 @@ class Averaged(nn.Module):
 def test_tracing_leaves_the_attributes_of_a_network():
     model = Averaged()
     model.bn.eval()
-    graphs.link_inputs(model)
+    low_precision.link_inputs(model)
     assert model.conv.input_quantizer is model.act.quantizer
     add_assignment(model, Assignment("mix", 2, {"conv": 32}))
     Costs(model, 8)

@@ -120,7 +120,7 @@ def test_where_there_is_no_graph(tiny_cifar10, tmp_path, monkeypatch, capsys):
     assert_one_line(capsys, "--cuda-graph is for GPUs, and this run is on cpu", "--no-cuda-graph")
     parse_flags(["--cuda-graph", "--widths-per-step", "5"])  # all of them
     for flags, told in ((["--widths-per-step", "2"], "draws other bit-widths at each step"),
-                        ([], "is of one process, and these are 2")):
+                        ([], "takes one process, and there are 2")):
         with pytest.raises(SystemExit):
             parse_flags(["--cuda-graph", *flags])
         assert_one_line(capsys, told)

@@ -16,6 +16,7 @@ from torch import nn
 
 import deploy
 import export
+import models
 from deploy import benchmark, check, runtimes
 from dataset.data import DATASETS, get_transform
 from engine.errors import run_program
@@ -84,10 +85,10 @@ def test_what_is_exported_evaluates_as_the_run(arguments, tmp_path, monkeypatch)
     monkeypatch.setitem(DATASETS, "other", DATASETS["cifar10"])
     assert run_export(output, *arguments[1:], "--format", "packed", "--bits", 2, "--output",
                       again, "--dataset", "other") == 0
-    assert deploy.load(again).images == deploy.load(output).images
-    assert deploy.load(again).images["dataset"] == "cifar10"
+    assert models.load(again).images == models.load(output).images
+    assert models.load(again).images["dataset"] == "cifar10"
     images = torch.randn(1, 3, 32, 32)
-    first, second = deploy.load(output), deploy.load(again)
+    first, second = models.load(output), models.load(again)
     for each in (first, second):
         set_bit_width(each, 2)
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_classes_are_counted_beside_quantizers(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "svhnq", type(model))
     packed.save(model, [2, 4], tmp_path / "net", {"network": {
         "model": "svhnq", "width": 1, "all_conv": False, "classes": 10}})
-    assert deploy.load(tmp_path / "net").fc.out_features == 10
+    assert models.load(tmp_path / "net").fc.out_features == 10
     assert read_checkpoint(tmp_path / "net")["network"]["classes"] == 10
 
 
@@ -332,6 +333,18 @@ def test_export_in_python(tmp_path):
         deploy.export(model, tmp_path / "net.onnx", about_images=about)
     with pytest.raises(FileNotFoundError):
         deploy.export(model, tmp_path / "no" / "net.onnx", about_images=about)
+
+
+def test_a_network_of_images_of_no_data_set_is_exported(tmp_path, capsys):
+    model = build("svhnq", [2], 10, 1)
+    model.images = {"dataset": "mine", "size": 40, "mean": [0.5] * 3, "std": [0.5] * 3}
+    models.save(model, tmp_path / "mine.pth.tar")
+    command = [tmp_path / "mine.pth.tar", "--format", "packed", "--output"]
+    assert run_export(*command, tmp_path / "net") == 0
+    assert models.load(tmp_path / "net").images["dataset"] == "mine"
+    capsys.readouterr()
+    assert run_export(*command, tmp_path / "checked", "--check", 2) == 2
+    assert_one_line(capsys, "--dataset mine does not exist", "add its row to dataset/data.py")
 
 
 def test_a_packed_file_of_images_of_no_data_set_is_read_by_every_program(tmp_path):

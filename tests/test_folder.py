@@ -16,7 +16,7 @@ import export
 import models
 import search
 import tiny_data
-from dataset.data import DATASETS, DataError, get_dataset, get_transform, row_of
+from dataset.data import DATASETS, add_folder, DataError, get_dataset, get_transform
 from dataset.files import load_image
 from dataset.folder import place_of
 from dataset.loader import make_loader
@@ -63,7 +63,7 @@ def photos(tmp_path):
 def names_in(folder, split):
     """Return the class and name of each image of a split."""
     name = f"folder:{folder}"
-    row_of(name)
+    add_folder(name)
     return {"/".join(Path(path).parts[-2:]) for path, _ in get_dataset(name, split).samples}
 
 
@@ -157,7 +157,7 @@ def test_hidden_files_and_folders_are_neither_images_nor_classes(photos):
 @pytest.mark.parametrize("train", [True, False])
 def test_images_of_any_size_and_mode(photos, train):
     name = f"folder:{photos}"
-    row_of(name, 24)
+    add_folder(name, 24)
     dataset = get_dataset(name, "train")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -183,7 +183,7 @@ def test_the_size_is_the_row_s():
     assert args.image_size == DATASETS["folder:x"].image_size == 40
     train, val = DATASETS["folder:x"].train[0], DATASETS["folder:x"].eval[0]
     assert train.size == (40, 40) and val.size == round(40 * 256 / 224)
-    with pytest.raises(UsageError, match="--image-size 40 is of --dataset folder:PATH"):
+    with pytest.raises(UsageError, match="--image-size 40 applies to --dataset folder:PATH"):
         merge_args(Namespace(dataset="cifar10", model="resnet20q", image_size=40))
     assert merge_args(Namespace(), {"dataset": "digits", "image_size": 40}).image_size is None
 
@@ -284,7 +284,7 @@ def test_images_that_changed_their_class_are_other_data(photos, tmp_path, capsys
     image.rename(image.with_stem("other"))
     capsys.readouterr()
     assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 1
-    assert_one_line(capsys, "is of a run on other data: its ", "list of files")
+    assert_one_line(capsys, "was trained on other data: its ", "list of files")
 
 
 def test_some_of_the_class_folders_are_refused(trained, tmp_path, capsys):

@@ -258,12 +258,12 @@ def test_residual_sums_have_the_precision_of_the_stem(name, precision, dtype):
 
 
 def test_a_precision_that_is_not_in_the_hardware(monkeypatch):
-    message = "--precision tf32 is not in the hardware of cpu: choose fp32"
+    message = "cpu has no hardware for --precision tf32: choose fp32"
     with pytest.raises(UserError, match=message):
         check_precision("tf32", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     for precision in ("tf32", "bf16"):
-        with pytest.raises(UserError, match=f"--precision {precision} .* of cuda: choose fp32"):
+        with pytest.raises(UserError, match=f"cuda has no hardware for --precision {precision}"):
             check_precision(precision, torch.device("cuda"))
     check_precision("fp32", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

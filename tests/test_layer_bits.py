@@ -20,7 +20,7 @@ from models import Assignment, add_assignment, bit_widths_of, calibrate, set_bit
 from models.checkpoint import FileError, network_content
 from models.cost import Costs, LayerCost, cost_table, totals
 from models.float_layers import Classifier
-from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d
+from models.quan_ops import ActivationQ, Conv2dQ, DoReFaWeight, SwitchableBatchNorm2d
 from models.sharing import shared_computation
 from runs import assert_one_line, compact, evaluation, load, run, snapshot, tiny
 
@@ -172,6 +172,24 @@ def test_what_is_shared_stays_right():
 
 
 # ---- costs
+
+def test_costs_count_the_scales_of_each_bit_width():
+    class PerChannelBelow8(DoReFaWeight):
+        def integers(self, v, e):
+            integers, scale = super().integers(v, e)
+            return integers, scale if self.bits == 8 else scale.expand(len(v), 1, 1, 1)
+
+    model = models.build("svhnq", [4, 8], 10, 1)
+    layer = model.layers[6]
+    layer.quantizer = PerChannelBelow8()
+    set_bit_width(model, 8)
+    costs = Costs(model, 40)
+    found = {bits: next(each.weight_bytes for each in costs.of(bits) if each.name == "layers.6")
+             for bits in (8, 4)}
+    floats = layer.bias is not None and layer.bias.numel()
+    assert found[8] == layer.weight.numel() + 4 * (1 + floats)
+    assert found[4] == layer.weight.numel() // 2 + 4 * (len(layer.weight) + floats)
+
 
 def test_costs_by_hand():
     model = nn.Sequential(
@@ -554,7 +572,7 @@ def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):
 @pytest.mark.parametrize("argv, code, part", [
     (["--budget", "8bit"], 1, "--budget 8bit: the network was not trained at 8 bits: choose from "
      "1,2,4"),
-    (["--bytes", "10"], 1, "--bytes 10 is 10, and all layers at 1 bits take"),
+    (["--bytes", "10"], 1, "--bytes 10 is 10, and all layers at their cheapest take"),
     (["--budget", "4bits,0"], 2, "'0' is not a budget"),
     (["--budget", "12_5%"], 2, "'12_5%' is not a budget"), ([], 2, "give one of --budget"),
     (["--budget", "1e9", "--cost"], 2, "give one of --budget"),

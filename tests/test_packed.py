@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import deploy
+import models
 import reference
 from deploy import runtimes
 from exported import CHANGES, LinearQ
@@ -19,7 +20,7 @@ from models import (MODELS, QUANTIZERS, Assignment, add_assignment, build, packe
                     set_bit_width)
 from models.bit_widths import BitWidth
 from models.checkpoint import FileError
-from models.graph import prepare_low_precision
+from models.low_precision import prepare_low_precision
 from models.quan_ops import Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer
 from runs import assert_one_line, assert_same, evaluation, run
 from small_networks import ShortSVHN
@@ -60,7 +61,7 @@ def assert_is(found, model, bits, images):
 def test_is_the_network_bit_for_bit(name, all_conv, stored, tmp_path):
     model, path = network(name, all_conv=all_conv), tmp_path / "net"
     packed.save(model, WIDTHS, path, about(name, all_conv), stored)
-    found = deploy.load(path)
+    found = models.load(path)
     assert not found.training
     images = torch.randn(2, 3, 40, 40)
     for bits in (4, 1, 8, 2):
@@ -114,7 +115,7 @@ def test_sizes(tmp_path):
 def test_formats_of_memory_and_number(tmp_path):
     model = network()
     packed.save(model, WIDTHS, tmp_path / "net", about())
-    found, images = deploy.load(tmp_path / "net"), torch.randn(2, 3, 40, 40)
+    found, images = models.load(tmp_path / "net"), torch.randn(2, 3, 40, 40)
     set_bit_width(found, 4)
     with torch.no_grad():
         expected = found(images)
@@ -129,8 +130,8 @@ def test_packing_again_and_the_same_file(tmp_path):
     packed.save(model, WIDTHS, second, about())
     assert first.read_bytes() == second.read_bytes()
     assert stat.S_IMODE(first.stat().st_mode) & 0o044  # as other files, not its owner's alone
-    packed.save(deploy.load(first), [1, 4], second, about())
-    assert_is(deploy.load(second), model, 4, torch.randn(2, 3, 40, 40))
+    packed.save(models.load(first), [1, 4], second, about())
+    assert_is(models.load(second), model, 4, torch.randn(2, 3, 40, 40))
 
 
 def test_what_cannot_be_packed(tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_bits_of_layers_that_the_file_does_not_know(tmp_path, monkeypatch):
     packed.save(model, [4], tmp_path / "net", about())
     svhnq = MODELS["svhnq"]
     monkeypatch.setitem(MODELS, "svhnq", changed)
-    assert_is(deploy.load(tmp_path / "net"), model, 4, torch.randn(2, 3, 40, 40))
+    assert_is(models.load(tmp_path / "net"), model, 4, torch.randn(2, 3, 40, 40))
 
 
 def test_a_step_that_depends_on_the_input_is_packed(tmp_path, monkeypatch):
@@ -251,7 +252,7 @@ def test_a_bit_width_whose_state_is_not_known_is_refused(tmp_path):
     torch.manual_seed(0)
     model = build("svhnq", [2, "w2a4"], 10, 1, quantizer="lsq").eval()
     deploy.export(model, tmp_path / "net", None, "packed", about_images={"size": 40})
-    found = deploy.load(tmp_path / "net")
+    found = models.load(tmp_path / "net")
     assert_is(found, model, "w2a4", torch.randn(2, 3, 40, 40))
     add_assignment(found, Assignment("mix", "w2a4"))
     set_bit_width(found, "mix")
@@ -264,7 +265,7 @@ def test_an_assignment_beside_one_that_the_file_has(tmp_path):
     model = build("svhnq", [2, 8], 10, 1, quantizer="lsq").eval()
     add_assignment(model, Assignment("mix", 8, {"layers.6": 2}))
     deploy.export(model, tmp_path / "net", None, "packed", about_images={"size": 40})
-    found = deploy.load(tmp_path / "net")
+    found = models.load(tmp_path / "net")
     for each in (model, found):
         add_assignment(each, Assignment("other", 8, {"layers.3": 2}))
     assert_is(found, model, "other", torch.randn(2, 3, 40, 40))
@@ -277,7 +278,7 @@ def test_another_quantizer_is_packed_too(tmp_path, monkeypatch):
     monkeypatch.setattr(DoReFaWeight, "prepare", prepare)
     model = network()
     packed.save(model, WIDTHS, tmp_path / "net", about())
-    assert_is(deploy.load(tmp_path / "net"), model, 2, torch.randn(2, 3, 40, 40))
+    assert_is(models.load(tmp_path / "net"), model, 2, torch.randn(2, 3, 40, 40))
 
 
 # ---- what a researcher changes
@@ -291,7 +292,7 @@ def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "svhnq", CHANGES[change].network)
     meta = about(quantizer=CHANGES[change].quantizer or "dorefa")
     packed.save(model, widths, tmp_path / "net", meta)
-    found = deploy.load(tmp_path / "net")
+    found = models.load(tmp_path / "net")
     prepare_low_precision(model)
     prepare_low_precision(found)
     for width in widths:
@@ -299,7 +300,7 @@ def test_a_changed_network_bit_for_bit(change, widths, tmp_path, monkeypatch):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(found(images), model(images))
     packed.save(found, widths, tmp_path / "again", meta)
-    assert_is(deploy.load(tmp_path / "again"), model, widths[0], images)
+    assert_is(models.load(tmp_path / "again"), model, widths[0], images)
 
 
 def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
@@ -314,7 +315,7 @@ def test_bits_of_its_own_are_in_the_file(tmp_path, monkeypatch):
     assert columns["layers.0"] == columns["layers.6"] == [["8", 8]]
     assert columns["layers.3"] == [[str(bits), bits] for bits in packed.ANY]
     assert columns["layers.10"] == [["2", 2]]
-    found = deploy.load(tmp_path / "net")
+    found = models.load(tmp_path / "net")
     assert found.layers[5].bits == 3 and found.layers[10].bits == 2
     for width in (1, 4):
         assert_is(found, model, width, images)
@@ -385,7 +386,7 @@ def test_files_that_are_refused(damage, tmp_path, capsys):
     packed.save(network(), WIDTHS, path, {**about(), "images": {"dataset": "digits"}})
     spoil(path)
     with pytest.raises(ValueError) as error:
-        deploy.load(path)
+        models.load(path)
     assert "\n" not in str(error.value) and part in str(error.value)
     if damage != "another network":
         assert run(["--evaluate", "--pretrain", path, "--results-dir", tmp_path / "e"]) == 1
@@ -470,7 +471,7 @@ def test_a_field_that_fits_its_digest_alone(part, whole_file, tmp_path):
     path.write_bytes(whole_file)
     again(path, CHANGES_OF_FIELDS[part])
     with pytest.raises(FileError) as error:
-        deploy.load(path)
+        models.load(path)
     message = str(error.value)
     assert message.isprintable() and str(path) in message
     assert part.split(", of ")[0] in message
@@ -486,11 +487,11 @@ def test_row_numbers_with_high_bits_are_within_the_table(tmp_path):
     whole = path.read_bytes()
     again(path, change)
     with pytest.raises(FileError, match=UNFIT):
-        deploy.load(path)
+        models.load(path)
     path.write_bytes(whole)
     again(path, lambda tensors, meta: tensors.pop(f"{LAYER}.quantizer.high_bits"))
     with pytest.raises(FileError, match=UNFIT):
-        deploy.load(path)
+        models.load(path)
 
 
 def test_all_metadata_are_in_the_digest(whole_file, tmp_path):

@@ -75,7 +75,7 @@ def test_runs_of_other_code_are_said(runs, tmp_path, capsys):
         path.write_text(json.dumps({**json.loads(path.read_text()), "commit": commit}))
     assert run([*runs, "--output", str(tmp_path / "table")]) == 0
     out = capsys.readouterr().out
-    assert ("note: the runs of any, recursive are of other versions of the code: "
+    assert ("note: the runs of any, recursive used different versions of the code: "
             f"{runs[0]} of abc, {runs[1]} of abc with local changes\n") in out
 
 

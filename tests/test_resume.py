@@ -276,7 +276,7 @@ def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_c
         monkeypatch.setattr(ActivationQ, "forward", warming)
     assert not notes[0] and len(notes[1]) == 1
     line, = notes[1]
-    assert ".temperature" in line and "changed in training, and no checkpoint" in line
+    assert "note: training changed" in line and ".temperature, which no checkpoint" in line
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_named(tmp_path, tiny_cifar10, monkeypatch, capsys):
@@ -293,7 +293,7 @@ def test_a_buffer_that_no_checkpoint_holds_is_named(tmp_path, tiny_cifar10, monk
     monkeypatch.setattr(ActivationQ, "__init__", with_mean)
     monkeypatch.setattr(ActivationQ, "forward", averaging)
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1)) == 0
-    assert re.search(r"note: .*\bmean, .* changed in training", capsys.readouterr().out)
+    assert re.search(r"note: training changed .*\bmean, .* which no", capsys.readouterr().out)
 
 
 def test_groups_that_are_not_of_the_network(tmp_path, tiny_cifar10, monkeypatch, capsys):
@@ -545,7 +545,7 @@ def test_other_data_are_refused(when, change, told, change_data, request, capsys
     change_data(change)
     capsys.readouterr()
     assert run(["--resume", folder]) == 1
-    assert_one_line(capsys, "model_latest.pth.tar is of a run on other data: ", told,
+    assert_one_line(capsys, "model_latest.pth.tar was trained on other data: ", told,
                     "resume on the same data, or start a new run from it with --pretrain")
     assert snapshot(folder) == before
 

@@ -115,6 +115,11 @@ def test_a_run_without_tensorboard_goes_on(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "r" / "summary").exists()
 
 
+def test_arguments_in_tensorboard_are_escaped_once():
+    table = event_file.markdown({"dataset": "folder:a|b\udcff", "epochs": 3})
+    assert table.splitlines()[2] == r"| dataset  | folder:a\|b\udcff |"
+
+
 @pytest.mark.parametrize("name", [
     "config.json", "metrics.jsonl", "accuracy.png", "ckpt/model_latest.pth.tar", "log", "summary"])
 def test_a_full_disk_names_the_file_and_the_way_on_and_loses_nothing(

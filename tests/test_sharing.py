@@ -12,7 +12,7 @@ from engine.forward_pass import ForwardPass
 from models import (build, highest_first, initialize_quantizers, packed, quan_ops, quantizers,
                     set_bit_width)
 from models.float_layers import Classifier
-from models.graph import prepare_low_precision
+from models.low_precision import prepare_low_precision
 from models.losses import any_precision_backward, forward_loss
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer,
                              SwitchableBatchNorm2d, clamp, round_ste)
@@ -580,6 +580,29 @@ def test_low_precision_follows_a_weight_of_training_alone(monkeypatch):
     ForwardPass(model, torch.device("cpu"), "bf16")
     assert not any(layer.is_scalable for layer in model.modules()
                    if isinstance(layer, QuantizedLayer))
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_low_precision_follows_the_gradient_of_a_weight(edited, monkeypatch):
+    """Gradient scaling, and other straight-through estimators, leave the weight as it is."""
+    product = QuantizedLayer.quantized_weight
+    if edited:
+        monkeypatch.setattr(QuantizedLayer, "quantized_weight", lambda layer: (
+            product(layer).detach() + 3 * (product(layer) - product(layer).detach())))
+    torch.manual_seed(0)
+    model = build("svhnq", [1, 4, 32], 10, 1).eval()
+    layer = model.layers[6]
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        forward_pass = ForwardPass(model, torch.device("cpu"), precision)
+        set_bit_width(model, 4)
+        x = torch.rand(4, layer.in_channels, 9, 9, generator=torch.Generator().manual_seed(0))
+        with forward_pass.autocast():
+            loss = layer(x).float().square().sum()
+        gradients.append(torch.autograd.grad(loss, layer.weight)[0])
+    assert layer.is_scalable != edited
+    exact, low = gradients
+    assert (low - exact).norm() < 0.02 * exact.norm()
 
 
 class Running(DoReFaWeight):
