@@ -151,22 +151,30 @@ class RunFolder:
         path = self.path / "config.json"
         where = {"processes": world_size(), "versions": versions, "commit": commit(),
                  "device": describe(device)}
+        first = self.earlier_config(path, where) if self.in_place else {}
+        write_json(path, {
+            "arguments": without_secrets(arguments), "seed": arguments["seed"],
+            "command": without_secrets(sys.argv), **without_secrets(first), **more, **where})
+
+    def earlier_config(self, path: Path, where: dict) -> dict:
+        """Return what a resumed run's config.json says of the run's beginning; logs another commit.
+
+        where: processes, versions, commit and device of today. A damaged file gives what it can.
+        """
         first = {}
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError,
-                                 RecursionError):  # a resumed run's
-            before = json.loads(path.read_text()) if self.in_place else {}
-            first["first_command"] = before.get("first_command") or before["command"]
-            was = {name: before.get(name) for name in where}
-            earlier = before.get("earlier", [])
+                                 RecursionError):
+            saved = json.loads(path.read_text())
+            first["first_command"] = saved.get("first_command") or saved["command"]
+            was = {name: saved.get(name) for name in where}
+            earlier = saved.get("earlier", [])
             if was != where:
                 earlier = [*earlier, was]
             if earlier:
                 first["earlier"] = earlier
             if was["commit"] != where["commit"]:
                 log.info(f"note: the code was {was['commit']} and is {where['commit']}")
-        write_json(path, {
-            "arguments": without_secrets(arguments), "seed": arguments["seed"],
-            "command": without_secrets(sys.argv), **without_secrets(first), **more, **where})
+        return first
 
     def begin(self, epoch: int, arguments: dict,
               best: tuple[float, float] = (-math.inf, -math.inf)) -> None:
