@@ -24,7 +24,8 @@ from engine.forward_pass import AUTO
 from engine.run_folder import PATH_FILE, damaged, metrics_of, parse_json, read_metrics, read_text
 from models import Assignment, BitWidth, highest_first
 from models.bit_widths import FULL_PRECISION
-from models.checkpoint import LATEST, is_finite_number, is_whole
+from models.checkpoint import LATEST
+from models.fields import is_finite_number, is_whole
 from utils import (escaped, flag_text, markdown_table, mean_and_deviation, one_line,
                    replacing, write_text, writing)
 

@@ -34,8 +34,9 @@ from engine.setup import check_classes, make_forward_pass
 from models import (Assignment, BitWidth, bit_widths_of, packed, read_assignments,
                     saved_bit_widths)
 from models.assignment import is_name
-from models.checkpoint import is_finite_number, is_whole, network_of
+from models.checkpoint import network_of
 from models.cost import Costs, cost_table, totals
+from models.fields import is_finite_number, is_whole
 from utils import brief, flag_text, markdown_table, one_line, write_json, write_text
 
 ASSIGNMENTS_FILE, TABLE_FILE, FIGURE_FILE = "layer_bits.json", "path.md", "path.png"

@@ -15,7 +15,8 @@ from deploy.graph import Run, image_shape
 from models import BitWidth, Width, assignments_of, bit_widths_of, packed
 from models.assignment import is_name
 from models.bit_widths import highest_first
-from models.checkpoint import check_images_to_save, network_content
+from models.checkpoint import network_content
+from models.fields import check_images_to_save
 from utils import commit, one_line, writing
 
 FORMATS = ("packed", "onnx")

@@ -16,7 +16,7 @@ from dataset.data import DataError
 from engine.distributed import ProcessError, check_launch, rank
 from engine.output import lasting_streams, print_message
 from models.calibration import StatisticsError
-from models.checkpoint import FileError
+from models.fields import FileError
 from utils import NO_SPACE, WriteError, one_line, without_secrets
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.distributed import rank, sum_over_processes
 from engine.errors import UserError
 from models import Width
-from models.checkpoint import is_dense, is_finite_number, is_whole, take
+from models.fields import is_dense, is_finite_number, is_whole, take
 
 METRICS = "metrics' "  # before a field's name
 

@@ -11,7 +11,8 @@ import torch
 
 from dataset.download import cannot_write, downloading, reason_of
 from engine.errors import UserError
-from models.checkpoint import FileError, find_file, read_checkpoint
+from models.checkpoint import find_file, read_checkpoint
+from models.fields import FileError
 from utils import one_line, without_secrets
 
 PREFIX = "https://www.dropbox.com/s/"

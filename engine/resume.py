@@ -16,8 +16,9 @@ from engine.setup import load_pretrained
 from engine.state import TrainingState, is_epoch
 from models import BitWidth, saved_bit_widths
 from models.calibration import without_assignments
-from models.checkpoint import (BEST, LATEST, FileError, check_field, is_count, network_spec,
-                               old_spec, read_checkpoint, saved_assignments, saved_own_bits)
+from models.checkpoint import (BEST, LATEST, network_spec, old_spec, read_checkpoint,
+                               saved_assignments, saved_own_bits)
+from models.fields import FileError, check_field, is_count
 from models.quantizers import own_bits_of
 from utils import brief, escaped, flag_text, without_secrets
 

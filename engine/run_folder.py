@@ -23,7 +23,8 @@ from engine.errors import UserError
 from engine.metrics import best_key
 from engine.state import TrainingState
 from models import Assignment, BitWidth, Width
-from models.checkpoint import LATEST, is_finite_number, is_whole
+from models.checkpoint import LATEST
+from models.fields import is_finite_number, is_whole
 from utils import (WriteError, brief, commit, one_line, with_text_keys,
                    without_secrets, write_json, write_text)
 

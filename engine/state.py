@@ -14,10 +14,10 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth, quantizers, set_bit_width
-from models.checkpoint import (BEST, LATEST, FileError, check_field, check_same_layers,
-                               find_hooked, is_count, is_dense, is_finite_number,
-                               is_named_values, is_whole, load_weights, network_content, rebuilt,
-                               save_checkpoint, saved_own_bits, take)
+from models.checkpoint import (BEST, LATEST, check_same_layers, find_hooked, load_weights,
+                               network_content, rebuilt, save_checkpoint, saved_own_bits)
+from models.fields import (FileError, check_field, is_count, is_dense, is_finite_number,
+                           is_named_values, is_whole, take)
 from models.graph import generator_state, named_attributes
 from utils import brief, escaped, one_line
 

@@ -10,6 +10,7 @@ from models.calibration import (add_assignment, add_missing_bit_widths, calibrat
                                 saved_bit_widths)
 from models.convert import convert
 from models.converted import layer_table
+from models.fields import FileError
 from models.quan_ops import assignments_of, bit_widths_of, set_bit_width
 from models.quantizers import (QUANTIZERS, initialize_quantizers, layers_to_initialize,
                                set_quantizers)
@@ -41,4 +42,4 @@ def build(name: str, bit_widths: Iterable[BitWidth | int | str], num_classes: in
     return model
 
 
-from models.checkpoint import FileError, load, save  # noqa: E402  it imports `build`
+from models.checkpoint import load, save  # noqa: E402  it imports `build`

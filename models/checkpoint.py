@@ -6,52 +6,31 @@ where it has some; and `images`, a description of the images that it was trained
 transforms of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack
 both: what is missing is inferred from the shapes of their weights.
 """
-import hashlib
-import os
-import struct
-import warnings
-import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from numbers import Integral, Real
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
-                    add_missing_bit_widths, assignments_of, build, highest_first, packed,
-                    quantizers, saved_bit_widths, set_bit_width, set_quantizers, zoo)
+                    add_missing_bit_widths, assignments_of, build, packed, quantizers,
+                    saved_bit_widths, set_bit_width, set_quantizers, zoo)
+from models.archive import add_hash, read_archive
 from models.assignment import check_assignments
 from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
+from models.fields import (FileError, are_bit_widths, check_field, check_images,
+                           check_images_to_save, is_count, is_dense, is_named_values, take)
 from models.float_layers import BatchNorm2d
 from models.graph import is_hooked
 from utils import (WriteError, brief, escaped, keeping_random_states, one_line, replacing,
                    writing)
 
-# NumPy numbers, such as best_prec1 may be, are data; by their names in NumPy 1 and NumPy 2.
-SCALAR = numpy.float64(0).__reduce__()[0]
-NUMPY_NUMBERS = [
-    (SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"),
-    numpy.dtype, numpy.dtypes.Float64DType, numpy.dtypes.Float32DType, numpy.dtypes.Int64DType]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BEST = "model_best.pth.tar"
 LATEST = "model_latest.pth.tar"
-ZIP_START = b"PK\3\4"
-ZIP_END = b"PK\5\6"  # of the last record, of ZIP_END_LENGTH bytes where it has no comment
-ZIP_END_LENGTH = 22
-DAMAGED = ": the file may be damaged"
-HASH_NAME = b"SHA-256 "
-COMMENT_LENGTH = len(HASH_NAME) + 64
-
-
-class FileError(ValueError):
-    """A file that is missing, damaged, or does not fit; one line, with a remedy."""
 
 
 def load(path: str | Path, bit_widths: Iterable[BitWidth | int | str] | None = None) -> nn.Module:
@@ -135,14 +114,6 @@ def layer_text(layer: nn.Module | None) -> str:
     return f"{kind.__module__}.{kind.__qualname__}({', '.join(own)})"
 
 
-def check_images_to_save(images: dict | None, path: str | Path) -> None:
-    """Raise ValueError naming a field of a description of images that could not be read again."""
-    try:
-        check_images(images or {}, path)
-    except FileError as error:
-        raise ValueError(str(error).removesuffix(DAMAGED)) from None
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint whole or not at all; raises WriteError where the disk is full."""
     with writing(path):
@@ -177,13 +148,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     if Path(path).exists() and not Path(path).is_file():  # reading a pipe could last for ever
         raise FileError(f"{path} is not a file but a folder, a pipe or a device: give a checkpoint")
-    if packed.is_packed(path):
-        try:
-            content = packed.read_checkpoint(path)
-        except ValueError as error:
-            raise FileError(str(error)) from None
-    else:
-        content = read_archive(path)
+    content = (packed.read_checkpoint if packed.is_packed(path) else read_archive)(path)
     content["state_dict"] = weights_of(content, path)
     for field in ("arguments", "network", "images"):
         check_field(path, field, content.get(field), is_named_values, "a dict with names as keys")
@@ -191,81 +156,6 @@ def read_checkpoint(path: str | Path) -> dict:
     check_field(path, "list of calibrated bit-widths", content.get("calibrated"), are_bit_widths,
                 "a list of bit-widths")
     return content
-
-
-def read_archive(path: str | Path) -> dict:
-    """Read what torch.save wrote, a dict with a state_dict; raises FileError for anything else."""
-    check_archive(path)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
-            warnings.simplefilter("ignore")  # torch warns of unusual files, not of unsafe ones
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text would advise to run the file's code
-        raise FileError(unreadable(path, type(error).__name__)) from None
-    if isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
-        content = {"state_dict": content}  # as torchvision saves it
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise FileError(f"{path} is not a checkpoint of this kind: it must be a dict with a "
-                        "state_dict")
-    return content
-
-
-def unreadable(path: str | Path, reason: str) -> str:
-    """Return the message about a file that is no checkpoint, or not a whole one."""
-    return (f"{path} is not a checkpoint that can be read safely ({reason}): it is cut short, not "
-            "a checkpoint, or holds code")
-
-
-def check_field(path: str | Path, name: str, value: object, is_right: Callable[[object], bool],
-                what: str) -> None:
-    """Raise FileError where an optional field is neither None nor right, as `take` does."""
-    if value is not None:
-        take(path, {name: value}, name, is_right, what)
-
-
-def take(path: str | Path, content: dict, name: str, is_right: Callable[[object], bool], what: str,
-         of: str = "") -> object:
-    """Return a field of a file's dict; raises FileError where it is missing or not right.
-
-    what: the values that are right, for the message. of: what the dict is, before the name.
-    """
-    if name not in content:
-        raise FileError(f"{path} lacks its {of}{name}: the file may be damaged")
-    value = content[name]
-    if not is_right(value):
-        raise FileError(f"{path}: its {of}{name} is {brief(value)}, not {what}{DAMAGED}")
-    return value
-
-
-def is_named_values(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-
-
-def are_bit_widths(value: object) -> bool:
-    try:
-        return isinstance(value, (list, tuple)) and (not value or bool(highest_first(value)))
-    except ValueError:
-        return False
-
-
-def is_dense(value: object) -> bool:
-    """Return whether a value is a tensor on the CPU that holds each of its numbers."""
-    return (torch.is_tensor(value) and value.layout == torch.strided
-            and value.device.type == "cpu" and not value.is_quantized)
-
-
-def is_whole(value: object, most: int = 2**62) -> bool:
-    """Return whether a value is a whole number from 0 to `most`."""
-    return type(value) is int and 0 <= value <= most
-
-
-def is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def is_finite_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
@@ -292,81 +182,6 @@ def kind_of(value: object) -> str:
         return brief(value)
     where = "" if value.device.type == "cpu" else f" on {value.device}"
     return f"a tensor of {value.dtype} and layout {value.layout}{where}"
-
-
-def check_images(images: dict, path: str | Path) -> None:
-    """Raise FileError naming a field of another type in a description of images."""
-    def is_text(value: object) -> bool:
-        return isinstance(value, str)
-
-    def is_three_numbers(value: object) -> bool:
-        return isinstance(value, (list, tuple)) and len(value) == 3 and all(
-            map(is_finite_number, value))
-
-    def is_three_positive(value: object) -> bool:
-        return is_three_numbers(value) and min(value) > 0
-
-    def is_names(value: object) -> bool:
-        return isinstance(value, (list, tuple)) and all(map(is_text, value))
-
-    for field, is_right, what in (
-            ("dataset", is_text, "the name of a data set"),
-            ("size", is_count, "a number of pixels"),
-            ("transforms", is_text, "the names of transforms"),
-            ("mean", is_three_numbers, "three numbers"),
-            ("std", is_three_positive, "three numbers above 0"),
-            ("class_names", is_names, "a list of names")):
-        check_field(path, f"images' {field}", images.get(field), is_right, what)
-
-
-def add_hash(path: str | Path) -> None:
-    """Append to a file of torch.save, a zip file, the SHA-256 of all before it, as its comment."""
-    with open(path, "r+b") as file:
-        file.seek(-2, os.SEEK_END)  # the last field: the length of the comment
-        file.write(struct.pack("<H", COMMENT_LENGTH))
-        file.write(HASH_NAME + sha256(file, file.tell()))
-
-
-def sha256(file: BinaryIO, length: int) -> bytes:
-    """Return the SHA-256 of the first `length` bytes of a file, as 64 digits."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while length > 0:
-        part = file.read(min(length, 2**20))
-        digest.update(part)
-        length -= len(part)
-    return digest.hexdigest().encode()
-
-
-def check_archive(path: str | Path) -> None:
-    """Raise FileError for a damaged zip file: by its SHA-256, or without one by each CRC-32."""
-    with open(path, "rb") as file:
-        if file.read(len(ZIP_START)) != ZIP_START:
-            return  # of a torch before 1.6, without checksums
-        length = max(0, file.seek(0, os.SEEK_END) - COMMENT_LENGTH)
-        file.seek(length)
-        comment = file.read()
-        damaged = None
-        if comment.startswith(HASH_NAME):
-            if comment != HASH_NAME + sha256(file, length):
-                damaged = "it does not have its SHA-256"
-        elif not comment[-ZIP_END_LENGTH:].startswith(ZIP_END):
-            raise FileError(unreadable(path, "no end of a zip file"))
-        else:
-            damaged = wrong_entry(path)
-    if damaged:
-        raise FileError(f"{path} is damaged: {damaged}: copy or download it again")
-
-
-def wrong_entry(path: str | Path) -> str | None:
-    """Return what is wrong with the entries of a zip file, or None where each has its CRC-32."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError,
-            struct.error, UnicodeDecodeError) as error:
-        name = f"its archive ({type(error).__name__})"
-    return name and f"{name} does not have its CRC-32"
 
 
 def check_finite(state_dict: dict[str, Tensor], path: str | Path) -> None:

@@ -19,6 +19,7 @@ from models import (Assignment, Width, assignments_of, bit_widths_of, highest_fi
 from models.assignment import is_name
 from models.bit_widths import BITS, FULL_PRECISION, BitWidth
 from models.calibration import ENTRY, has_state_per_width, without_assignments
+from models.fields import FileError
 from models.levels import Codes, decode, encode, join, row_numbers, table
 from models.quan_ops import QuantizedLayer, WeightQuantizer, width_of
 from utils import brief, one_line
@@ -311,7 +312,7 @@ def is_packed(path: str | Path) -> bool:
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Return a packed file's {name: tensor} and its metadata.
 
-    Raises ValueError where the file is damaged, of another format, or not a packed one, or where a
+    Raises FileError where the file is damaged, of another format, or not a packed one, or where a
     field of its metadata is missing or of another type.
     """
     try:
@@ -319,30 +320,32 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a packed file, or cut short ({one_line(error)}): export "
+        raise FileError(f"{path} is not a packed file, or cut short ({one_line(error)}): export "
                          "it anew") from None
     try:
         about = json.loads(metadata[KEY])
         version = about["format"]
         expected = about["sha256"]
     except (KeyError, ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path} is a safetensors file of something else: give one that "
+        raise FileError(f"{path} is a safetensors file of something else: give one that "
                          "export.py wrote") from None
     if version != FORMAT or type(version) is not int:
-        raise ValueError(f"{path} has packed format {brief(version)}, and this version of the "
+        raise FileError(f"{path} has packed format {brief(version)}, and this version of the "
                          f"project reads {FORMAT}: export the network anew")
     if digest(tensors, about) != expected or metadata.keys() != {KEY}:
-        raise ValueError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
+        raise FileError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
                          "export it anew")
     check_fields(path, about)
     return tensors, about
 
 
 def is_bits(value: object) -> bool:
+    """Return whether a value is a number of bits from 1 to 8."""
     return type(value) is int and 1 <= value <= 8
 
 
 def is_width_list(value: object) -> bool:
+    """Return whether a value is a list of bit-widths, lowest first."""
     if not isinstance(value, list):
         return False
     try:
@@ -370,17 +373,17 @@ FIELDS = {  # of the metadata: whether a value is one of it; the others are a ch
 
 
 def check_fields(path: str | Path, about: dict) -> None:
-    """Raise ValueError naming a field of the metadata that is missing or of another type."""
+    """Raise FileError naming a field of the metadata that is missing or of another type."""
     for name, is_right in FIELDS.items():
         if name not in about:
-            raise ValueError(f"{path} does not hold its {name!r}: export it anew")
+            raise FileError(f"{path} does not hold its {name!r}: export it anew")
         if not is_right(about[name]):
-            raise ValueError(f"{path}: its {name} is {brief(about[name])}, which it cannot be: "
+            raise FileError(f"{path}: its {name} is {brief(about[name])}, which it cannot be: "
                              "export it anew")
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Return a packed file in the form of a checkpoint; raises ValueError where it is not one."""
+    """Return a packed file in the form of a checkpoint; raises FileError where it is not one."""
     tensors, about = read(path)
     return {**about, "epoch": None, "packed": {"groups": read_groups(tensors, about)},
             "state_dict": tensors}

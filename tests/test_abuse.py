@@ -39,7 +39,7 @@ def test_what_counts_as_mishandled():
 def test_a_mistake_is_found(base, monkeypatch):
     """A checkpoint's damage that nothing sees, a traceback, and a file that is lost."""
     with monkeypatch.context() as patch:
-        patch.setattr(abuse.models.checkpoint, "check_archive", lambda path: None)
+        patch.setattr(abuse.models.archive, "check_archive", lambda path: None)
         results = [abuse.run_case(base, 0, "bits", number)[2] for number in range(10)]
         assert "another result, and exit 0" in results
     with monkeypatch.context() as patch:

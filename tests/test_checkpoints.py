@@ -18,7 +18,8 @@ from engine.run_folder import read_metrics
 from models import (MODELS, Assignment, add_assignment, add_missing_bit_widths, build, calibrate,
                     set_bit_width)
 from models import calibration
-from models.checkpoint import FileError, network_content, network_of
+from models.checkpoint import network_content, network_of
+from models.fields import FileError
 from models.quan_ops import Quantizer, SwitchableBatchNorm2d
 from small_networks import Bottlenecks, ResNet8
 

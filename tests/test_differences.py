@@ -8,7 +8,8 @@ from runs import assert_one_line, load, run
 import tiny_data
 from dataset.data import DataError, get_dataset
 from models import MODELS
-from models.checkpoint import FileError, load_weights
+from models.checkpoint import load_weights
+from models.fields import FileError
 
 
 def test_what_is_left_to_the_defaults_is_told(training):

@@ -17,8 +17,9 @@ from engine.errors import run_program
 from engine.forward_pass import ForwardPass
 from float_networks import SMALL
 from models import Assignment, add_assignment, bit_widths_of, calibrate, set_bit_width
-from models.checkpoint import FileError, network_content
+from models.checkpoint import network_content
 from models.cost import Costs, LayerCost, cost_table, totals
+from models.fields import FileError
 from models.float_layers import Classifier
 from models.quan_ops import ActivationQ, Conv2dQ, DoReFaWeight, SwitchableBatchNorm2d
 from models.sharing import shared_computation

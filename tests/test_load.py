@@ -20,7 +20,8 @@ from engine.errors import UserError
 from engine.resume import Checkpoint
 from exported import network as exported_network
 from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
-from models.checkpoint import FileError, load_weights, save_checkpoint
+from models.checkpoint import load_weights, save_checkpoint
+from models.fields import FileError
 from models.float_layers import BatchNorm2d
 from models.quan_ops import ActivationQ, DoReFaWeight, SwitchableBatchNorm2d
 from models.svhn_quan import SVHNNet

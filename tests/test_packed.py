@@ -19,7 +19,7 @@ from exported import network as exported_network
 from models import (MODELS, QUANTIZERS, Assignment, add_assignment, build, packed,
                     set_bit_width)
 from models.bit_widths import BitWidth
-from models.checkpoint import FileError
+from models.fields import FileError
 from models.low_precision import prepare_low_precision
 from models.quan_ops import Conv2dQ, DoReFaActivation, DoReFaWeight, QuantizedLayer
 from runs import assert_one_line, assert_same, evaluation, run

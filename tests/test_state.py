@@ -15,7 +15,8 @@ from engine.errors import UserError
 from engine.setup import make_optimizer
 from engine.state import TrainingState, copies
 from models import MODELS, BitWidth
-from models.checkpoint import FileError, read_checkpoint, save_checkpoint
+from models.checkpoint import read_checkpoint, save_checkpoint
+from models.fields import FileError
 from utils import WriteError
 
 
