@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
-from models import BitWidth, Width, set_bit_width
+from models import BitWidth, Width, bit_widths_of, set_bit_width
 from models.graph import keeping_attributes, named_attributes, zero_parameters
 from models.losses import any_precision_backward, forward_loss
 from models.low_precision import prepare_low_precision
@@ -26,6 +26,7 @@ EVALUATION = "evaluation"
 CHECKED = 8  # images, of the first batch of a task
 TOLERANCE = 1e-3  # of tensors that are equal but for rounding, relative to their norm
 LEAST = 0.1  # of the norm of all tensors, below which the norm of one may be rounding
+SCALE = 3.0  # of a loss, whose gradients are rounded otherwise
 
 
 def has_low_precision(device: torch.device) -> bool:
@@ -112,13 +113,16 @@ class ForwardPass:
                  loss: str, loss_scale: float = 1.0) -> dict[BitWidth, tuple[Tensor, Tensor]]:
         """Call models.losses.any_precision_backward with this forward pass."""
         if self.shared and TRAINING not in self.suits:
-            def gradients(sharing: Callable) -> dict[str, Tensor | None]:
+            every = {*bit_widths_of(self.model), *map(BitWidth.of, bit_widths)}
+
+            def gradients(sharing: Callable, scale: float = 1.0) -> dict[str, Tensor | None]:
                 any_precision_backward(self.model, images[:CHECKED].clone(), labels[:CHECKED],
-                                       bit_widths, loss, sharing=sharing)
-                return {f"the gradient of {name}": parameter.grad
+                                       every, loss, scale, sharing=sharing)
+                return {f"the gradient of {name}": None if parameter.grad is None
+                        else parameter.grad / scale
                         for name, parameter in self.model.named_parameters()}
 
-            reason = self.find_unsuitable(gradients)
+            reason = self.find_unsuitable(gradients, functools.partial(gradients, scale=SCALE))
             unsuitable, = any_process([bool(reason)])
             self.note(TRAINING, unsuitable, reason or "another process found a difference")
         return any_precision_backward(self.model, images, labels, bit_widths, loss, loss_scale,
@@ -152,16 +156,24 @@ class ForwardPass:
         if unsuitable:
             log.info(f"note: {task} recomputes everything at each bit-width: {reason}")
 
-    def find_unsuitable(self, step: Callable[[Callable], dict[str, Tensor | None]]) -> str:
+    def find_unsuitable(self, step: Callable[[Callable], dict[str, Tensor | None]],
+                        rounded: Callable[[Callable], dict[str, Tensor | None]] | None = None,
+                        ) -> str:
         """Return why sharing does not suit a step, "" where it does.
 
         step: called with a context such as shared_computation, not compiled; returns named tensors.
+        rounded: a step that gives the same but for rounding, by which that is measured.
         """
-        sharing = functools.partial(shared_computation, share_stem=not self.batch_size)
+        sharing = functools.partial(
+            shared_computation, share_stem=not self.batch_size,
+            prepare=prepare_weights if self.prepare_weights else None)
         found, error = self.trial(step, sharing)  # first, as it refuses an optimizer's steps
+        again = None
         if not error:
             expected, error = self.trial(step, no_sharing)
-        return one_line(error) if error else difference(found, expected)
+        if rounded and not error:
+            again, error = self.trial(rounded, no_sharing)
+        return one_line(error) if error else difference(found, expected, again)
 
     def trial(self, step: Callable, sharing: Callable) -> tuple[dict | None, Exception | None]:
         """Return what a step gives, in float32 and the same way each time, and its error.
@@ -219,20 +231,28 @@ def evaluate_batch(model: nn.Module, images: Tensor, labels: Tensor, bit_widths:
     return results
 
 
-def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> str:
+def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None],
+               rounded: dict[str, Tensor | None] | None = None) -> str:
     """Return which tensor is another one than expected, beyond rounding; "" where none is.
 
-    One that is expected not to be finite is not compared.
+    rounded: what is expected, rounded otherwise. Sharing may differ by a hundred times what that
+    changes, and by the precision of all tensors together. None: the rounding is not known.
     """
     norms = {name: float(tensor.norm()) for name, tensor in expected.items() if tensor is not None}
-    least = LEAST * math.hypot(*filter(math.isfinite, norms.values()))
+    total = math.hypot(*norms.values())
     for name, tensor in found.items():
         if (tensor is None) != (name not in norms):
             return f"with sharing, {name} is {'None' if tensor is None else 'not None'}"
-        if tensor is None or not math.isfinite(norms[name]):
+        if tensor is None:
             continue
+        if not math.isfinite(norms[name]):
+            return f"{name} is not finite, so nothing can be compared"
+        least = TOLERANCE * LEAST * total
+        if rounded:
+            noise = 100 * float((rounded[name] - expected[name]).norm())
+            least = min(least, noise + torch.finfo(tensor.dtype).eps * total)
         distance = float((tensor - expected[name]).norm())
-        if not distance <= TOLERANCE * (norms[name] + least):
+        if not distance <= TOLERANCE * norms[name] + least:
             return (f"with sharing, {name} differs by "
-                    f"{100 * distance / (norms[name] + least or 1):.1f} %")
+                    f"{100 * distance / (norms[name] or 1):.1f} %")
     return ""

@@ -101,6 +101,35 @@ class ByBits(DoReFaWeight):
         return super().prepare(w * self.bits)
 
 
+class Ranged(DoReFaWeight):
+    """A learned range, whose gradient is small beside all others, and of another scale per width.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.range = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.range.register_hook(lambda grad: 1e-5 * grad / self.bits)
+
+    def prepare(self, w):
+        return (w / self.range).clamp(-1, 1), self.range
+
+
+class Running(DoReFaWeight):
+    """What `prepare` returns depends on what the last bit-width computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones((), dtype=torch.float64))
+
+    def prepare(self, w):
+        return super().prepare(w / self.mean.clone())
+
+    def integers(self, v, e):
+        if self.training:
+            self.mean.mul_(0.9)
+        return super().integers(v, e)
+
+
 def with_quantizer(kind):
     def change(model):
         model.body.quantizer = kind()
@@ -173,7 +202,7 @@ def masked(model, images, target):
 
 
 CHANGES = [gradient_per_bit, gradient_behind_a_new_head, stem_gradient_per_bit, quantized_stem,
-           clipped_weights, *map(with_quantizer, (NoisyInTraining, Scaled, ByBits))]
+           clipped_weights, *map(with_quantizer, (NoisyInTraining, Scaled, ByBits, Ranged))]
 FORWARDS = [sam, padded, perturbed, cutout, masked,
             *(trained_by_one(name, widths) for name in ("stem", "body")
               for widths in ((32,), (1, 4)))]
@@ -225,6 +254,21 @@ def test_a_look_in_inference_mode_is_shared(monkeypatch, messages):
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*found)
     assert messages == []
+
+
+def test_all_bit_widths_are_tried_whichever_the_first_step_trains(monkeypatch, messages):
+    patch_forward(monkeypatch, trained_by_one("stem", (1, 32)))
+    computed = ForwardPass(network(), CPU)
+    computed.backward(IMAGES, LABELS, [1, 32], "recursive")
+    assert computed.suits == {"training": False}
+
+
+def test_a_compiled_run_is_tried_as_it_prepares_weights(messages):
+    for batch_size in (None, len(IMAGES)):
+        computed = ForwardPass(network(with_quantizer(Running)), CPU, batch_size=batch_size,
+                               backend="eager")
+        computed.backward(IMAGES, LABELS, WIDTHS, "hard")
+        assert computed.suits == {"training": not batch_size}
 
 
 def test_what_is_said(messages):
@@ -328,12 +372,12 @@ def test_an_optimizer_that_steps_within_backward_keeps_its_state(messages):
     assert "an optimizer steps within shared_computation" in messages.pop()
 
 
-def test_numbers_that_are_not_finite_or_zero_do_not_count():
+def test_numbers_that_are_zero_suit_and_those_that_are_not_finite_do_not():
     nothing = {"a": torch.zeros(3), "b": torch.ones(2), "c": None}
     assert forward_pass.difference(nothing, nothing) == ""
     broken = {**nothing, "a": torch.tensor([1, math.nan, 2])}
-    assert forward_pass.difference(broken, broken) == ""
-    assert "b differs by" in forward_pass.difference({**broken, "b": torch.zeros(2)}, broken)
+    assert "a is not finite" in forward_pass.difference(broken, broken)
+    assert "b differs by" in forward_pass.difference({**nothing, "b": torch.zeros(2)}, nothing)
     assert "b differs" in forward_pass.difference({**nothing, "b": torch.tensor([1, math.nan])},
                                                   nothing)
 
