@@ -27,7 +27,7 @@ from engine.device import choose_device
 from engine.distributed import world_size
 from engine.errors import UserError, run_program
 from engine.figures import COLORS, legend_below, new_figure, save_figure
-from engine.forward_pass import ForwardPass
+from engine.forward_pass import CHECKED, ForwardPass
 from engine.resume import Checkpoint, resolve
 from engine.run_folder import PATH_FILE, RunFolder, damaged, log, parse_json, read_text
 from engine.setup import check_classes, make_forward_pass
@@ -37,6 +37,7 @@ from models.assignment import is_name
 from models.checkpoint import network_of
 from models.cost import Costs, cost_table, totals
 from models.fields import is_finite_number, is_whole
+from models.losses import check_forward_loss
 from utils import brief, flag_text, markdown_table, one_line, write_json, write_text
 
 ASSIGNMENTS_FILE, TABLE_FILE, FIGURE_FILE = "layer_bits.json", "path.md", "path.png"
@@ -74,6 +75,8 @@ def main(args: Namespace) -> Path | None:
     dataset = get_dataset(settings.dataset, settings.train_split, data_dir=settings.data_dir)
     check_classes(model, checkpoint.content, checkpoint.path, settings.dataset, dataset)
     calibration, held_out, count, data = read_images(args, settings, dataset, forward_pass, device)
+    with forward_pass.autocast():
+        check_forward_loss(model, calibration[0][:CHECKED])
     field = next(name for name in FIELDS if getattr(args, name))
     search = Search(model, forward_pass, costs, bit_widths, calibration, held_out, FIELDS[field][0])
     budgets = resolve_budgets(search, getattr(args, field), field)

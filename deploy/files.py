@@ -17,6 +17,7 @@ from models.assignment import is_name
 from models.bit_widths import highest_first
 from models.checkpoint import network_content
 from models.fields import check_images_to_save
+from models.losses import check_forward_loss
 from utils import commit, one_line, writing
 
 FORMATS = ("packed", "onnx")
@@ -78,6 +79,7 @@ def export(model: nn.Module, path: str | Path,
     black = numpy.zeros((1, *image_shape(about["size"])), numpy.float32)
     try:
         logits, _ = check.forward(model, black, widths[0])
+        check_forward_loss(model, torch.from_numpy(random_images(2, about["size"])))
     except RuntimeError as error:
         raise ValueError(f"the network does not run on images of size {about['size']} "
                          f"({one_line(error)}): give the size that it was trained on") from error
@@ -223,12 +225,17 @@ def images_and_run(written: dict[Width, Path], open_file: Callable[[Path], Run],
     """
     runs = {path: open_file(path) for path in dict.fromkeys(written.values())}
     if images is None:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(IMAGES, *image_shape(about["size"]), generator=generator).numpy()
+        images = random_images(IMAGES, about["size"])
     if input == "float32":
         return images, lambda batch, width: runs[written[width]](batch, width)
     images = from_pixels(to_pixels(images, about), about)
     return images, lambda batch, width: runs[written[width]](to_pixels(batch, about), width)
+
+
+def random_images(count: int, size: int) -> numpy.ndarray:
+    """Return normal images (count, C, size, size) float32, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *image_shape(size), generator=generator).numpy()
 
 
 def to_pixels(images: numpy.ndarray, about: dict) -> numpy.ndarray:

@@ -87,8 +87,15 @@ class Search:
     def log_probabilities(self, width: Width) -> list[Tensor]:
         """Return the logarithms of the held-out images' probabilities, (n, classes) a batch."""
         set_bit_width(self.model.eval(), width)
+        found = []
         with self.forward_pass.autocast():
-            return [self.model(images).log_softmax(1) for images, _ in self.held_out]
+            for images, _ in self.held_out:
+                logits = self.model(images)
+                if not torch.is_tensor(logits):
+                    raise UserError(f"the network returns a {type(logits).__name__}, and a search "
+                                    "compares logits: wrap it in a module that returns these")
+                found.append(logits.log_softmax(1))
+        return found
 
     def compare(self, width: Width) -> tuple[float, float]:
         """Return the mean divergence from the highest bit-width, and top-1 (%), on held-out images.

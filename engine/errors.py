@@ -17,6 +17,7 @@ from engine.distributed import ProcessError, check_launch, rank
 from engine.output import lasting_streams, print_message
 from models.calibration import StatisticsError
 from models.fields import FileError
+from models.losses import ForwardLossError
 from utils import NO_SPACE, WriteError, one_line, without_secrets
 
 
@@ -96,7 +97,8 @@ def outcome(main: Callable[[Namespace], object],
         if not isinstance(error, Stopped):
             message = f"error: {one_line(error, whole=True)}"
         return error.exit_code, message if rank() == 0 else None
-    except (UserError, FileError, StatisticsError, DataError, ProcessError, WriteError) as error:
+    except (UserError, FileError, StatisticsError, ForwardLossError, DataError, ProcessError,
+            WriteError) as error:
         return 1, f"error: {one_line(error, whole=True)}"
     except OSError as error:
         if error.errno in NO_SPACE:

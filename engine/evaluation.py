@@ -13,7 +13,7 @@ from engine.device import describe
 from engine.distributed import rank, world_size
 from engine.errors import Stopped, StopRequest, UsageError, UserError
 from engine.figures import evaluation_table, save_evaluation_figure
-from engine.forward_pass import ForwardPass
+from engine.forward_pass import CHECKED, ForwardPass
 from engine.metrics import Metrics
 from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
@@ -24,6 +24,7 @@ from models import (Assignment, BitWidth, Width, add_assignment, assignments_of,
 from models.calibration import copies_quantizers, norms_with_statistics
 from models.checkpoint import network_content, network_of, save_checkpoint
 from models.cost import Costs, totals
+from models.losses import check_forward_loss
 from utils import flag_text, one_line, progress, without_secrets, write_json
 
 
@@ -75,6 +76,8 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         norms_with_statistics(model, max(present))  # refuses others before there is a folder
         batches = calibration_batches(args, train_set, forward_pass, device)
         args.calibrate = batches.batch_sampler.stop  # all, where there are fewer
+        with forward_pass.autocast():
+            check_forward_loss(model, next(iter(batches))[0][:CHECKED])
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
     named = {**vars(args), "bit_width_list": plain(trained)}

@@ -13,12 +13,14 @@ from dataset.data import DATASETS, Samples, get_dataset, images_of
 from dataset.loader import Loader, count_classes, make_loader, without_subset
 from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError
-from engine.forward_pass import ForwardPass, choose_precision
+from engine.forward_pass import CHECKED, ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
-                    initialize_quantizers, layers_to_initialize, saved_bit_widths, zoo)
+                    initialize_quantizers, layers_to_initialize, saved_bit_widths, set_bit_width,
+                    zoo)
 from models.calibration import ENTRY, copies_quantizers
 from models.checkpoint import load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
+from models.losses import check_forward_loss
 from models.quan_ops import Quantizer
 
 
@@ -191,6 +193,8 @@ def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader
         return
     images, _ = next(iter(loader))
     with forward_pass.autocast():
+        set_bit_width(model, max(bit_widths))
+        check_forward_loss(model, images[:CHECKED])
         initialize_quantizers(model, images, bit_widths)
 
 

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from models.bit_widths import BitWidth, highest_first
+from models.graph import keeping_attributes
 from models.quan_ops import set_bit_width
 from models.sharing import shared_computation
+from utils import keeping_random_states
 
 
 def half_target(target: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,6 +41,34 @@ def forward_loss(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tens
     """
     logits = model(images)
     return torch.nn.functional.cross_entropy(logits, target), logits
+
+
+@torch.no_grad()
+def check_forward_loss(model: nn.Module, images: Tensor) -> None:
+    """Raise ForwardLossError where forward_loss evaluates to other logits than the network.
+
+    What calibrates, searches, initializes quantizers and exports calls the network itself, which
+    would then get other images, or give other logits. images: (N, 3, H, W), a few. Of a network
+    that returns anything but logits nothing is known.
+    """
+    devices = [images.device] if images.is_cuda else []
+    with keeping_attributes(model):
+        model.eval()
+        with keeping_random_states(devices):
+            logits = model(images.clone())
+        if not torch.is_tensor(logits):
+            return
+        with keeping_random_states(devices):
+            _, found = forward_loss(model, images.clone(), logits.argmax(1))
+    if found.shape != logits.shape or not (
+            (found - logits).norm() <= 1e-3 * logits.norm() or logits.isnan().any()):
+        raise ForwardLossError("forward_loss of models/losses.py evaluates to other logits than "
+                               "the network, of which alone a calibration, a search and a file "
+                               "know: compute them within the network")
+
+
+class ForwardLossError(ValueError):
+    """A forward_loss that does something which the network does not."""
 
 
 def any_precision_backward(

@@ -13,7 +13,7 @@ import models
 import report
 import search
 from engine.bit_search import find_units
-from engine.errors import run_program
+from engine.errors import UserError, run_program
 from engine.forward_pass import ForwardPass
 from float_networks import SMALL
 from models import Assignment, add_assignment, bit_widths_of, calibrate, set_bit_width
@@ -541,6 +541,15 @@ def test_the_least_cost_is_that_of_the_cheapest_bit_width():
                           sorted(models.highest_first(["w4a1", "w1a8", 4])), [], [],
                           "weight_bytes")
     assert tried.least_cost() == totals(costs.of(models.BitWidth.of("w1a8")))["weight_bytes"]
+
+
+def test_a_search_of_a_network_of_several_outputs_is_refused():
+    model, _ = network((2, 4))
+    model.register_forward_hook(lambda model, inputs, logits: (logits, logits))
+    batch = torch.randn(2, 3, 32, 32), torch.arange(2)
+    with pytest.raises(UserError, match="the network returns a tuple"):
+        search.Search(model, ForwardPass(model, torch.device("cpu")), Costs(model, 32),
+                      models.highest_first([2, 4]), [], [batch], "weight_bytes")
 
 
 def test_a_step_takes_the_least_divergence_per_cost(monkeypatch):

@@ -4,7 +4,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import deploy
+import models
+import search
+from models import losses
 from models.losses import NEXT_TARGET, any_precision_backward
+from runs import assert_one_line, run, tiny
 
 WIDTHS = [1, 2, 4, 32]  # given in another order than they are run
 LABELS = torch.tensor([0, 2, 1])
@@ -100,6 +105,49 @@ def test_shared_weights_get_the_sum_over_bit_widths():
     any_precision_backward(Shared(), None, LABELS, [1, 32], "hard")
     expected = sum(bits * ((bits * shared).softmax(1) - one_hot()) / 3 for bits in (1, 32))
     assert_close(shared.grad, expected.detach())
+
+
+def standardized(model, images, target):
+    mean, std = (find(images, (1, 2, 3), keepdim=True) for find in (torch.mean, torch.std))
+    logits = model((images - mean) / std)
+    return nn.functional.cross_entropy(logits, target), logits
+
+
+def test_what_calls_the_network_itself_refuses_another_forward(
+        trained, tiny_cifar10, tmp_path, monkeypatch, capsys):
+    """A calibration, a search, an export, and quantizers that start from data."""
+    monkeypatch.setattr(losses, "forward_loss", standardized)
+    data = ["--data-dir", tiny_cifar10, "--device", "cpu"]
+    checkpoint = trained / "ckpt" / "model_latest.pth.tar"
+    assert run(["--evaluate", "--pretrain", checkpoint, "--bit_width_list", "2,3", "--calibrate", 1,
+                "--results-dir", tmp_path / "e", *data]) == 1
+    assert_one_line(capsys, "forward_loss of models/losses.py evaluates to other logits than")
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--quantizer", "lsq")) == 1
+    assert_one_line(capsys, "forward_loss of models/losses.py evaluates to other logits than")
+    with pytest.raises(losses.ForwardLossError):
+        deploy.export(models.load(checkpoint), tmp_path / "net", [2], "packed")
+    path = tmp_path / "two.pth.tar"
+    models.save(models.load(checkpoint, [2, 4, 32]), path)
+    content = models.checkpoint.read_checkpoint(path)
+    torch.save({**content, "calibrated": []}, path)
+    with pytest.raises(losses.ForwardLossError):
+        search.main(search.parse_args(list(map(str, [path, *data, "--budget", "50%"]))))
+
+
+@pytest.mark.parametrize("outputs", [lambda x: x, lambda x: (x, x), lambda x: x[..., None]])
+def test_the_project_s_forward_is_that_of_the_network(outputs):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return outputs(self.fc(self.drop(x.mean((2, 3)))))
+
+    model = Net()
+    losses.check_forward_loss(model, torch.randn(5, 3, 2, 2))
+    assert model.training and model.drop.training
 
 
 def test_unknown_loss_and_bit_width():
