@@ -255,13 +255,18 @@ def root_of(name: str, data_dir: str | Path | None = None) -> str:
 
 def get_dataset(name: str, split: str, transform: Callable | None = None,
                 data_dir: str | Path | None = None) -> Samples:
-    """Return a split of a data set of DATASETS, as (transform(PIL image), label) samples.
+    """Return a split of a row of DATASETS, or of folder:PATH: (transform(PIL image), label) each.
 
     transform: None returns the PIL images. data_dir: reads data_dir/name; None: data_paths[name],
     by default data/name.
-    Raises DataError where the data cannot be read or downloaded, and ValueError for a split that
-    the data set does not have.
+    Raises DataError where the data cannot be read or downloaded, and ValueError for a name that no
+    row has, and a split that the data set does not have.
     """
+    if name not in DATASETS:
+        add_folder(name)
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}: choose from {', '.join(DATASETS)}, or "
+                         f"{PREFIX}PATH")
     row = DATASETS[name]
     splits = dict.fromkeys([*row.val_split, *row.val_split.values()])
     if split not in splits:

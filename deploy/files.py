@@ -123,7 +123,8 @@ def exported_widths(model: nn.Module,
     present = bit_widths_of(model)
     known = assignments_of(model)
     assignments = sorted(known[name] for name in names if name in known)
-    calibrate = "calibrate first: train.py --evaluate {} --calibrate 20 --save-calibrated FILE"
+    calibrate = ("calibrate first: train.py --evaluate --pretrain SOURCE {} --calibrate 20 "
+                 "--save-calibrated FILE")
     unknown = [name for name in names if name not in known and is_name(name)]
     if unknown:
         raise ValueError(f"the network has no assignment {unknown[0]}, but "

@@ -48,7 +48,7 @@ def read_archive(path: str | Path) -> dict:
 def unreadable(path: str | Path, reason: str) -> str:
     """Return the message about a file that is no checkpoint, or not a whole one."""
     return (f"{path} is not a checkpoint that can be read safely ({reason}): it is cut short, not "
-            "a checkpoint, or holds code")
+            "a checkpoint, or holds code; copy it again, or give another")
 
 
 def check_archive(path: str | Path) -> None:

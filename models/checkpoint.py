@@ -403,7 +403,8 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Pa
             for what, keys in problems.items() if keys)
         hint = ""
         if any(".quantizer." in key for key in problems["missing"]):
-            hint = "; a quantizer learns its parameters at the bit-widths that are trained"
+            hint = ("; a quantizer learns its parameters at the bit-widths that are trained, and "
+                    "none at 32 bits: train at bit-widths of 1 to 8, too")
         if any(f".quantizer.{name}." in key for key in problems["unexpected"]
                for name in ("step_dict", "log_step_dict")):
             hint = "; it is of an older lsq, which learned other parameters: train it anew"

@@ -266,6 +266,16 @@ def test_runs_side_by_side_unpack_fashion_mnist_one_at_a_time(tmp_path, monkeypa
     assert len(unpacked) == 4
 
 
+def test_a_name_without_a_row_is_refused_and_a_folder_needs_none(tmp_path):
+    with pytest.raises(ValueError, match="there is no data set 'nothing': choose from digits, "):
+        get_dataset("nothing", "train")
+    for name in ("ant", "bee"):
+        for number in range(20):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    assert 30 < len(get_dataset(f"folder:{tmp_path}", "train")) < 40
+
+
 def test_data_paths_say_where_data_lives(tmp_path, monkeypatch):
     assert data_paths["cifar10"] == "data/cifar10"
     tiny_data.cifar10(tmp_path, monkeypatch)

@@ -11,14 +11,14 @@ from importlib.util import find_spec
 import numpy
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 import deploy
 import export
 import models
 from deploy import benchmark, check, runtimes
-from dataset.data import DATASETS, get_transform
+from dataset.data import DATASETS, get_transform, imagenet_row
 from engine.errors import run_program
 from engine.resume import Checkpoint
 from exported import network
@@ -402,16 +402,18 @@ def test_the_lines_in_the_docs(tmp_path, monkeypatch):
     assert answers[0] in set("0123456789") and len(set(answers)) == 1
 
 
-def test_the_lines_in_the_docs_on_a_photo_are_nearly_imagenet_s_transforms():
-    x, y = numpy.meshgrid(numpy.arange(500), numpy.arange(375))
-    photo = Image.fromarray(numpy.stack(
-        [127 + 127 * numpy.sin(x / period) * numpy.cos(y / 30) for period in (15, 20, 40)],
-        2).astype(numpy.uint8))
-    found = ImageOps.fit(photo, [224] * 2, Image.Resampling.BILINEAR, bleed=1 / 16)
-    evaluated = get_transform("imagenet", train=False, normalized=False)(photo).permute(1, 2, 0)
-    assert numpy.abs(numpy.asarray(found, float) - evaluated.numpy()).mean() < 2
-    for other in (photo.resize([224] * 2), ImageOps.fit(photo, [224] * 2)):
-        assert numpy.abs(numpy.asarray(other, float) - evaluated.numpy()).mean() > 10
+@pytest.mark.parametrize("size", [32, 37, 224])
+@pytest.mark.parametrize("shape", [(375, 500), (501, 374), (60, 60)])
+def test_the_lines_in_the_docs_on_a_photo_are_an_evaluation_s_transforms(size, shape, monkeypatch):
+    block, = re.findall(r"```python\n(def middle.*?)```",
+                        (ROOT / "docs" / "deploy.md").read_text(), re.S)
+    names = {"Image": Image}
+    exec(block, names)
+    draws = numpy.random.default_rng(0)
+    photo = Image.fromarray(draws.integers(0, 256, (*shape, 3), numpy.uint8))
+    monkeypatch.setitem(DATASETS, "own", imagenet_row(None, size))
+    evaluated = get_transform("own", train=False, normalized=False)(photo).permute(1, 2, 0)
+    assert numpy.array_equal(numpy.asarray(names["middle"](photo, size)), evaluated)
 
 
 def test_logits_of_another_shape_are_seen():

@@ -275,16 +275,18 @@ def test_train_resume_evaluate_export(photos, tmp_path, monkeypatch, capsys):
     assert not Path("n").exists()
 
 
-def test_images_that_changed_their_class_are_other_data(photos, tmp_path, capsys):
+@pytest.mark.parametrize("change, what", [
+    (lambda image: image.rename(image.with_stem("other")), "list of files"),
+    (lambda image: picture(9, 9, 3).save(image), "sizes of files")])
+def test_images_that_changed_are_other_data(change, what, photos, tmp_path, capsys):
     argv = ["--dataset", f"folder:{photos}", "--image-size", 16, "--model", "resnet20q", "--width",
             1, "--bit_width_list", 2, "--epochs", 1, "--batch-size", 8, "--lr_decay", "",
             "--device", "cpu", "--results-dir", tmp_path / "r"]
     assert run(argv) == 0
-    image = sorted((photos / "bee").iterdir())[1]
-    image.rename(image.with_stem("other"))
+    change(sorted((photos / "bee").iterdir())[1])
     capsys.readouterr()
     assert run(["--resume", tmp_path / "r", "--epochs", 2]) == 1
-    assert_one_line(capsys, "was trained on other data: its ", "list of files")
+    assert_one_line(capsys, "was trained on other data: its ", what)
 
 
 def test_some_of_the_class_folders_are_refused(trained, tmp_path, capsys):
