@@ -301,7 +301,7 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
                 and not os.path.exists(os.path.join(folder, "config.json"))):
             continue  # results/* of a shell includes our own files, and search.py's folders
         if not os.path.exists(folder):
-            no_runs.append(f"{folder} does not exist")
+            no_runs.append(f"{folder} does not exist: name results folders of train.py")
             continue
         try:
             run = load_run(folder)
@@ -322,9 +322,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         else:
             runs.append(run)
     if not runs:
-        nothing = f"{folders[0]} is not a results folder of train.py"
-        reasons = "; ".join([*no_runs, *left_out]) or nothing
-        raise UserError(f"{reasons}: name results folders of train.py")
+        raise UserError("; ".join([*no_runs, *left_out]) or f"{folders[0]} is not a results folder "
+                        "of train.py: name some")
     return runs, left_out, no_runs
 
 

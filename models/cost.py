@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from models.assignment import Assignment
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.graph import FUNCTIONS, input_activations, keeping_attributes, name_of, trace_layers
-from models.quan_ops import QuantizedLayer, set_bit_width
+from models.quan_ops import QuantizedLayer, bit_widths_of, set_bit_width
 from utils import markdown_table, one_line
 
 FLOAT_BYTES = 4
+# Products of activations with each other, such as attention's, and layers of other dimensions.
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+            "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 KINDS = (QuantizedLayer, nn.modules.conv._ConvNd, nn.Linear)  # of layers that are counted
 
 
@@ -43,7 +46,8 @@ class Costs:
 
     image_size: pixels. inputs: {name of a quantized layer: names of the ActivationQs that it reads,
     none where it reads other values too}. Raises ValueError where the network cannot be traced,
-    calls such a layer as a function, or has weights of other layers, whose cost is not known.
+    calls such a layer as a function, multiplies activations with each other, calls other layers at
+    some bit-width, or has weights of other layers, whose cost is not known.
     """
 
     def __init__(self, model: nn.Module, image_size: int):
@@ -56,12 +60,20 @@ class Costs:
                              f"({one_line(error)})") from None
         modules = dict(model.named_modules())
         for node in graph.nodes:
-            if node.op != "call_module" and name_of(node, modules) in FUNCTIONS:
+            if node.op != "call_module" and name_of(node, modules) in {*FUNCTIONS, *PRODUCTS}:
                 raise ValueError(f"what it costs is not known: {node.name} is a function, not a "
                                  "layer")
         self.inputs = {names[layer]: sorted(names[activation] for activation in activations)
                        for layer, activations in input_activations(model, graph).items()}
         self.macs = measure(model, image_size)
+        for width in bit_widths_of(model):
+            set_bit_width(model, width)
+            found = measure(model, image_size)
+            if found != self.macs:
+                name = next(name for name in {**self.macs, **found}
+                            if self.macs.get(name) != found.get(name))
+                raise ValueError(f"what it costs is not known: {name} runs otherwise at {width} "
+                                 "bits than at others")
         counted = tuple(f"{name}." for name, layer in modules.items() if isinstance(layer, KINDS))
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith(counted):

@@ -174,6 +174,35 @@ def test_what_is_shared_stays_right():
 
 # ---- costs
 
+class Switched(nn.Module):
+    """At 1 bit the second layer runs twice; or its output is multiplied with itself."""
+
+    def __init__(self, product=None):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, bias=False)
+        self.bn = SwitchableBatchNorm2d(4, [1, 2])
+        self.second = Conv2dQ(4, 4, 3, padding=1)
+        self.product = product
+
+    def forward(self, x):
+        x = self.second(self.bn(self.first(x)))
+        if self.product:
+            return self.product(x)
+        return self.second(x) if self.second.bits == 1 else x
+
+
+@pytest.mark.parametrize("product, message", [
+    (None, "second runs otherwise at 2 bits than at others"),
+    (lambda x: x @ x, "matmul is a function"), (lambda x: x.matmul(x), "matmul is a function"),
+    (lambda x: torch.einsum("nchw,nchv->nchw", x, x), "einsum is a function"),
+    (lambda x: nn.functional.scaled_dot_product_attention(x, x, x), "scaled_dot_product")])
+def test_costs_that_are_not_those_of_layers_are_not_known(product, message):
+    model = Switched(product)
+    set_bit_width(model, 1)
+    with pytest.raises(ValueError, match=f"what it costs is not known: {message}"):
+        Costs(model, 8)
+
+
 def test_costs_count_the_scales_of_each_bit_width():
     class PerChannelBelow8(DoReFaWeight):
         def integers(self, v, e):
