@@ -1,6 +1,7 @@
 """Helpers for files, signals, texts, random states and progress bars."""
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
@@ -197,11 +198,25 @@ def flag_text(value: object) -> str:
 
 
 def commit() -> str | None:
-    """Return this project's commit, or None without git or outside a repository."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*",
-               "--abbrev=40", "--dirty= with local changes"]
+    """Return this project's commit, or None without git or outside a repository.
+
+    Where files were changed, or modules added, it ends with a digest that tells these changes from
+    others.
+    """
+    root = Path(__file__).parent
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", root, *words], check=True, capture_output=True).stdout
+
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        found = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "--no-ext-diff", "HEAD", "--", ".")
+        added = git("ls-files", "-z", "--others", "--exclude-standard", "*/*.py")
+        for name in filter(None, added.split(b"\0")):
+            changes += name + (root / os.fsdecode(name)).read_bytes()
+        if changes:
+            found += f" with local changes {hashlib.sha256(changes).hexdigest()[:8]}"
+        return found
 
 
 @contextlib.contextmanager
