@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from models.assignment import Width
 from models.bit_widths import FULL_PRECISION, BitWidth
 from models.float_layers import BatchNorm2d, Classifier
-from models.graph import is_hooked, trace_layers
+from models.attributes import is_hooked
+from models.graph import trace_layers
 from models.quan_ops import ActivationQ, Conv2dQ, SwitchableBatchNorm2d, set_bit_width
 
 # run(images (N, 3, H, W) float32, bits) -> logits (N, classes), of an exported file.

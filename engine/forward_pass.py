@@ -13,7 +13,7 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, bit_widths_of, set_bit_width
-from models.graph import keeping_attributes, named_attributes, zero_parameters
+from models.attributes import keeping_attributes, named_attributes, zero_parameters
 from models.losses import any_precision_backward, forward_loss
 from models.low_precision import prepare_low_precision
 from models.sharing import no_sharing, prepare_weights, shared_computation

@@ -2,6 +2,7 @@
 import math
 import random
 from collections import defaultdict
+from collections.abc import Collection
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
-from models import BitWidth, quantizers, set_bit_width
+from models import BitWidth, quantizers
+from models.attributes import attributes_of, held_values, is_unchanged
 from models.checkpoint import (BEST, LATEST, check_same_layers, find_hooked, load_weights,
                                network_content, rebuilt, save_checkpoint, saved_own_bits)
-from models.fields import (FileError, check_field, is_count, is_dense, is_finite_number,
-                           is_named_values, is_whole, take)
-from models.graph import generator_state, named_attributes
+from models.fields import (FileError, are_texts, check_field, is_count, is_dense,
+                           is_finite_number, is_named_values, is_whole, take)
+from models.losses import NEXT_TARGET
 from utils import brief, escaped, one_line
 
 OPTIMIZER = "optimizer's "  # before a field's name
@@ -47,7 +49,8 @@ class TrainingState:
         self.best = (-math.inf, -math.inf)  # the largest best_key
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
-        self.attributes = attributes_of(model, bit_widths)
+        self.attributes = self.held_values()
+        self.groups = [dict(group) for group in optimizer.param_groups]
         check_optimizer(optimizer, model)
 
     def check_rebuilt(self) -> str | None:
@@ -74,10 +77,25 @@ class TrainingState:
             raise UserError(f"{path}: {error}") from None
 
     def unsaved(self) -> list[str]:
-        """Return the modules' attributes that training changed and no checkpoint holds."""
-        now = attributes_of(self.model, self.bit_widths)
-        return [name for name, value in now.items()
+        """Return what training changed and no checkpoint holds."""
+        return [name for name, value in self.held_values().items()
                 if not is_unchanged(value, self.attributes.get(name))]
+
+    def held_values(self) -> dict[str, object]:
+        """Return what modules, the optimizer and the loss hold and no checkpoint does."""
+        found = attributes_of(self.model, self.bit_widths[0])
+        target = NEXT_TARGET.get(self.arguments.get("loss"))
+        for owner, value in (("the optimizer's", self.optimizer), ("the loss's", target)):
+            for name, part in getattr(value, "__dict__", {}).items():
+                if not name.startswith("_") and name not in ("state", "param_groups", "defaults"):
+                    found.update(held_values(f"{owner} {name}", part))
+        return found
+
+    def group_state(self) -> list[str]:
+        """Return the names of what training changed in the optimizer's groups, but for --lr's."""
+        return sorted({name for before, now in zip(self.groups, self.optimizer.param_groups)
+                       for name in now.keys() - {"params", *OF_THIS_RUN}
+                       if not is_unchanged(now[name], before.get(name))})
 
     def finish_epoch(self, val_metrics: dict[BitWidth, dict[str, float]]) -> bool:
         """Count an epoch as done; return whether it is the best so far, ties included."""
@@ -115,7 +133,7 @@ class TrainingState:
             "best": list(self.best), "network": network_content(self.model),
             "images": self.images,
             "data": self.data,
-            "state_dict": weights, "optimizer": optimizer,
+            "state_dict": weights, "optimizer": optimizer, "group_state": self.group_state(),
             "arguments": self.arguments, "num_samples": self.num_samples,
             "metrics": self.metrics.state_dict(),
             "random_states": gather(random_states(self.device))}
@@ -139,8 +157,9 @@ class TrainingState:
         if own_bits is not None:
             self.check_own_bits(own_bits, path)
         load_weights(self.model, content["state_dict"], path)
+        check_field(path, "group_state", content.get("group_state"), are_texts, "a list of names")
         load_optimizer(self.optimizer, content["optimizer"], path,
-                       published="arguments" not in content)
+                       "arguments" not in content, content.get("group_state") or ())
         self.epoch = take(path, content, "epoch", is_epoch, "a number of epochs done")
         self.best_prec1 = float(
             take(path, content, "best_prec1", is_accuracy, "an accuracy in percent"))
@@ -240,45 +259,6 @@ def data_difference(saved: dict | None, own: dict | None) -> str:
     return ", ".join(changes)
 
 
-def attributes_of(model: nn.Module, bit_widths: list[BitWidth]) -> dict[str, object]:
-    """Return what modules of a model hold and no checkpoint does: numbers, texts and tensors.
-
-    They are Python attributes, also those that a dict or list holds, states of random generators,
-    and buffers that are not persistent, at one bit-width; tensors are copied. Names that begin with
-    an underscore, and `training`, are left out.
-    """
-    set_bit_width(model, bit_widths[0])
-    saved = model.state_dict().keys()
-    found = {name: buffer.detach().clone() for name, buffer in model.named_buffers()
-             if name not in saved}
-    for path, value in named_attributes(model):
-        parts = {path: value}
-        if isinstance(value, dict):
-            parts = {f"{path}[{key!r}]": part for key, part in value.items()}
-        elif isinstance(value, (list, tuple)):
-            parts = {f"{path}[{place}]": part for place, part in enumerate(value)}
-        attribute = path.rpartition(".")[2]
-        if attribute.startswith("_") or attribute == "training":
-            continue
-        for part_path, part in parts.items():
-            state = generator_state(part)
-            if torch.is_tensor(part):
-                found[part_path] = part.detach().clone()
-            elif state is not None:
-                found[part_path] = state
-            elif part is None or isinstance(part, (bool, int, float, str)):
-                found[part_path] = part
-    return found
-
-
-def is_unchanged(value: object, before: object) -> bool:
-    """Return whether two numbers, or two tensors, are equal; NaN equals NaN."""
-    if torch.is_tensor(value) and torch.is_tensor(before):
-        return (value.shape, value.dtype) == (before.shape, before.dtype) and torch.allclose(
-            value, before.to(value.device), 0, 0, equal_nan=True)
-    return repr(value) == repr(before)
-
-
 def first_not_finite(model: torch.nn.Module) -> str | None:
     """Return the name of a parameter or buffer that is not finite; None where all are. Waits."""
     entries = {name: tensor for name, tensor in model.state_dict().items()
@@ -346,18 +326,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path,
-                   published: bool = False) -> None:
+                   published: bool = False, group_state: Collection[str] = ()) -> None:
     """Load an optimizer's state; raises UserError for another optimizer, network or grouping.
 
-    published: whether the checkpoint is a published one, whose learning rate may differ. Raises
+    published: whether the checkpoint is a published one, whose learning rate may differ.
+    group_state: what training changes in the groups, which is the file's and not compared. Raises
     FileError for a field that is missing or of another type.
     """
     saved = take(path, state, "param_groups", are_groups, "a list of groups", OPTIMIZER)
     moments = take(path, state, "state", is_state, "a dict of dicts", OPTIMIZER)
-    difference = group_difference(saved, optimizer.param_groups, published)
+    difference = group_difference(saved, optimizer.param_groups, published, group_state)
     if difference is None:
         groups = [{**{name: value for name, value in own.items()  # equal, or of this run
-                      if name in before or name in OF_THIS_RUN}, "params": before["params"]}
+                      if name in before or name in OF_THIS_RUN},
+                   **{name: value for name, value in before.items() if name in group_state},
+                   "params": before["params"]}
                   for before, own in zip(saved, optimizer.param_groups)]
         difference = state_difference(optimizer, saved, moments, path)
     if difference is None:
@@ -447,8 +430,12 @@ def is_finite(value: object) -> bool:
         is_dense(value) and not value.is_complex() and bool(value.isfinite().all()))
 
 
-def group_difference(saved: list[dict], own: list[dict], published: bool = False) -> str | None:
-    """Return the first difference of an optimizer's saved groups from its own, or None."""
+def group_difference(saved: list[dict], own: list[dict], published: bool = False,
+                     group_state: Collection[str] = ()) -> str | None:
+    """Return the first difference of an optimizer's saved groups from its own, or None.
+
+    group_state: names that are not compared.
+    """
     if len(saved) != len(own):
         return f"parameter groups were {len(saved)} and are now {len(own)}"
     for index, (before, now) in enumerate(zip(saved, own)):
@@ -461,7 +448,7 @@ def group_difference(saved: list[dict], own: list[dict], published: bool = False
             if was != name:
                 return (f"group {index}: parameter {number} was {escaped(str(was))} and is now "
                         f"{name}")
-        compared = before.keys() & now.keys() - {"params", *OF_THIS_RUN}
+        compared = before.keys() & now.keys() - {"params", *OF_THIS_RUN, *group_state}
         if not published:
             compared |= before.keys() & now.keys() & {"initial_lr"}
         for name in sorted(compared):

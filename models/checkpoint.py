@@ -6,6 +6,7 @@ where it has some; and `images`, a description of the images that it was trained
 transforms of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack
 both: what is missing is inferred from the shapes of their weights.
 """
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,21 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add_assignment,
-                    add_missing_bit_widths, assignments_of, build, packed, quantizers,
-                    saved_bit_widths, set_bit_width, set_quantizers, zoo)
+                    add_missing_bit_widths, assignments_of, bit_widths_of, build, packed,
+                    quantizers, saved_bit_widths, set_bit_width, set_quantizers, zoo)
 from models.archive import add_hash, read_archive
 from models.assignment import check_assignments
+from models.attributes import attributes_of, is_hooked, is_unchanged, keeping_attributes
 from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.converted import CLASSIFIER
 from models.fields import (FileError, are_bit_widths, check_field, check_images,
                            check_images_to_save, is_count, is_dense, is_named_values, take)
 from models.float_layers import BatchNorm2d
-from models.graph import is_hooked
 from utils import (WriteError, brief, escaped, keeping_random_states, one_line, replacing,
                    writing)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Attributes of layers that an evaluation does not need, or that are found anew.
+FOR_TRAINING = ("momentum", "p", "inplace", "is_scalable", "own_bits")
 BEST = "model_best.pth.tar"
 LATEST = "model_latest.pth.tar"
 
@@ -83,7 +86,8 @@ def rebuilt(content: dict, path: str | Path) -> nn.Module:
 def check_same_layers(model: nn.Module, again: nn.Module) -> None:
     """Raise ValueError naming a layer that is another one in the network that was built again.
 
-    Compared are a layer's class and what it prints of itself, but for what training alone uses.
+    Compared are a layer's class, what it prints of itself, and what attributes of both hold, but
+    for what training alone uses.
     """
     layers, others = dict(model.named_modules()), dict(again.named_modules())
     for name in {**layers, **others}:
@@ -93,6 +97,18 @@ def check_same_layers(model: nn.Module, again: nn.Module) -> None:
             raise ValueError(f"{layer} is {here}, and {there} in the network that is built for its "
                              "checkpoints: change it where it is built, in models.MODELS or "
                              "models.QUANTIZERS")
+
+    width = min(bit_widths_of(model))
+    with keeping_attributes(model):  # its bit-width, too
+        values, built = attributes_of(model, width), attributes_of(again, width)
+    for name in values.keys() & built.keys():
+        is_checked = (re.split(r"[\[.]", name)[-1] not in FOR_TRAINING
+                      and not torch.is_tensor(values[name]))  # such as a weight that is computed
+        if is_checked and not is_unchanged(built[name], values[name]):
+            raise ValueError(f"{name} of the network is {brief(values[name])}, and "
+                             f"{brief(built[name])} in the network that is built for its "
+                             "checkpoints: set it where that is built, in models.MODELS or "
+                             "models.QUANTIZERS, or make it a buffer")
 
 
 def find_hooked(model: nn.Module, again: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from models import graph as graphs
+from models.attributes import named_attributes, zero_parameters
 from models.bit_widths import FULL_PRECISION, BitWidth, highest_first
 from models.converted import CLASSIFIER, AnyPrecisionNetwork, describe
 from models.float_layers import BatchNorm2d, Classifier
@@ -129,7 +130,7 @@ def check_equal(network: nn.Module, model: AnyPrecisionNetwork, bit_width: BitWi
 def fill_zeros(network: nn.Module, model: AnyPrecisionNetwork) -> None:
     """Draw, for both networks alike, the parameters that are 0, which would hide a difference."""
     drawn = torch.Generator().manual_seed(0)
-    for name, parameter in graphs.zero_parameters(network):
+    for name, parameter in zero_parameters(network):
         value = 0.1 * torch.randn(parameter.shape, generator=drawn)
         owner, _, own_name = name.rpartition(".")
         layer = model.network.get_submodule(owner)
@@ -232,7 +233,7 @@ def check_forward(network: nn.Module) -> None:
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ValueError(f"{name} has a hook on its gradient, which the converted network would"
                              " not have: add it there instead")
-    for name, value in graphs.named_attributes(network):
+    for name, value in named_attributes(network):
         if isinstance(value, Tensor) and value.grad_fn is not None:
             raise ValueError(f"{name} is a tensor that was computed, of which there is no copy: "
                              "make pruning or weight_norm permanent, or delete it")

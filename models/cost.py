@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from models.assignment import Assignment
+from models.attributes import keeping_attributes
 from models.bit_widths import FULL_PRECISION, BitWidth
-from models.graph import FUNCTIONS, input_activations, keeping_attributes, name_of, trace_layers
+from models.graph import FUNCTIONS, input_activations, name_of, trace_layers
 from models.quan_ops import QuantizedLayer, bit_widths_of, set_bit_width
 from utils import markdown_table, one_line
 

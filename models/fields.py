@@ -49,6 +49,16 @@ def are_bit_widths(value: object) -> bool:
         return False
 
 
+def is_text(value: object) -> bool:
+    """Return whether a value is a text."""
+    return isinstance(value, str)
+
+
+def are_texts(value: object) -> bool:
+    """Return whether a value is a list of texts."""
+    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+
 def is_dense(value: object) -> bool:
     """Return whether a value is a tensor on the CPU that holds each of its numbers."""
     return (torch.is_tensor(value) and value.layout == torch.strided
@@ -72,9 +82,6 @@ def is_finite_number(value: object) -> bool:
 
 def check_images(images: dict, path: str | Path) -> None:
     """Raise FileError naming a field of another type in a description of images."""
-    def is_text(value: object) -> bool:
-        return isinstance(value, str)
-
     def is_three_numbers(value: object) -> bool:
         return isinstance(value, (list, tuple)) and len(value) == 3 and all(
             map(is_finite_number, value))
@@ -82,16 +89,13 @@ def check_images(images: dict, path: str | Path) -> None:
     def is_three_positive(value: object) -> bool:
         return is_three_numbers(value) and min(value) > 0
 
-    def is_names(value: object) -> bool:
-        return isinstance(value, (list, tuple)) and all(map(is_text, value))
-
     for field, is_right, what in (
             ("dataset", is_text, "the name of a data set"),
             ("size", is_count, "a number of pixels"),
             ("transforms", is_text, "the names of transforms"),
             ("mean", is_three_numbers, "three numbers"),
             ("std", is_three_positive, "three numbers above 0"),
-            ("class_names", is_names, "a list of names")):
+            ("class_names", are_texts, "a list of names")):
         check_field(path, f"images' {field}", images.get(field), is_right, what)
 
 

@@ -4,16 +4,14 @@ The nodes of a graph are the calls of a forward pass, in order: of modules, func
 """
 import contextlib
 import copy
-import random
-import sys
 from collections.abc import Iterator
 
-import numpy
 import torch
 from torch import fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+from models.attributes import keeping_attributes, named_attributes, random_texts
 from models.float_layers import BatchNorm2d, Classifier
 from models.quan_ops import ActivationQ, QuantizedLayer, SwitchableBatchNorm2d
 
@@ -51,40 +49,6 @@ def trace_layers(model: nn.Module) -> fx.Graph:
     """Trace a network by Tracer. Its attributes stay, also where its forward sets them."""
     with keeping_attributes(model):
         return Tracer().trace(model)
-
-
-def named_attributes(model: nn.Module) -> Iterator[tuple[str, object]]:
-    """Yield the name, with dots, and the value of each Python attribute of a model's modules."""
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            yield f"{name}.{attribute}".strip("."), value
-
-
-def zero_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names and parameters that are 0, such as a new head's.
-
-    They hide what stands before them: no output depends on it, and no gradient reaches it.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not (parameter.is_inference() or parameter.any()):
-            yield name, parameter
-
-
-@contextlib.contextmanager
-def keeping_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore on exit the attributes of a model's modules, and what dicts and lists of them hold.
-
-    Not what stands within that.
-    """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    values = [value for _, before in attributes for value in before.values()]
-    contents = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list))]
-    try:
-        yield
-    finally:
-        for own, before in attributes + contents:
-            own.clear()
-            own.update(before) if isinstance(own, dict) else own.extend(before)
 
 
 def input_activations(model: nn.Module,
@@ -227,33 +191,6 @@ def other_modes() -> Iterator[None]:
             torch.set_autocast_enabled(name, enabled)
 
 
-def random_texts(network: nn.Module) -> list[str]:
-    """Return what changes where Python, NumPy or torch draws a number, or a network's generator."""
-    values = tree_leaves([value for _, value in named_attributes(network)])
-    own = filter(None, map(generator_state, values))
-    return [state_text(random.getstate()), state_text(numpy.random.get_state()),
-            state_text(torch.get_rng_state()), *own]
-
-
-def generator_state(value: object) -> str | None:
-    """Return the state of a random generator of Python, NumPy or torch; None of anything else."""
-    if isinstance(value, random.Random):
-        return state_text(value.getstate())
-    if isinstance(value, numpy.random.RandomState):
-        return state_text(value.get_state())
-    if isinstance(value, numpy.random.Generator):
-        return state_text(value.bit_generator.state)
-    if isinstance(value, torch.Generator):
-        return state_text(value.get_state())
-    return None
-
-
-def state_text(state: object) -> str:
-    """Return all of a random generator's state as a text."""
-    with numpy.printoptions(threshold=sys.maxsize):
-        return str(state.tolist() if torch.is_tensor(state) else state)
-
-
 def callers(node: fx.Node) -> list[str]:
     """Return the names of the modules within whose forward a node is, the innermost last."""
     return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
@@ -340,11 +277,6 @@ def aliases(node: fx.Node, modules: dict[str, nn.Module]) -> set[fx.Node]:
         waiting += [other for other in near if other not in found]
         found.update(near)
     return found - {node}
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    """Return whether a call of a layer runs something else than its class says."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def has_attribute(network: nn.Module, name: str) -> bool:

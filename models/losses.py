@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from models.attributes import keeping_attributes
 from models.bit_widths import BitWidth, highest_first
-from models.graph import keeping_attributes
 from models.quan_ops import set_bit_width
 from models.sharing import shared_computation
 from utils import keeping_random_states

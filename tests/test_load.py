@@ -1,5 +1,6 @@
 """models.load: a network from any file, with the logits of the one built by hand; and refusals."""
 import random
+import re
 
 import numpy
 import pytest
@@ -23,7 +24,8 @@ from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import load_weights, save_checkpoint
 from models.fields import FileError
 from models.float_layers import BatchNorm2d
-from models.quan_ops import ActivationQ, DoReFaWeight, SwitchableBatchNorm2d
+from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight,
+                             SwitchableBatchNorm2d)
 from models.svhn_quan import SVHNNet
 from quantized import PadOne
 
@@ -159,6 +161,35 @@ def test_a_layer_that_was_replaced_is_named(changed, value, parts, tmp_path, mon
     assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
     assert_one_line(capsys, f"layer {changed} is ")
     assert not any(tmp_path.iterdir())
+
+
+class Sharper(DoReFaWeight):
+    def __init__(self):
+        super().__init__()
+        self.alpha = [1.0]
+
+    def prepare(self, w):
+        return super().prepare(self.alpha[0] * w)
+
+
+def test_an_attribute_that_was_set_after_the_network_was_built_is_named(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.QUANTIZERS, "sharper", lambda layer, bit_widths: (
+        Sharper() if hasattr(layer, "weight") else DoReFaActivation()))
+    model = models.build("svhnq", [1, 4], 10, 1, quantizer="sharper")
+    set_bit_width(model, 4)
+    models.save(model, tmp_path / "right")
+    assert model.layers[3].bits == 4  # it stays at its bit-width
+    model.layers[3].quantizer.alpha[0] = 3.0
+    message = "layers.3.quantizer.alpha[0] of the network is 3.0, and 1.0 in the network that is"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        models.save(model, tmp_path / "x")
+    monkeypatch.setattr(train, "make_model", lambda *args: model)
+    argv = ["--dataset", "digits", "--model", "svhnq", "--width", 1, "--bit_width_list", "1,4",
+            "--quantizer", "sharper", "--epochs", 1, "--train-fraction", 0.02, "--device", "cpu"]
+    assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
 def test_a_hook_is_noted(tmp_path, tiny_cifar10, monkeypatch, capsys):

@@ -28,6 +28,7 @@ from engine.errors import UserError
 from engine.resume import resolve
 from engine.run_folder import read_metrics
 from models import MODELS
+from models.losses import NEXT_TARGET
 from models.quan_ops import ActivationQ
 
 
@@ -247,7 +248,9 @@ def test_an_optimizer_whose_state_no_checkpoint_would_hold(tmp_path, tiny_cifar1
 
 @pytest.mark.parametrize("initial", [
     lambda: 1.0, lambda: torch.tensor([1.0, math.nan]), lambda: {"2": torch.ones(())},
-    lambda: False, torch.Generator], ids=["number", "tensor", "dict", "flag", "generator"])
+    lambda: False, torch.Generator, lambda: numpy.ones(3), lambda: {"a": [1.0]},
+    lambda: [torch.nn.Linear(1, 1)]],
+    ids=["number", "tensor", "dict", "flag", "generator", "array", "nested", "hidden module"])
 def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_cifar10,
                                                        monkeypatch):
     init, forward = ActivationQ.__init__, ActivationQ.forward
@@ -257,7 +260,13 @@ def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_c
         self.temperature = initial()
 
     def warming(self, x):
-        if isinstance(self.temperature, dict):
+        if isinstance(self.temperature, numpy.ndarray):
+            self.temperature += self.training  # in place
+        elif isinstance(self.temperature, list):
+            torch.nn.init.zeros_(self.temperature[0].weight)
+        elif "a" in (self.temperature if isinstance(self.temperature, dict) else ""):
+            self.temperature["a"][0] += self.training
+        elif isinstance(self.temperature, dict):
             self.temperature["2"] = self.temperature["2"] + self.training
         elif isinstance(self.temperature, torch.Generator):
             torch.rand(1, generator=self.temperature)
@@ -276,7 +285,64 @@ def test_attributes_that_no_checkpoint_holds_are_named(initial, tmp_path, tiny_c
         monkeypatch.setattr(ActivationQ, "forward", warming)
     assert not notes[0] and len(notes[1]) == 1
     line, = notes[1]
-    assert "note: training changed" in line and ".temperature, which no checkpoint" in line
+    assert re.search(r"note: training changed .*\.temperature[^ ]*, which no checkpoint", line)
+
+
+class Annealed:
+    """A target that depends on how often it was asked for."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def __call__(self, target, logits, labels):
+        self.steps += 1
+        one_hot = torch.nn.functional.one_hot(labels, logits.shape[1])
+        return logits.softmax(1).lerp(one_hot.float(), 1 / self.steps)
+
+
+class Slow(torch.optim.SGD):
+    """Its steps get smaller, by a count that it keeps in an attribute, or in its groups."""
+
+    in_groups = False
+
+    def __init__(self, groups):
+        super().__init__(groups, 0.1)
+        self.count = 0
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+            group["k"] = 0
+
+    def step(self, closure=None):
+        self.count += not self.in_groups
+        for group in self.param_groups:
+            group["k"] += self.in_groups
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= 1 + self.count + group["k"]
+        super().step(closure)
+
+
+def test_state_of_an_optimizer_and_of_a_loss_that_no_checkpoint_holds_is_named(
+        tmp_path, tiny_cifar10, monkeypatch, capsys):
+    monkeypatch.setitem(NEXT_TARGET, "annealed", Annealed())
+    monkeypatch.setattr(train, "make_optimizer", lambda args, groups: Slow(groups))
+    assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1, "--loss", "annealed")) == 0
+    told = capsys.readouterr().out.replace("\n   ", "")
+    assert "note: training changed the optimizer's count, the loss's steps, which no" in told
+
+
+def test_an_optimizer_with_state_in_its_groups_resumes(tmp_path, tiny_cifar10, monkeypatch, capsys):
+    monkeypatch.setattr(Slow, "in_groups", True)
+    monkeypatch.setattr(train, "make_optimizer", lambda args, groups: Slow(groups))
+    assert_resumes(tiny(tiny_cifar10, tmp_path), tmp_path, monkeypatch)
+    assert load(tmp_path / "whole")["group_state"] == ["k"]
+    monkeypatch.setattr(Slow, "in_groups", False)
+    capsys.readouterr()
+    changed = load(tmp_path / "whole")
+    changed["group_state"] = [3]
+    torch.save(changed, tmp_path / "whole" / "ckpt" / "model_latest.pth.tar")
+    assert run(["--resume", tmp_path / "whole", "--epochs", 4]) == 1
+    assert_one_line(capsys, "its group_state is [3], not a list of names")
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_named(tmp_path, tiny_cifar10, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from runs import assert_one_line, assert_same
 @pytest.mark.parametrize("argv, told", [
     (["--model", "torchvision:resnt18"], ("'resnt18' is no", "resnet18")),
     (["--model", "torchvision:fcn_resnet50"], ("is not a classification network",)),
-    (["--model", "torchvision:resnet18", "--width", 2], ("--width 2 is of",)),
+    (["--model", "torchvision:resnet18", "--width", 2], ("--width 2 applies to",)),
     (["--model", "torchvision:resnet18", "--all-conv"], ("--all-conv applies to",)),
     (["--model", "torchvision:squeezenet1_1"], ("torchvision:squeezenet1_1: the network has no",)),
     (["--model", "torchvision:vit_b_32"], ("has no BatchNorm2d",)),
