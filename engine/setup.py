@@ -18,7 +18,7 @@ from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
                     initialize_quantizers, layers_to_initialize, saved_bit_widths, set_bit_width,
                     zoo)
 from models.calibration import ENTRY, copies_quantizers
-from models.checkpoint import load_weights
+from models.checkpoint import check_keyed_by_name, load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
 from models.losses import check_forward_loss
 from models.quan_ops import Quantizer
@@ -165,10 +165,12 @@ def load_pretrained(model: nn.Module, path: str | Path,
             message += f"; the classifier is new, for {classes} classes, as its own has another "
             message += f"number ({', '.join(resized)})"
     else:
+        saved = state_dict
         try:
-            state_dict, added = add_missing_bit_widths(state_dict, model)
+            state_dict, added = add_missing_bit_widths(saved, model)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
+        check_keyed_by_name(model, saved_bit_widths(saved), path)
         copies = [f"{width}-bit from {source}-bit" for width, source in added.items()]
         if copies:
             message += f": BatchNorms {', '.join(copies)}"

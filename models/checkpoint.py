@@ -254,7 +254,9 @@ def network_of(content: dict, path: str | Path,
         except ValueError as error:
             raise FileError(f"{path} cannot be loaded ({one_line(error)}): give bit-widths that "
                             "it holds, or export it anew") from None
+    saved = saved_bit_widths(state_dict)
     state_dict, added = add_missing_bit_widths(state_dict, model)
+    check_keyed_by_name(model, saved, path)
     load_weights(model, state_dict, path)
     set_bit_width(model, max(bit_widths))
     model.images = content.get("images")
@@ -276,6 +278,26 @@ def build_for(path: str | Path, name: str, **spec: object) -> nn.Module:
             raise
         raise FileError(f"{path}: its network {name} cannot be built ({one_line(error)}): the file "
                         "may be damaged") from None
+
+
+def check_keyed_by_name(model: nn.Module, saved: Iterable[BitWidth], path: str | Path) -> None:
+    """Raise FileError where a state dict's entries would be another bit-width's in this network.
+
+    They are where a layer keeps them in a list, by place, and file and network have different
+    bit-widths, as many. saved: those of the file.
+    """
+    own = set(bit_widths_of(model))
+    if own >= set(saved) or own <= set(saved):
+        return  # then a list's entries are missing or unexpected
+    spec = model.spec
+    with keeping_random_states():
+        both = build(spec["model"], own.union(saved), spec["classes"], spec["width"],
+                     spec["all_conv"], spec["quantizer"])
+    for key in both.state_dict().keys() - model.state_dict().keys():
+        if not ENTRY.fullmatch(key):
+            raise FileError(f"{path} has other bit-widths than the network, which keeps {key} by "
+                            "its place among them: keep it by a bit-width's name, in a module or "
+                            "parameter dict whose name ends in _dict")
 
 
 def network_spec(content: dict, path: str | Path) -> dict:

@@ -24,7 +24,7 @@ from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import load_weights, save_checkpoint
 from models.fields import FileError
 from models.float_layers import BatchNorm2d
-from models.quan_ops import (ActivationQ, DoReFaActivation, DoReFaWeight,
+from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight,
                              SwitchableBatchNorm2d)
 from models.svhn_quan import SVHNNet
 from quantized import PadOne
@@ -190,6 +190,39 @@ def test_an_attribute_that_was_set_after_the_network_was_built_is_named(
     assert run([*argv, "--results-dir", tmp_path / "r"]) == 1
     assert_one_line(capsys, message)
     assert [path.name for path in tmp_path.iterdir()] == ["right"]
+
+
+class ByPlace(nn.Module):
+    """Keeps a scale per bit-width in a list, by its place among them."""
+
+    def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
+        super().__init__()
+        self.places = [str(bits) for bits in models.highest_first(bit_widths)]
+        self.conv = Conv2dQ(3, 4, 3)
+        self.bn = SwitchableBatchNorm2d(4, bit_widths)
+        self.scales = nn.ParameterList(torch.ones(1) for _ in self.places)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        scale = self.scales[self.places.index(self.conv.quantizer.width)]
+        return self.fc(scale * self.bn(self.conv(x)).mean((2, 3)))
+
+
+def test_state_by_place_is_not_given_to_other_bit_widths(
+        tmp_path, tiny_cifar10, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "byplace", ByPlace)
+    path = tmp_path / "x.pth.tar"
+    models.save(models.build("byplace", [1, 4, 32], 10), path)
+    models.load(path)
+    with pytest.raises(FileError, match="keeps scales.3 by its place among them: keep it by a bit"):
+        models.load(path, [4, 8, 32])
+    for others in ([1, 4], [1, 2, 4, 32]):
+        with pytest.raises(FileError, match=r"scales\.\d"):
+            models.load(path, others)
+    assert run(["--dataset", "cifar10", "--data-dir", tiny_cifar10, "--model", "byplace",
+                "--pretrain", path, "--bit_width_list", "4,8,32", "--epochs", 1, "--device", "cpu",
+                "--results-dir", tmp_path / "r"]) == 1
+    assert_one_line(capsys, "keeps scales.3 by its place among them")
 
 
 def test_a_hook_is_noted(tmp_path, tiny_cifar10, monkeypatch, capsys):
