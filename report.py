@@ -322,8 +322,8 @@ def read_runs(folders: list[str]) -> tuple[list[Run], list[str], list[str]]:
         else:
             runs.append(run)
     if not runs:
-        raise UserError("; ".join([*no_runs, *left_out]) or f"{folders[0]} is not a results folder "
-                        "of train.py: name some")
+        raise UserError("; ".join([*no_runs, *left_out]) or f"{folders[0]} is no run: name results "
+                        "folders of train.py")
     return runs, left_out, no_runs
 
 

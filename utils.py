@@ -200,8 +200,8 @@ def flag_text(value: object) -> str:
 def commit() -> str | None:
     """Return this project's commit, or None without git or outside a repository.
 
-    Where files were changed, or modules added, it ends with a digest that tells these changes from
-    others.
+    Where files were changed, or modules added to its packages, it ends with a digest that tells
+    these changes from others.
     """
     root = Path(__file__).parent
 
@@ -210,12 +210,14 @@ def commit() -> str | None:
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found = git("rev-parse", "HEAD").decode().strip()
-        changes = git("diff", "--no-ext-diff", "HEAD", "--", ".")
-        added = git("ls-files", "-z", "--others", "--exclude-standard", "*/*.py")
+        changes = [git("diff", "--no-ext-diff", "HEAD", "--", ".")]
+        packages = [f"{name}/*.py" for name in ("models", "dataset", "engine", "deploy")]
+        added = git("ls-files", "-z", "--others", "--exclude-standard", *packages)
         for name in filter(None, added.split(b"\0")):
-            changes += name + (root / os.fsdecode(name)).read_bytes()
-        if changes:
-            found += f" with local changes {hashlib.sha256(changes).hexdigest()[:8]}"
+            with contextlib.suppress(OSError):
+                changes += [name, (root / os.fsdecode(name)).read_bytes()]
+        if any(changes):
+            found += f" with local changes {hashlib.sha256(b''.join(changes)).hexdigest()[:8]}"
         return found
 
 

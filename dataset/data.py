@@ -265,8 +265,8 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
     if name not in DATASETS:
         add_folder(name)
     if name not in DATASETS:
-        raise ValueError(f"there is no data set {name!r}: choose from {', '.join(DATASETS)}, or "
-                         f"{PREFIX}PATH")
+        names = ", ".join(name for name in DATASETS if not is_folder(name))
+        raise ValueError(f"there is no data set {name!r}: choose from {names}, or {PREFIX}PATH")
     row = DATASETS[name]
     splits = dict.fromkeys([*row.val_split, *row.val_split.values()])
     if split not in splits:

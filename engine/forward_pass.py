@@ -118,8 +118,8 @@ class ForwardPass:
             def gradients(sharing: Callable, scale: float = 1.0) -> dict[str, Tensor | None]:
                 any_precision_backward(self.model, images[:CHECKED].clone(), labels[:CHECKED],
                                        every, loss, scale, sharing=sharing)
-                return {f"the gradient of {name}": None if parameter.grad is None
-                        else parameter.grad / scale
+                return {f"the gradient of {name}": parameter.grad if scale == 1
+                        or parameter.grad is None else parameter.grad / scale
                         for name, parameter in self.model.named_parameters()}
 
             reason = self.find_unsuitable(gradients, functools.partial(gradients, scale=SCALE))
@@ -235,8 +235,8 @@ def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | Non
                rounded: dict[str, Tensor | None] | None = None) -> str:
     """Return which tensor is another one than expected, beyond rounding; "" where none is.
 
-    rounded: what is expected, rounded otherwise. Sharing may differ by a hundred times what that
-    changes, and by the precision of all tensors together. None: the rounding is not known.
+    rounded: the same as `expected`, with other rounding errors: a hundred times as much may be due
+    to rounding, and the precision of all tensors together. None: rounding errors are not known.
     """
     norms = {name: float(tensor.norm()) for name, tensor in expected.items() if tensor is not None}
     total = math.hypot(*norms.values())
@@ -248,6 +248,8 @@ def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | Non
         if not math.isfinite(norms[name]):
             return f"{name} is not finite, so nothing can be compared"
         least = TOLERANCE * LEAST * total
+        if rounded and rounded.get(name) is None:
+            return f"{name} is not the same each time"
         if rounded:
             noise = 100 * float((rounded[name] - expected[name]).norm())
             least = min(least, noise + torch.finfo(tensor.dtype).eps * total)

@@ -15,8 +15,7 @@ from engine.distributed import local_rank_zero_first, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.forward_pass import CHECKED, ForwardPass, choose_precision
 from models import (BitWidth, add_missing_bit_widths, bit_widths_of, build,
-                    initialize_quantizers, layers_to_initialize, saved_bit_widths, set_bit_width,
-                    zoo)
+                    initialize_quantizers, layers_to_initialize, saved_bit_widths, zoo)
 from models.calibration import ENTRY, copies_quantizers
 from models.checkpoint import check_keyed_by_name, load_weights
 from models.converted import AnyPrecisionNetwork, fit_float_weights
@@ -195,9 +194,8 @@ def initialize_model(model: nn.Module, forward_pass: ForwardPass, loader: Loader
         return
     images, _ = next(iter(loader))
     with forward_pass.autocast():
-        set_bit_width(model, max(bit_widths))
-        check_forward_loss(model, images[:CHECKED])
         initialize_quantizers(model, images, bit_widths)
+        check_forward_loss(model, images[:CHECKED])
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:

@@ -1,4 +1,5 @@
 """The state of a run, as checkpoints hold it: saved and restored as a whole."""
+import copy
 import math
 import random
 from collections import defaultdict
@@ -15,7 +16,7 @@ from engine.distributed import gather, rank, wait
 from engine.errors import UserError
 from engine.metrics import Metrics, best_key
 from models import BitWidth, quantizers
-from models.attributes import attributes_of, held_values, is_unchanged
+from models.attributes import attributes_of, held_values, is_unchanged, saved_ids
 from models.checkpoint import (BEST, LATEST, check_same_layers, find_hooked, load_weights,
                                network_content, rebuilt, save_checkpoint, saved_own_bits)
 from models.fields import (FileError, are_texts, check_field, is_count, is_dense,
@@ -50,7 +51,8 @@ class TrainingState:
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
         self.attributes = self.held_values()
-        self.groups = [dict(group) for group in optimizer.param_groups]
+        self.groups = [copy.deepcopy({name: value for name, value in group.items()
+                                      if name != "params"}) for group in optimizer.param_groups]
         check_optimizer(optimizer, model)
 
     def check_rebuilt(self) -> str | None:
@@ -84,11 +86,14 @@ class TrainingState:
     def held_values(self) -> dict[str, object]:
         """Return what modules, the optimizer and the loss hold and no checkpoint does."""
         found = attributes_of(self.model, self.bit_widths[0])
-        target = NEXT_TARGET.get(self.arguments.get("loss"))
-        for owner, value in (("the optimizer's", self.optimizer), ("the loss's", target)):
+        saved = saved_ids(self.model)
+        owners = {"the loss's": NEXT_TARGET.get(self.arguments.get("loss"))}
+        if not has_own_state(self.optimizer):  # which may be whatever it holds
+            owners["the optimizer's"] = self.optimizer
+        for owner, value in owners.items():
             for name, part in getattr(value, "__dict__", {}).items():
                 if not name.startswith("_") and name not in ("state", "param_groups", "defaults"):
-                    found.update(held_values(f"{owner} {name}", part))
+                    found.update(held_values(f"{owner} {name}", part, saved))
         return found
 
     def group_state(self) -> list[str]:
@@ -299,13 +304,17 @@ KEPT = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
 AMSGRAD = "max_exp_avg_sq"  # which Adam keeps, too, where a group says amsgrad
 
 
+def has_own_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer says itself what its state_dict holds."""
+    return type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Raise UserError for an optimizer whose state no checkpoint would hold, or whose groups are
     not the network's parameters; and name the parameters of each group.
     """
-    has_own_state = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
     for name, value in vars(optimizer).items():
-        if isinstance(value, torch.optim.Optimizer) and not has_own_state:
+        if isinstance(value, torch.optim.Optimizer) and not has_own_state(optimizer):
             raise UserError(f"the optimizer {type(optimizer).__name__} holds another one, "
                             f"{name}, and its state_dict does not have the state of that, so a "
                             "run could not be resumed: give it a state_dict and "

@@ -25,7 +25,7 @@ def named_attributes(model: nn.Module) -> Iterator[tuple[str, object]]:
 def keeping_attributes(model: nn.Module) -> Iterator[None]:
     """Restore on exit the attributes of a model's modules, and what dicts and lists of them hold.
 
-    Not what stands within that.
+    What stands within that is not restored.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     values = [value for _, before in attributes for value in before.values()]
@@ -39,7 +39,7 @@ def keeping_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def attributes_of(model: nn.Module, bit_width: BitWidth) -> dict[str, object]:
-    """Return what modules of a model hold and no checkpoint does, at one bit-width.
+    """Return what modules of a model hold and no checkpoint does, at one bit-width, by its path.
 
     They are buffers that are not persistent, and Python attributes: numbers, texts, tensors, NumPy
     arrays, states of random generators, and modules of other networks, also those that dicts and
@@ -49,12 +49,17 @@ def attributes_of(model: nn.Module, bit_width: BitWidth) -> dict[str, object]:
     saved = model.state_dict().keys()
     found = {name: buffer.detach().clone() for name, buffer in model.named_buffers()
              if name not in saved}
-    own = frozenset(map(id, (*model.modules(), *model.parameters(), *model.buffers())))
+    own = saved_ids(model)
     for path, value in named_attributes(model):
         name = path.rpartition(".")[2]
         if not name.startswith("_") and name != "training":
             found.update(held_values(path, value, own))
     return found
+
+
+def saved_ids(model: nn.Module) -> frozenset[int]:
+    """Return the id of each module, parameter and buffer of a model, which a checkpoint holds."""
+    return frozenset(map(id, (*model.modules(), *model.parameters(), *model.buffers())))
 
 
 def held_values(path: str, value: object,
@@ -70,7 +75,8 @@ def held_values(path: str, value: object,
         state = generator_state(part)
         if isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():
-                yield f"{name}.{key}", tensor.detach().clone()
+                if torch.is_tensor(tensor):
+                    yield f"{name}.{key}", tensor.detach().clone()
         elif torch.is_tensor(part):
             yield name, part.detach().clone()
         elif isinstance(part, numpy.ndarray):

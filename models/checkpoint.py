@@ -6,7 +6,7 @@ where it has some; and `images`, a description of the images that it was trained
 transforms of an evaluation, mean, std, class_names (or None). Older and published checkpoints lack
 both: what is missing is inferred from the shapes of their weights.
 """
-import re
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +19,11 @@ from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add
                     quantizers, saved_bit_widths, set_bit_width, set_quantizers, zoo)
 from models.archive import add_hash, read_archive
 from models.assignment import check_assignments
-from models.attributes import attributes_of, is_hooked, is_unchanged, keeping_attributes
+from models.attributes import (attributes_of, is_hooked, is_unchanged, keeping_attributes,
+                               zero_parameters)
 from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
+from models.convert import SIZES
 from models.converted import CLASSIFIER
 from models.fields import (FileError, are_bit_widths, check_field, check_images,
                            check_images_to_save, is_count, is_dense, is_named_values, take)
@@ -30,8 +32,9 @@ from utils import (WriteError, brief, escaped, keeping_random_states, one_line, 
                    writing)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Attributes of layers that an evaluation does not need, or that are found anew.
-FOR_TRAINING = ("momentum", "p", "inplace", "is_scalable", "own_bits")
+# Attributes that an evaluation does not need, or that are found anew; those that checkpoints hold.
+FOR_TRAINING = ("momentum", "p", "inplace", "is_scalable")
+SAVED = ("own_bits", "calibrated", "images", "spec")
 BEST = "model_best.pth.tar"
 LATEST = "model_latest.pth.tar"
 
@@ -56,7 +59,8 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Its attribute `images`, where it has one, describes its images (see above). Raises ValueError
     for another network, or one that would be loaded as another, such as a pruned or a compiled one,
-    or one whose layers were replaced; and WriteError where the file cannot be written.
+    one whose layers were replaced, or one with an attribute that was set after it was built and on
+    which its logits depend; and WriteError where the file cannot be written.
     """
     network = network_content(model)
     if any(isinstance(layer.quantizer, packed.PackedWeight)
@@ -86,8 +90,8 @@ def rebuilt(content: dict, path: str | Path) -> nn.Module:
 def check_same_layers(model: nn.Module, again: nn.Module) -> None:
     """Raise ValueError naming a layer that is another one in the network that was built again.
 
-    Compared are a layer's class, what it prints of itself, and what attributes of both hold, but
-    for what training alone uses.
+    Compared are a layer's class, what it prints of itself without what training alone uses, and
+    the logits where attributes of both hold different numbers or texts.
     """
     layers, others = dict(model.named_modules()), dict(again.named_modules())
     for name in {**layers, **others}:
@@ -101,14 +105,51 @@ def check_same_layers(model: nn.Module, again: nn.Module) -> None:
     width = min(bit_widths_of(model))
     with keeping_attributes(model):  # its bit-width, too
         values, built = attributes_of(model, width), attributes_of(again, width)
+    differing = {}  # by attribute of a module
     for name in values.keys() & built.keys():
-        is_checked = (re.split(r"[\[.]", name)[-1] not in FOR_TRAINING
-                      and not torch.is_tensor(values[name]))  # such as a weight that is computed
-        if is_checked and not is_unchanged(built[name], values[name]):
+        value = values[name]
+        attribute = name.partition("[")[0]
+        if attribute.rpartition(".")[2] not in (*FOR_TRAINING, *SAVED) and not (
+                torch.is_tensor(value) or is_unchanged(built[name], value)):
+            differing[attribute] = name
+    for attribute, name in differing.items():
+        if changes_logits(again, attribute, model):
             raise ValueError(f"{name} of the network is {brief(values[name])}, and "
                              f"{brief(built[name])} in the network that is built for its "
                              "checkpoints: set it where that is built, in models.MODELS or "
                              "models.QUANTIZERS, or make it a buffer")
+
+
+@torch.no_grad()
+def changes_logits(network: nn.Module, attribute: str, other: nn.Module) -> bool:
+    """Return whether a network gives other logits with an attribute of another network.
+
+    True too where that is not known, as it takes images of none of SIZES. Changes its parameters
+    that are 0.
+    """
+    owner, _, name = attribute.rpartition(".")
+    module = network.get_submodule(owner)
+    own = vars(module)[name]
+    drawn = torch.Generator().manual_seed(0)
+    for _, parameter in zero_parameters(network):
+        parameter.normal_(std=0.1, generator=drawn)
+    for size in SIZES:
+        images = torch.randn(2, 3, size, size, generator=drawn)
+        found = []
+        try:
+            for value in (own, vars(other.get_submodule(owner))[name]):
+                setattr(module, name, copy.deepcopy(value))
+                for width in bit_widths_of(network):
+                    with keeping_random_states(), keeping_attributes(network):
+                        set_bit_width(network.eval(), width)
+                        found.append(network(images))
+        except Exception:  # of the network's own code
+            continue
+        finally:
+            setattr(module, name, own)
+        first, second = found[:len(found) // 2], found[len(found) // 2:]
+        return not all(map(is_unchanged, first, second))
+    return True
 
 
 def find_hooked(model: nn.Module, again: nn.Module) -> str | None:
@@ -283,8 +324,8 @@ def build_for(path: str | Path, name: str, **spec: object) -> nn.Module:
 def check_keyed_by_name(model: nn.Module, saved: Iterable[BitWidth], path: str | Path) -> None:
     """Raise FileError where a state dict's entries would be another bit-width's in this network.
 
-    They are where a layer keeps them in a list, by place, and file and network have different
-    bit-widths, as many. saved: those of the file.
+    This happens where a layer keeps them by place, in a list or in one tensor, and file and network
+    have equally many bit-widths, but not the same. saved: those of the file.
     """
     own = set(bit_widths_of(model))
     if own >= set(saved) or own <= set(saved):
@@ -293,8 +334,12 @@ def check_keyed_by_name(model: nn.Module, saved: Iterable[BitWidth], path: str |
     with keeping_random_states():
         both = build(spec["model"], own.union(saved), spec["classes"], spec["width"],
                      spec["all_conv"], spec["quantizer"])
-    for key in both.state_dict().keys() - model.state_dict().keys():
-        if not ENTRY.fullmatch(key):
+    entries = model.state_dict()
+    has_own_bits = bool(quantizers.own_bits_of(model))  # of which quantizers may hold other entries
+    for key, value in both.state_dict().items():
+        if ENTRY.fullmatch(key) or has_own_bits and ".quantizer." in key:
+            continue
+        if key not in entries or entries[key].shape != value.shape:
             raise FileError(f"{path} has other bit-widths than the network, which keeps {key} by "
                             "its place among them: keep it by a bit-width's name, in a module or "
                             "parameter dict whose name ends in _dict")

@@ -67,14 +67,15 @@ class Costs:
         self.inputs = {names[layer]: sorted(names[activation] for activation in activations)
                        for layer, activations in input_activations(model, graph).items()}
         self.macs = measure(model, image_size)
-        for width in bit_widths_of(model):
-            set_bit_width(model, width)
-            found = measure(model, image_size)
-            if found != self.macs:
-                name = next(name for name in {**self.macs, **found}
-                            if self.macs.get(name) != found.get(name))
-                raise ValueError(f"what it costs is not known: {name} runs otherwise at {width} "
-                                 "bits than at others")
+        with keeping_attributes(model):  # its bit-width
+            for width in bit_widths_of(model):
+                set_bit_width(model, width)
+                found = measure(model, image_size)
+                if found != self.macs:
+                    name = next(name for name in {**self.macs, **found}
+                                if self.macs.get(name) != found.get(name))
+                    raise ValueError(f"what it costs is not known: {name} does not do the same "
+                                     "work at each bit-width")
         counted = tuple(f"{name}." for name, layer in modules.items() if isinstance(layer, KINDS))
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith(counted):

@@ -61,10 +61,10 @@ def check_forward_loss(model: nn.Module, images: Tensor) -> None:
         with keeping_random_states(devices):
             _, found = forward_loss(model, images.clone(), logits.argmax(1))
     if found.shape != logits.shape or not (
-            (found - logits).norm() <= 1e-3 * logits.norm() or logits.isnan().any()):
+            (found - logits).norm() <= 1e-3 * logits.norm() or not logits.isfinite().all()):
         raise ForwardLossError("forward_loss of models/losses.py evaluates to other logits than "
-                               "the network, of which alone a calibration, a search and a file "
-                               "know: compute them within the network")
+                               "the network does, and calibration, search and export call the "
+                               "network alone: move what it adds into the network's forward")
 
 
 class ForwardLossError(ValueError):

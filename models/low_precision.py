@@ -65,7 +65,8 @@ def find_scalable(model: nn.Module) -> None:
 
 
 def is_scalable(layer: nn.Module, width: BitWidth, x: Tensor) -> bool:
-    """Return whether a layer has the same output and gradients in both forms of `apply_quantized`.
+    """Return whether a layer has the same output, and in training the same gradients, in both forms
+    of `apply_quantized`.
 
     A layer that does not run on x is not known to have.
     """
@@ -77,11 +78,13 @@ def is_scalable(layer: nn.Module, width: BitWidth, x: Tensor) -> bool:
         own = copy.deepcopy(layer)  # as a quantizer may count
         own.rounds_operands = lambda x, is_low=is_low: is_low
         try:
-            with keeping_random_states(), torch.enable_grad():  # which a quantizer may draw from
+            with keeping_random_states(), torch.set_grad_enabled(own.training):
                 y = own.forward(x)  # without hooks
-                trained = [x, *(each for each in own.parameters() if each.requires_grad)]
-                gradients = torch.autograd.grad(
-                    y.square().sum(), trained, allow_unused=True, materialize_grads=True)
+                gradients = ()
+                if own.training:
+                    trained = [x, *(each for each in own.parameters() if each.requires_grad)]
+                    gradients = torch.autograd.grad(
+                        y.square().sum(), trained, allow_unused=True, materialize_grads=True)
         except Exception:  # such as of more inputs
             return False
         forms.append((y.detach(), *gradients))

@@ -1,6 +1,7 @@
 """models.load: a network from any file, with the logits of the one built by hand; and refusals."""
 import random
 import re
+from functools import partial
 
 import numpy
 import pytest
@@ -24,6 +25,7 @@ from models import DEFAULT_WIDTH, MODELS, packed, set_bit_width
 from models.checkpoint import load_weights, save_checkpoint
 from models.fields import FileError
 from models.float_layers import BatchNorm2d
+from models.losses import any_precision_backward
 from models.quan_ops import (ActivationQ, Conv2dQ, DoReFaActivation, DoReFaWeight,
                              SwitchableBatchNorm2d)
 from models.svhn_quan import SVHNNet
@@ -193,14 +195,14 @@ def test_an_attribute_that_was_set_after_the_network_was_built_is_named(
 
 
 class ByPlace(nn.Module):
-    """Keeps a scale per bit-width in a list, by its place among them."""
+    """Keeps a scale per bit-width by its place among them, in a list or a tensor."""
 
-    def __init__(self, bit_widths, num_classes=10, width=1, all_conv=False):
+    def __init__(self, kind, bit_widths, num_classes=10, width=1, all_conv=False):
         super().__init__()
         self.places = [str(bits) for bits in models.highest_first(bit_widths)]
         self.conv = Conv2dQ(3, 4, 3)
         self.bn = SwitchableBatchNorm2d(4, bit_widths)
-        self.scales = nn.ParameterList(torch.ones(1) for _ in self.places)
+        self.scales = kind(torch.ones(len(self.places), 1))
         self.fc = nn.Linear(4, num_classes)
 
     def forward(self, x):
@@ -208,21 +210,47 @@ class ByPlace(nn.Module):
         return self.fc(scale * self.bn(self.conv(x)).mean((2, 3)))
 
 
+@pytest.mark.parametrize("kind, key", [
+    (lambda scales: nn.ParameterList(list(scales)), "scales.3"), (nn.Parameter, "scales")])
 def test_state_by_place_is_not_given_to_other_bit_widths(
-        tmp_path, tiny_cifar10, monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "byplace", ByPlace)
+        kind, key, tmp_path, tiny_cifar10, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "byplace", partial(ByPlace, kind))
     path = tmp_path / "x.pth.tar"
     models.save(models.build("byplace", [1, 4, 32], 10), path)
     models.load(path)
-    with pytest.raises(FileError, match="keeps scales.3 by its place among them: keep it by a bit"):
+    with pytest.raises(FileError, match=f"keeps {key} by its place among them: keep it by a bit"):
         models.load(path, [4, 8, 32])
     for others in ([1, 4], [1, 2, 4, 32]):
-        with pytest.raises(FileError, match=r"scales\.\d"):
+        with pytest.raises(FileError, match="scales"):
             models.load(path, others)
     assert run(["--dataset", "cifar10", "--data-dir", tiny_cifar10, "--model", "byplace",
                 "--pretrain", path, "--bit_width_list", "4,8,32", "--epochs", 1, "--device", "cpu",
                 "--results-dir", tmp_path / "r"]) == 1
-    assert_one_line(capsys, "keeps scales.3 by its place among them")
+    assert_one_line(capsys, f"keeps {key} by its place among them")
+
+
+def test_attributes_that_no_logit_depends_on_may_differ(tmp_path):
+    """Such as counters, and a generator that training drew from."""
+    class Counting(DoReFaWeight):
+        def __init__(self):
+            super().__init__()
+            self.steps = 0
+            self.generator = torch.Generator().manual_seed(0)
+
+        def prepare(self, w):
+            self.steps += self.training
+            torch.rand(1, generator=self.generator)
+            return super().prepare(w)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.QUANTIZERS, "counting", lambda layer, bit_widths: (
+            Counting() if hasattr(layer, "weight") else DoReFaActivation()))
+        model = models.build("svhnq", [1, 4], 10, 1, quantizer="counting").train()
+        any_precision_backward(model, torch.randn(2, 3, 40, 40), torch.arange(2), [1, 4])
+        assert model.layers[3].quantizer.steps > 0
+        draw(model)
+        models.save(model, tmp_path / "x")
+        assert_logits_equal(models.load(tmp_path / "x"), model.eval(), [1, 4], 40)
 
 
 def test_a_hook_is_noted(tmp_path, tiny_cifar10, monkeypatch, capsys):

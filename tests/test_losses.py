@@ -143,10 +143,13 @@ def test_the_project_s_forward_is_that_of_the_network(outputs):
             self.fc = nn.Linear(3, 4)
 
         def forward(self, x):
+            modes.append(self.training)
             return outputs(self.fc(self.drop(x.mean((2, 3)))))
 
+    modes = []
     model = Net()
     losses.check_forward_loss(model, torch.randn(5, 3, 2, 2))
+    assert modes and not any(modes)
     assert model.training and model.drop.training
 
 

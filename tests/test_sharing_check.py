@@ -378,6 +378,9 @@ def test_numbers_that_are_zero_suit_and_those_that_are_not_finite_do_not():
     broken = {**nothing, "a": torch.tensor([1, math.nan, 2])}
     assert "a is not finite" in forward_pass.difference(broken, broken)
     assert "b differs by" in forward_pass.difference({**nothing, "b": torch.zeros(2)}, nothing)
+    assert forward_pass.difference(nothing, nothing, nothing) == ""
+    assert "b is not the same each time" in forward_pass.difference(
+        nothing, nothing, {**nothing, "b": None})
     assert "b differs" in forward_pass.difference({**nothing, "b": torch.tensor([1, math.nan])},
                                                   nothing)
 

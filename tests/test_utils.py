@@ -28,6 +28,8 @@ def test_the_commit_tells_local_changes_apart(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words],
                        check=True, capture_output=True)
 
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
     (tmp_path / "models").mkdir()
     module = tmp_path / "models" / "losses.py"
@@ -42,6 +44,10 @@ def test_the_commit_tells_local_changes_apart(tmp_path, monkeypatch):
     for text in ("a = 2\n", "a = 3\n"):
         module.write_text(text)
         found.append(utils.commit())
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "library.py").write_text("c = 1\n")
+    (tmp_path / "models" / "nowhere.py").symlink_to("/nowhere.py")
+    assert utils.commit() == found[-1]
     (tmp_path / "models" / "other.py").write_text("b = 1\n")
     found.append(utils.commit())
     assert len(set(found)) == 4
