@@ -42,8 +42,10 @@ def main(args: Namespace) -> None:
     model, _ = network_of(checkpoint.content, checkpoint.path)
     about = image_description(checkpoint, args.dataset)
     images = labels = None
-    if args.check or args.benchmark:
+    needs_data = bool(args.check or args.benchmark)
+    if needs_data or (args.dataset or about["dataset"]) in DATASETS:  # whose row may differ now
         settings = data_settings(checkpoint, about, args.dataset, args.data_dir)
+    if needs_data:
         train_set, val_set = open_data(settings, train=args.benchmark)
         check_classes(model, checkpoint.content, checkpoint.path, settings.dataset, val_set)
         images, labels = read_images(val_set, settings, args.check or IMAGES)
