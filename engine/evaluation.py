@@ -13,7 +13,7 @@ from engine.device import describe
 from engine.distributed import rank, world_size
 from engine.errors import Stopped, StopRequest, UsageError, UserError
 from engine.figures import evaluation_table, save_evaluation_figure
-from engine.forward_pass import CHECKED, ForwardPass
+from engine.forward_pass import ForwardPass
 from engine.metrics import Metrics
 from engine.resume import Checkpoint, plain
 from engine.run_folder import RunFolder, log
@@ -76,8 +76,10 @@ def evaluate_checkpoint(args: Namespace, checkpoint: Checkpoint, device: torch.d
         norms_with_statistics(model, max(present))  # refuses others before there is a folder
         batches = calibration_batches(args, train_set, forward_pass, device)
         args.calibrate = batches.batch_sampler.stop  # all, where there are fewer
+        size = DATASETS[args.dataset].image_size
+        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         with forward_pass.autocast():
-            check_forward_loss(model, next(iter(batches))[0][:CHECKED])
+            check_forward_loss(model, images.to(device))
     val_loader = make_val_loader(args, val_set, forward_pass.memory_format, device)
 
     named = {**vars(args), "bit_width_list": plain(trained)}

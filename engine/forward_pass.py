@@ -168,12 +168,15 @@ class ForwardPass:
             shared_computation, share_stem=not self.batch_size,
             prepare=prepare_weights if self.prepare_weights else None)
         found, error = self.trial(step, sharing)  # first, as it refuses an optimizer's steps
-        again = None
         if not error:
             expected, error = self.trial(step, no_sharing)
-        if rounded and not error:
+        if error:
+            return one_line(error)
+        reason = difference(found, expected, rounded and expected)
+        if rounded and reason:  # it may be rounding
             again, error = self.trial(rounded, no_sharing)
-        return one_line(error) if error else difference(found, expected, again)
+            reason = one_line(error) if error else difference(found, expected, again)
+        return reason
 
     def trial(self, step: Callable, sharing: Callable) -> tuple[dict | None, Exception | None]:
         """Return what a step gives, in float32 and the same way each time, and its error.

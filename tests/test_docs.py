@@ -95,7 +95,8 @@ def row_of(cells):
 
 @pytest.mark.parametrize("table, document", [
     ("fashion30", "results"), ("fashion_methods", "results"), ("nine_widths", "results"),
-    ("resnet18", "your_own_network"), ("mobilenet_v2", "your_own_network")])
+    ("resnet18", "your_own_network"), ("mobilenet_v2", "your_own_network"),
+    ("resnet18_fashion32", "your_own_network")])
 def test_tables_are_those_of_recorded_trainings(table, document):
     text = (ROOT / "docs" / f"{document}.md").read_text()
     rows = {name: row_of({bits: mean_and_deviation(list(of_seeds.values()))
