@@ -172,7 +172,7 @@ class ForwardPass:
             expected, error = self.trial(step, no_sharing)
         if error:
             return one_line(error)
-        reason = difference(found, expected, rounded and expected)
+        reason = difference(found, expected, expected if rounded else None)
         if rounded and reason:  # it may be rounding
             again, error = self.trial(rounded, no_sharing)
             reason = one_line(error) if error else difference(found, expected, again)
