@@ -180,6 +180,11 @@ def add_folder(name: str, image_size: int | None = None) -> None:
         DATASETS[name] = imagenet_row(open_folder, size)
 
 
+def named_datasets() -> list[str]:
+    """Return the names of DATASETS without those of folders."""
+    return [name for name in DATASETS if not is_folder(name)]
+
+
 def images_of(name: str) -> dict:
     """Return a description of a data set's images, as checkpoints hold it."""
     row = DATASETS[name]
@@ -265,8 +270,8 @@ def get_dataset(name: str, split: str, transform: Callable | None = None,
     if name not in DATASETS:
         add_folder(name)
     if name not in DATASETS:
-        names = ", ".join(name for name in DATASETS if not is_folder(name))
-        raise ValueError(f"there is no data set {name!r}: choose from {names}, or {PREFIX}PATH")
+        raise ValueError(f"there is no data set {name!r}: choose from "
+                         f"{', '.join(named_datasets())}, or {PREFIX}PATH")
     row = DATASETS[name]
     splits = dict.fromkeys([*row.val_split, *row.val_split.values()])
     if split not in splits:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from dataset.data import DATASETS, add_folder
+from dataset.data import DATASETS, add_folder, named_datasets
 from dataset.folder import PREFIX, is_folder
 from engine.distributed import rank, world_size
 from engine.errors import UsageError, UserError
@@ -130,11 +130,6 @@ def dataset_name(text: str) -> str:
         raise ArgumentTypeError(f"{text!r} (choose from {', '.join(named_datasets())}, or "
                                 f"{PREFIX}PATH)")
     return text
-
-
-def named_datasets() -> list[str]:
-    """Return the names of DATASETS without those of folders."""
-    return [name for name in DATASETS if not is_folder(name)]
 
 
 def source(text: str) -> str:

@@ -13,7 +13,7 @@ from engine.distributed import any_process
 from engine.errors import UserError
 from engine.run_folder import log
 from models import BitWidth, Width, bit_widths_of, set_bit_width
-from models.attributes import keeping_attributes, named_attributes, zero_parameters
+from models.attributes import draw_zeros, keeping_attributes, named_attributes
 from models.losses import any_precision_backward, forward_loss
 from models.low_precision import prepare_low_precision
 from models.sharing import no_sharing, prepare_weights, shared_computation
@@ -190,9 +190,7 @@ class ForwardPass:
         try:
             with keeping_random_states(devices), undoing(self.model):
                 try:
-                    with torch.no_grad():
-                        for _, parameter in zero_parameters(self.model):
-                            parameter.normal_(std=0.1)
+                    draw_zeros(self.model)
                     return step(sharing), None
                 except Exception as error:  # a refusal, or one of the network's own code
                     return None, error
@@ -251,10 +249,11 @@ def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | Non
         if not math.isfinite(norms[name]):
             return f"{name} is not finite, so nothing can be compared"
         least = TOLERANCE * LEAST * total
-        if rounded and rounded.get(name) is None:
-            return f"{name} is not the same each time"
         if rounded:
-            noise = 100 * float((rounded[name] - expected[name]).norm())
+            again = rounded.get(name)
+            if again is None:
+                return f"{name} is not the same each time"
+            noise = 100 * float((again - expected[name]).norm())
             least = min(least, noise + torch.finfo(tensor.dtype).eps * total)
         distance = float((tensor - expected[name]).norm())
         if not distance <= TOLERANCE * norms[name] + least:

@@ -50,9 +50,10 @@ class TrainingState:
         self.best = (-math.inf, -math.inf)  # the largest best_key
         self.best_prec1 = -math.inf  # top-1 (%) of the highest bit-width in that epoch
         self.metrics = Metrics(bit_widths, device)  # of the current epoch
-        self.attributes = self.held_values()
-        self.groups = [copy.deepcopy({name: value for name, value in group.items()
-                                      if name != "params"}) for group in optimizer.param_groups]
+        self.first_values = self.values_not_saved()
+        self.first_groups = [copy.deepcopy({name: value for name, value in group.items()
+                                            if name != "params"})
+                             for group in optimizer.param_groups]
         check_optimizer(optimizer, model)
 
     def check_rebuilt(self) -> str | None:
@@ -80,10 +81,10 @@ class TrainingState:
 
     def unsaved(self) -> list[str]:
         """Return what training changed and no checkpoint holds."""
-        return [name for name, value in self.held_values().items()
-                if not is_unchanged(value, self.attributes.get(name))]
+        return [name for name, value in self.values_not_saved().items()
+                if not is_unchanged(value, self.first_values.get(name))]
 
-    def held_values(self) -> dict[str, object]:
+    def values_not_saved(self) -> dict[str, object]:
         """Return what modules, the optimizer and the loss hold and no checkpoint does."""
         found = attributes_of(self.model, self.bit_widths[0])
         saved = saved_ids(self.model)
@@ -98,7 +99,7 @@ class TrainingState:
 
     def group_state(self) -> list[str]:
         """Return the names of what training changed in the optimizer's groups, but for --lr's."""
-        return sorted({name for before, now in zip(self.groups, self.optimizer.param_groups)
+        return sorted({name for before, now in zip(self.first_groups, self.optimizer.param_groups)
                        for name in now.keys() - {"params", *OF_THIS_RUN}
                        if not is_unchanged(now[name], before.get(name))})
 
@@ -164,7 +165,8 @@ class TrainingState:
         load_weights(self.model, content["state_dict"], path)
         check_field(path, "group_state", content.get("group_state"), are_texts, "a list of names")
         load_optimizer(self.optimizer, content["optimizer"], path,
-                       "arguments" not in content, content.get("group_state") or ())
+                       published="arguments" not in content,
+                       group_state=content.get("group_state") or ())
         self.epoch = take(path, content, "epoch", is_epoch, "a number of epochs done")
         self.best_prec1 = float(
             take(path, content, "best_prec1", is_accuracy, "an accuracy in percent"))

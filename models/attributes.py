@@ -108,6 +108,13 @@ def zero_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+@torch.no_grad()
+def draw_zeros(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw the parameters that are 0; None: by torch's own generator."""
+    for _, parameter in zero_parameters(model):
+        parameter.normal_(std=0.1, generator=generator)
+
+
 def is_hooked(layer: nn.Module) -> bool:
     """Return whether a call of a layer runs something else than its class says."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))

@@ -19,8 +19,8 @@ from models import (DEFAULT_WIDTH, MODELS, QUANTIZERS, Assignment, BitWidth, add
                     quantizers, saved_bit_widths, set_bit_width, set_quantizers, zoo)
 from models.archive import add_hash, read_archive
 from models.assignment import check_assignments
-from models.attributes import (attributes_of, is_hooked, is_unchanged, keeping_attributes,
-                               zero_parameters)
+from models.attributes import (attributes_of, draw_zeros, is_hooked, is_unchanged,
+                               keeping_attributes)
 from models.bit_widths import BITS, FULL_PRECISION
 from models.calibration import ENTRY, without_assignments
 from models.convert import SIZES
@@ -131,8 +131,7 @@ def changes_logits(network: nn.Module, attribute: str, other: nn.Module) -> bool
     module = network.get_submodule(owner)
     own = vars(module)[name]
     drawn = torch.Generator().manual_seed(0)
-    for _, parameter in zero_parameters(network):
-        parameter.normal_(std=0.1, generator=drawn)
+    draw_zeros(network, drawn)
     for size in SIZES:
         images = torch.randn(2, 3, size, size, generator=drawn)
         found = []

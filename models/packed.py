@@ -321,20 +321,20 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{path} is not a packed file, or cut short ({one_line(error)}): export "
-                         "it anew") from None
+                        "it anew") from None
     try:
         about = json.loads(metadata[KEY])
         version = about["format"]
         expected = about["sha256"]
     except (KeyError, ValueError, TypeError, RecursionError):
         raise FileError(f"{path} is a safetensors file of something else: give one that "
-                         "export.py wrote") from None
+                        "export.py wrote") from None
     if version != FORMAT or type(version) is not int:
         raise FileError(f"{path} has packed format {brief(version)}, and this version of the "
-                         f"project reads {FORMAT}: export the network anew")
+                        f"project reads {FORMAT}: export the network anew")
     if digest(tensors, about) != expected or metadata.keys() != {KEY}:
         raise FileError(f"{path} is damaged: its content is not that of its SHA-256; copy or "
-                         "export it anew")
+                        "export it anew")
     check_fields(path, about)
     return tensors, about
 
@@ -379,7 +379,7 @@ def check_fields(path: str | Path, about: dict) -> None:
             raise FileError(f"{path} does not hold its {name!r}: export it anew")
         if not is_right(about[name]):
             raise FileError(f"{path}: its {name} is {brief(about[name])}, which it cannot be: "
-                             "export it anew")
+                            "export it anew")
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -327,8 +327,8 @@ def test_state_of_an_optimizer_and_of_a_loss_that_no_checkpoint_holds_is_named(
     monkeypatch.setitem(NEXT_TARGET, "annealed", Annealed())
     monkeypatch.setattr(train, "make_optimizer", lambda args, groups: Slow(groups))
     assert run(tiny(tiny_cifar10, tmp_path / "r", "--epochs", 1, "--loss", "annealed")) == 0
-    told = capsys.readouterr().out.replace("\n   ", "")
-    assert "note: training changed the loss's steps, the optimizer's count, which no" in told
+    printed = capsys.readouterr().out.replace("\n   ", "")
+    assert "note: training changed the loss's steps, the optimizer's count, which no" in printed
 
 
 def test_an_optimizer_that_saves_all_that_it_holds_is_not_noted(
@@ -622,19 +622,19 @@ def midway(tmp_path_factory, tiny_cifar10):
 
 
 @pytest.mark.parametrize("when", ["begun", "midway"])
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     (another_pixel(0), "its first image differs, its first image to validate on"),
     (another_pixel(10), "its middle image differs, its"),
     (another_pixel(19), "its last image differs, its"),
     (another_label, "its list of labels differs, its first label was 0 and is 7, "),
     (fewer, "its number of images was 20 and is 19, ")])
-def test_other_data_are_refused(when, change, told, change_data, request, capsys):
+def test_other_data_are_refused(when, change, message, change_data, request, capsys):
     folder = request.getfixturevalue(when)
     before = snapshot(folder)
     change_data(change)
     capsys.readouterr()
     assert run(["--resume", folder]) == 1
-    assert_one_line(capsys, "model_latest.pth.tar was trained on other data: ", told,
+    assert_one_line(capsys, "model_latest.pth.tar was trained on other data: ", message,
                     "resume on the same data, or start a new run from it with --pretrain")
     assert snapshot(folder) == before
 
